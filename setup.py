@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the Triton kernels live in kernels/ and are installed as sora_fast.kernels."""
+"""What pyproject.toml cannot say: the Triton kernels live in kernels/, installed as sora_fast.kernels."""
 
 from setuptools import find_packages, setup
 

@@ -1,4 +1,4 @@
-"""Lets a checkout run that nobody installed: there, `sora_fast.kernels` is the folder kernels/ at the root."""
+"""Lets a checkout run without being installed: `sora_fast.kernels` is the folder kernels/ at its root."""
 
 import sys
 from collections.abc import Sequence
@@ -25,6 +25,6 @@ class _KernelsFinder(MetaPathFinder):
 
 
 def make_importable() -> None:
-    """Let `sora_fast.kernels` be found at the root of this checkout, after every installed place was asked."""
+    """Let `sora_fast.kernels` be found at the root of this checkout, if no installed place has it."""
     if _KernelsFinder not in sys.meta_path:
         sys.meta_path.append(_KernelsFinder)

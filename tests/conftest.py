@@ -1,4 +1,4 @@
-"""One set of tests for both worlds: Triton's interpreter where there is no GPU, the real kernels where there is one."""
+"""One set of tests for both worlds: Triton's interpreter without a GPU, the compiled kernels with one."""
 
 import os
 
@@ -32,7 +32,7 @@ settings.load_profile("sora_fast")
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where kernels run: the GPU, or the CPU under Triton's interpreter. A test that uses it is a GPU test there."""
+    """Where kernels run: a GPU (the tests that use it are then marked `gpu`), or the CPU, interpreted."""
     return torch.device("cuda" if _HAS_CUDA else "cpu")
 
 

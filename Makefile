@@ -1,0 +1,56 @@
+# The two commands:
+#   make demo            train a small video model on moving digits, sample from it, measure it (QUICK=1: a short form)
+#   make test            run the tests (ARGS='-m "not slow" tests/ops' goes to pytest)
+# and: make lint, make aot (compile every kernel for sm_80, sm_90, sm_100 and inspect it), make clean
+#
+# Everything is installed into ./.venv, once. Other versions, or a CPU-only torch:
+#   make test PYTHON=python3.12 TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+#   make test TORCH=torch==2.11.0 TRITON=triton==3.6.0 NUMPY='numpy<2.4'
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+NUMPY  ?= numpy>=2.2,<2.5
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The stamp carries the pins in its name: other pins install anew, the same ones never do.
+PINS := $(VENV)/.pins-$(shell printf '%s' '$(TORCH) $(TRITON) $(NUMPY)' | cksum | cut -d ' ' -f 1)
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint aot clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/sora-fast demo $(if $(QUICK),--quick) $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+aot: $(READY)
+	$(BIN)/python -m benchmarks.aot $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("$(PYTHON) is " + sys.version.split()[0] + \
+	  ", but sora_fast needs Python 3.10 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first: whatever is built against it must see the torch it will run with.
+$(PINS): | $(BIN)/python
+	$(PIP) 'setuptools>=77' wheel
+	$(PIP) $(TORCH)
+	$(PIP) $(TRITON) '$(NUMPY)'
+	@rm -f $(VENV)/.pins-*
+	@touch $@
+
+$(READY): $(PINS) pyproject.toml setup.py
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
