@@ -1,0 +1,1 @@
+"""Training: data, packed batches, optimisers, checkpoints, and a small trainer."""

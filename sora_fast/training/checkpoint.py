@@ -1,0 +1,113 @@
+"""Checkpoints that a crash cannot spoil: safetensors and JSON in a directory that appears whole or never.
+
+    ROOT/step-00001200/model.safetensors, optimizer.safetensors, …, state.json
+
+A checkpoint is written under a hidden name, flushed to the disk, then renamed. Whatever kills the process,
+what bears a `step-` name is complete. Nothing is ever unpickled.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d+)")
+_PARTIAL = ".partial-"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint in memory, on the CPU: groups of named tensors, and a JSON-able state."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 3,
+) -> Path:
+    """Write checkpoint `step` under `root`, atomically, and delete all but the `keep` newest.
+
+    tensors: per file name (without suffix), the named tensors in it, on any device. state: what JSON takes.
+    Returns the checkpoint's directory.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_partial(root)
+    partial, final = root / f"{_PARTIAL}{step}", root / f"step-{step:08d}"
+    partial.mkdir()
+    for group, named in tensors.items():
+        file = partial / f"{group}.safetensors"
+        save_file({name: t.detach().cpu().contiguous() for name, t in named.items()}, file)
+        _flush(file)
+    (partial / "state.json").write_text(json.dumps({"step": step, "groups": list(tensors), "state": state}))
+    _flush(partial / "state.json")
+    _flush(partial)
+    if final.exists():
+        _discard(final)
+    partial.rename(final)
+    _flush(root)
+    for old in _directories(root)[keep:]:
+        _discard(old)
+    return final
+
+
+def load(directory: Path) -> Checkpoint:
+    """Read one checkpoint directory. Raises OSError, ValueError or SafetensorError if it is damaged."""
+    record = json.loads((directory / "state.json").read_text())
+    tensors = {group: load_file(directory / f"{group}.safetensors") for group in record["groups"]}
+    return Checkpoint(record["step"], tensors, record["state"])
+
+
+def latest(root: Path) -> Checkpoint | None:
+    """The newest readable checkpoint under `root`, or None. A damaged one is passed over, with a warning."""
+    for directory in _directories(root):
+        try:
+            return load(directory)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            log.warning("passing over the damaged checkpoint %s: %s", directory, error)
+    return None
+
+
+def _directories(root: Path) -> list[Path]:
+    """Checkpoint directories, newest first."""
+    found = [(int(match[1]), path) for path in root.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(directory: Path) -> None:
+    # Renamed first: a deletion cut short must not leave half of it under a name that promises all.
+    doomed = directory.with_name(f"{_PARTIAL}old-{directory.name}")
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _remove_partial(root: Path) -> None:
+    for leftover in root.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(leftover)
