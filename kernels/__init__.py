@@ -1,0 +1,1 @@
+"""Triton kernels: they take tensors, launch, and return; no autograd."""

@@ -1,0 +1,61 @@
+"""The one door through which every Triton kernel is launched."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+
+
+@dataclass
+class Recorder:
+    """Collects launches instead of making them: (kernel, positional arguments, keyword arguments)."""
+
+    arch: tuple[int, int]
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("sora_fast_recorder", default=None)
+
+
+@contextmanager
+def recording(arch: tuple[int, int]) -> Iterator[Recorder]:
+    """Inside, kernels are not run but recorded, with the configuration that they would have on `arch`."""
+    recorder = Recorder(arch)
+    token = _recorder.set(recorder)
+    try:
+        yield recorder
+    finally:
+        _recorder.reset(token)
+
+
+def target_arch() -> tuple[int, int]:
+    """Compute capability that launch configurations are chosen for. Without a GPU: that of Hopper."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        return recorder.arch
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Run `kernel` over `grid`. meta: constexpr arguments, num_warps, num_stages."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.launches.append((kernel, args, meta))
+        return
+    if 0 in grid:
+        return
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*args, **meta)
+    else:
+        kernel[grid](*args, **meta)
+
+
+def next_power_of_two(size: int) -> int:
+    """Least power of two that is not below `size`: Triton's block shapes."""
+    return triton.next_power_of_2(size)

@@ -1,0 +1,139 @@
+"""SpacetimeMask: which tokens may attend which, as three intervals of coordinates."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sora_fast.packing.layout import PackedLayout
+
+Interval = tuple[int | None, int | None]
+
+UNBOUNDED: Interval = (None, None)
+# Beyond every coordinate, and far from the int32 limits when an offset is added.
+_FAR = 1 << 20
+
+
+@dataclass(frozen=True)
+class SpacetimeMask:
+    """Query i may attend key j iff both lie in one segment and lo ≤ coord(j) − anchor(i) ≤ hi on each of t, h, w.
+
+    t, h, w: intervals (lo, hi), in tokens; None on a side means unbounded.
+    stride: queries of a group of `stride` tokens along an axis share the anchor in the group's middle,
+        c // s · s + (s − 1) // 2 (NATTEN's strided attention, sliding tile attention).
+    clamp: per axis, shift the window so that it stays inside the grid (NATTEN's neighbourhood); needs finite bounds.
+    causal_tokens: in addition, j does not come after i in raster order.
+
+    The anchor is the query's own coordinate unless `stride` or `clamp` move it.
+    """
+
+    t: Interval = UNBOUNDED
+    h: Interval = UNBOUNDED
+    w: Interval = UNBOUNDED
+    stride: tuple[int, int, int] = (1, 1, 1)
+    clamp: tuple[bool, bool, bool] = (False, False, False)
+    causal_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        for name, (low, high), clamped in zip("thw", (self.t, self.h, self.w), self.clamp, strict=True):
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"{name}: interval ({low}, {high}) is empty; lo must not exceed hi")
+            if clamped and (low is None or high is None):
+                raise ValueError(f"clamp: axis {name} has the interval ({low}, {high}); it needs two finite bounds")
+            if clamped and (low > 0 or high < 0):
+                raise ValueError(f"clamp: axis {name} has the interval ({low}, {high}); it must contain 0")
+        if len(self.stride) != 3 or min(self.stride) < 1:
+            raise ValueError(f"stride: {self.stride}; it must be three positive integers (t, h, w)")
+
+    @staticmethod
+    def full() -> "SpacetimeMask":
+        """Every token of the segment."""
+        return SpacetimeMask()
+
+    @staticmethod
+    def frame_causal() -> "SpacetimeMask":
+        """The query's own frame and all earlier ones."""
+        return SpacetimeMask(t=(None, 0))
+
+    @staticmethod
+    def spatial() -> "SpacetimeMask":
+        """The query's own frame only."""
+        return SpacetimeMask(t=(0, 0))
+
+    @staticmethod
+    def temporal() -> "SpacetimeMask":
+        """The query's own place in every frame."""
+        return SpacetimeMask(h=(0, 0), w=(0, 0))
+
+    @staticmethod
+    def window(
+        t: int | None,
+        h: int | None,
+        w: int | None,
+        *,
+        causal: bool = False,
+        stride: tuple[int, int, int] = (1, 1, 1),
+        clamp: bool = False,
+    ) -> "SpacetimeMask":
+        """A box of radii t, h, w around the query (None: unbounded); `causal` cuts off what lies in the future.
+
+        A causal window is never clamped along time (that would look ahead), and its time stride must be 1.
+        """
+        for name, radius in zip("thw", (t, h, w), strict=True):
+            if radius is not None and radius < 0:
+                raise ValueError(f"{name}: radius {radius}; it must be ≥ 0, or None for unbounded")
+        if causal and stride[0] != 1:
+            raise ValueError(f"stride: {stride} with causal=True would see the future; its first number must be 1")
+        around = [UNBOUNDED if radius is None else (-radius, radius) for radius in (t, h, w)]
+        if causal:
+            around[0] = (around[0][0], 0)
+        clamped = tuple(clamp and None not in interval for interval in around)
+        return SpacetimeMask(*around, stride=stride, clamp=(clamped[0] and not causal, *clamped[1:]))
+
+    @staticmethod
+    def token_causal() -> "SpacetimeMask":
+        """Tokens that do not come after the query in raster order (t, then h, then w)."""
+        return SpacetimeMask(t=(None, 0), causal_tokens=True)
+
+    @property
+    def is_full(self) -> bool:
+        """True if the mask forbids nothing inside a segment."""
+        return self.t == self.h == self.w == UNBOUNDED and not self.causal_tokens
+
+    def axis_bounds(self, axis: int, coords: Any, extent: Any) -> tuple[Any, Any]:
+        """First and last key coordinate (inclusive, not cut to the grid) that queries at `coords` may attend.
+
+        Works on numpy arrays and on tensors alike. axis: 0, 1, 2 for t, h, w; extent: the grid's size along it.
+        """
+        low, high = (self.t, self.h, self.w)[axis]
+        stride = self.stride[axis]
+        anchor = coords if stride == 1 else coords // stride * stride + (stride - 1) // 2
+        if self.clamp[axis]:
+            smaller, larger = (torch.minimum, torch.maximum) if isinstance(coords, Tensor) else (np.minimum, np.maximum)
+            floor = anchor * 0 - low
+            # The upper limit comes last: a window larger than the grid then still covers all of it.
+            anchor = smaller(larger(anchor, floor), anchor * 0 + (extent - 1 - high))
+        first = anchor * 0 - _FAR if low is None else anchor + low
+        last = anchor * 0 + _FAR if high is None else anchor + high
+        return first, last
+
+    def bounds(self, layout: "PackedLayout") -> tuple[Tensor, Tensor]:
+        """`axis_bounds` of every token of the layout: two int32 tensors [N, 3]. Padding has arbitrary values."""
+        extents = layout.grids[layout.segment_ids.clamp(min=0).long()]
+        pairs = [self.axis_bounds(axis, layout.coords[:, axis], extents[:, axis]) for axis in range(3)]
+        return torch.stack([low for low, _ in pairs], dim=1), torch.stack([high for _, high in pairs], dim=1)
+
+    def materialize(self, layout: "PackedLayout") -> Tensor:
+        """The dense boolean matrix [N, N], query by key; for tests and pictures only."""
+        segments = layout.segment_ids
+        allowed = (segments[:, None] == segments[None, :]) & (segments >= 0)[:, None]
+        first, last = self.bounds(layout)
+        for axis in range(3):
+            keys = layout.coords[None, :, axis]
+            allowed &= (keys >= first[:, axis, None]) & (keys <= last[:, axis, None])
+        if self.causal_tokens:
+            allowed &= layout.raster_index[None, :] <= layout.raster_index[:, None]
+        return allowed

@@ -1,0 +1,132 @@
+"""Which backend runs an op: asked for, set by the user, or the best that is proved on this device."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("torch", "triton", "cuda", "flash_attn", "xformers")
+# Tried in this order when nobody asks for a backend.
+_PREFERENCE = ("cuda", "triton", "torch")
+
+_forced: ContextVar[str | None] = ContextVar("sora_fast_backend", default=None)
+_calls: dict[tuple[str, str], "_Record"] = {}
+
+
+class _Record:
+    """How often an op ran on a backend, and why not on the ones before it in the order of preference."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.refused: dict[str, str] = {}
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Run every op inside on `backend` where the op has it; None returns to the automatic choice.
+
+    A compiled graph keeps the backend that it was compiled with.
+    """
+    _check_name(backend, "backend")
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def explain() -> str:
+    """For each op called so far: which backend ran, how often it was chosen, and why not the others."""
+    lines = []
+    for (op, backend), record in sorted(_calls.items()):
+        lines.append(f"{op}: {backend}, chosen {record.count}×")
+        lines.extend(f"    not {name}: {reason}" for name, reason in record.refused.items())
+    return "\n".join(lines) or "no op has been called"
+
+
+# A graph keeps the choice made while it was traced: Dynamo must neither trace this bookkeeping nor guard on it.
+@torch.compiler.assume_constant_result
+def choose(op: str, backend: str | None, device_type: str, offered: tuple[str, ...] = ("torch", "triton")) -> str:
+    """The backend to run `op` with.
+
+    backend: what the caller asked for (None: automatic); offered: what the op has at all.
+    Raises ValueError if the backend asked for cannot run here.
+    """
+    _check_name(backend, "backend")
+    asked = backend or _forced.get() or os.environ.get("SORA_FAST_BACKEND") or None
+    _check_name(asked, "SORA_FAST_BACKEND")
+    refused: dict[str, str] = {}
+    if asked is not None:
+        reason = _unavailable(op, asked, device_type, offered)
+        if reason is None:
+            return _record(op, asked, refused)
+        if backend is not None:
+            raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
+        refused[asked] = reason
+    for name in _PREFERENCE:
+        reason = _unavailable(op, name, device_type, offered) or _unproved(op, name, device_type)
+        if reason is None:
+            return _record(op, name, refused)
+        refused[name] = reason
+    raise ValueError(f"backend: none of {offered} can run {op} on {device_type}: {refused}")
+
+
+def _record(op: str, backend: str, refused: dict[str, str]) -> str:
+    record = _calls.setdefault((op, backend), _Record())
+    record.count += 1
+    record.refused.update(refused)
+    return backend
+
+
+def _check_name(backend: str | None, argument: str) -> None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{argument}: {backend!r}; it must be one of {BACKENDS}, or None")
+
+
+def _unavailable(op: str, backend: str, device_type: str, offered: tuple[str, ...]) -> str | None:
+    if backend not in offered:
+        return f"{op} has no {backend} backend"
+    if backend == "triton":
+        if find_spec("triton") is None:
+            return "the package triton is not installed"
+        if device_type != "cuda" and not interpreting():
+            return f"the tensors are on {device_type}; Triton needs cuda, or TRITON_INTERPRET=1"
+    elif backend in ("cuda", "flash_attn", "xformers") and device_type != "cuda":
+        return f"the tensors are on {device_type}; {backend} needs cuda"
+    return None
+
+
+def _unproved(op: str, backend: str, device_type: str) -> str | None:
+    if backend == "torch":
+        return None
+    if device_type != "cuda":
+        return "the interpreter is for tests: ask for it by name"
+    device = device_class()
+    if backend in validated().get(device, {}).get(op, {}):
+        return None
+    return f"no recorded pass on {device}: opt-in (validated.json, written by benchmarks.gpu_suite)"
+
+
+def interpreting() -> bool:
+    """True if Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@cache
+def device_class() -> str:
+    """The kind of GPU at hand, as validated.json names it: sm_90 for an H100 or H200."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+@cache
+def validated() -> dict[str, dict[str, dict[str, object]]]:
+    """{device class: {op: {backend: record}}}, from the file that the GPU suite writes."""
+    file = Path(__file__).with_name("validated.json")
+    return json.loads(file.read_text()) if file.exists() else {}
