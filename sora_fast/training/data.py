@@ -1,8 +1,23 @@
-"""Where training samples come from."""
+"""Where training samples come from.
 
-from dataclasses import dataclass
+A *source* is anything with `__getitem__(index) -> Sample`, deterministic in `index`. With `__len__` it is a
+data set, gone through in a new random order every epoch; without, it is an endless stream: any index ≥ 0 will do.
+"""
 
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
 from torch import Tensor
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+CAPTION_SUFFIXES = (".txt", ".json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,3 +29,125 @@ class Sample:
 
     video: Tensor
     caption: str = ""
+
+
+class Source(Protocol):
+    """Anything that gives samples by number, always the same one for the same number."""
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which files are read, and how much of each.
+
+    folder: searched with all its subfolders.
+    max_frames: frames taken from the start of a video; what follows is not used.
+    max_side: frames with a longer side are scaled down to it, keeping their aspect ratio.
+    fps: frames per second at which videos are sampled; None takes every frame.
+    channels: 3 for RGB, 1 for grey.
+    cache_bytes: decoded frames are kept in memory up to this much (2 GiB: a small data set is then decoded
+        only once, and no ordinary machine runs out of memory).
+    """
+
+    folder: str
+    max_frames: int | None = 64
+    max_side: int | None = 256
+    fps: float | None = None
+    channels: int = 3
+    cache_bytes: int = 2 << 30
+
+
+@dataclass(eq=False)
+class FolderSource:
+    """The videos and images of a folder; captions beside them: clip.mp4, clip.txt (or .json: {"caption": …}).
+
+    Every file is decoded once at the start. Those that cannot be used are named in the log, and kept in
+    `skipped` with the reason. Raises ValueError if the folder is missing or nothing in it is usable.
+    """
+
+    config: DataConfig
+    progress: bool = False
+    files: list[Path] = field(default_factory=list, init=False)
+    captions: list[str] = field(default_factory=list, init=False)
+    shapes: list[tuple[int, int, int, int]] = field(default_factory=list, init=False)
+    skipped: dict[Path, str] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._cache: dict[int, Tensor] = {}
+        self._cached_bytes = 0
+        folder = Path(self.config.folder)
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder")
+        for path in tqdm(list(_media_files(folder)), desc="reading", unit=" files", disable=not self.progress):
+            self._take(path)
+        for path, reason in self.skipped.items():
+            log.warning("skipped %s: %s", path, reason)
+        if not self.files:
+            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in list(self.skipped.items())[:3])
+            raise ValueError(f"{folder} holds no usable video or image{f' ({reasons})' if reasons else ''}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        pixels = self._cache.get(index)
+        video = self._read(self.files[index]) if pixels is None else pixels.float().div(127.5).sub(1)
+        return Sample(video, self.captions[index])
+
+    def _read(self, path: Path) -> Tensor:
+        from sora_fast.generation.media import (
+            read_media,
+        )  # needs PyAV, which only those who read files have to have
+
+        c = self.config
+        return read_media(path, max_frames=c.max_frames, fps=c.fps, max_side=c.max_side, channels=c.channels)
+
+    def _take(self, path: Path) -> None:
+        from sora_fast.generation.media import UnreadableMedia
+
+        try:
+            caption, video = read_caption(path), self._read(path)
+        except UnreadableMedia as error:
+            self.skipped[path] = error.reason
+            return
+        except (OSError, CaptionError) as error:
+            self.skipped[path] = str(error)
+            return
+        if self._cached_bytes + video.numel() <= self.config.cache_bytes:
+            self._cached_bytes += video.numel()
+            self._cache[len(self.files)] = video.add(1).mul(127.5).round().to(torch.uint8)
+        self.files.append(path)
+        self.captions.append(caption)
+        self.shapes.append(tuple(video.shape))
+
+
+class CaptionError(ValueError):
+    """A caption file that cannot be read."""
+
+
+def read_caption(media: Path) -> str:
+    """The caption beside a media file, "" if there is none. Raises CaptionError if it cannot be read."""
+    for suffix in CAPTION_SUFFIXES:
+        sidecar = media.with_suffix(suffix)
+        if not sidecar.is_file():
+            continue
+        try:
+            text = sidecar.read_text(encoding="utf-8")
+            caption = text if suffix == ".txt" else json.loads(text)["caption"]
+        except (KeyError, TypeError) as error:
+            raise CaptionError(f'its caption file {sidecar.name} has no "caption"') from error
+        except ValueError as error:
+            raise CaptionError(f"its caption file {sidecar.name} cannot be read: {error}") from error
+        if not isinstance(caption, str):
+            raise CaptionError(f'"caption" in {sidecar.name} is {caption!r}, not a text')
+        return " ".join(caption.split())
+    return ""
+
+
+def _media_files(folder: Path) -> Iterator[Path]:
+    """Every file that could be a medium, in an order that does not depend on the file system."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and path.suffix.lower() not in CAPTION_SUFFIXES:
+            yield path

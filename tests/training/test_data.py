@@ -1,0 +1,92 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from sora_fast.generation.media import write_media
+from sora_fast.training.data import DataConfig, FolderSource
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def _video(frames: int = 4, height: int = 16, width: int = 24) -> torch.Tensor:
+    ramp = torch.linspace(-1, 1, frames * height * width).view(1, frames, height, width)
+    return ramp.expand(3, -1, -1, -1)
+
+
+def _source(folder: Path, **options: object) -> FolderSource:
+    return FolderSource(DataConfig(str(folder), **options))  # type: ignore[arg-type]
+
+
+def test_reads_videos_images_and_captions(tmp_path: Path) -> None:
+    write_media(tmp_path / "a.mp4", _video())
+    (tmp_path / "a.txt").write_text("  a ramp\nin grey ")
+    write_media(tmp_path / "deep" / "b.png", _video(frames=1))
+    (tmp_path / "deep" / "b.json").write_text(json.dumps({"caption": "one frame"}))
+    write_media(tmp_path / "c.gif", _video(frames=2))
+    source = _source(tmp_path)
+    assert [path.name for path in source.files] == ["a.mp4", "c.gif", "b.png"]
+    assert source.captions == ["a ramp in grey", "", "one frame"]
+    assert [tuple(source[i].video.shape) for i in range(len(source))] == source.shapes
+    assert source.shapes[2] == (3, 1, 16, 24)
+    assert not source.skipped
+    video = source[0].video
+    assert video.dtype == torch.float32
+    assert -1 <= video.min() < -0.9
+    assert 0.9 < video.max() <= 1
+
+
+def test_the_cache_changes_nothing(tmp_path: Path) -> None:
+    write_media(tmp_path / "a.mp4", _video())
+    cached, read = _source(tmp_path), _source(tmp_path, cache_bytes=0)
+    assert torch.equal(cached[0].video, read[0].video)
+
+
+def test_limits(tmp_path: Path) -> None:
+    write_media(tmp_path / "a.mp4", _video(frames=6, height=32, width=64))
+    source = _source(tmp_path, max_frames=3, max_side=32, channels=1)
+    assert source.shapes == [(1, 3, 16, 32)]
+
+
+def test_bad_files_are_named_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = write_media(tmp_path / "good.png", _video(frames=1))
+    whole = write_media(tmp_path / "whole.mp4", _video(frames=8)).read_bytes()
+    (tmp_path / "whole.mp4").rename(tmp_path / "kept.mp4")
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:-30])
+    (tmp_path / "zero.mp4").touch()
+    (tmp_path / "noise.mkv").write_bytes(bytes(range(256)) * 8)
+    (tmp_path / ".hidden.mp4").touch()
+    for name, text in {"list": "[]", "number": '{"caption": 3}', "broken": "{"}.items():
+        (tmp_path / f"{name}.png").write_bytes(good.read_bytes())
+        (tmp_path / f"{name}.json").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        source = _source(tmp_path)
+    assert [path.name for path in source.files] == ["good.png", "kept.mp4"]
+    skipped = {path.name: reason for path, reason in source.skipped.items()}
+    assert set(skipped) == {
+        "cut.mp4",
+        "cut.png",
+        "zero.mp4",
+        "noise.mkv",
+        "list.png",
+        "number.png",
+        "broken.png",
+    }
+    assert "0 bytes" in skipped["zero.mp4"]
+    assert "caption" in skipped["list.png"]
+    assert "3" in skipped["number.png"]
+    for name, reason in skipped.items():
+        assert f"{name}: {reason}" in caplog.text
+
+
+def test_nothing_usable(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no usable video or image"):
+        _source(tmp_path)
+    (tmp_path / "zero.mp4").touch()
+    with pytest.raises(ValueError, match=r"no usable video or image \(zero.mp4: empty file"):
+        _source(tmp_path)
+    with pytest.raises(ValueError, match="is not a folder"):
+        _source(tmp_path / "absent")
