@@ -1,0 +1,59 @@
+"""Where the pixels of a patch lie in the flat buffer of ragged latents."""
+
+import torch
+from torch import Tensor
+
+from sora_fast.packing import PackedLayout
+
+PatchSize = tuple[int, int, int]
+
+
+def pixel_index(
+    offsets: Tensor, shapes: Tensor, layout: PackedLayout, channels: int, patch_size: PatchSize
+) -> tuple[Tensor, Tensor]:
+    """The element of `flat` that every pixel of every token is.
+
+    offsets [S+1], shapes [S, 4]: as in RaggedLatents. Returns the elements [N, channels, pt, ph, pw] int64 and which
+    of them exist [N, 1, pt, ph, pw] bool: not those beyond a video's edge, and none of a padding token.
+    """
+    segments = layout.segment_ids.clamp(min=0)
+    frames, height, width = (size.view(-1, 1, 1, 1, 1) for size in shapes[segments, 1:].long().unbind(1))
+    t, h, w = (
+        (layout.coords[:, axis, None].long() * size + torch.arange(size, device=layout.device)).view(
+            -1, 1, *(size if a == axis else 1 for a in range(3))
+        )
+        for axis, size in enumerate(patch_size)
+    )
+    c = torch.arange(channels, device=layout.device).view(1, -1, 1, 1, 1)
+    index = (offsets[segments].view(-1, 1, 1, 1, 1) + (c * frames + t) * height * width) + h * width + w
+    used = (layout.segment_ids >= 0).view(-1, 1, 1, 1, 1)
+    return index, used & (t < frames) & (h < height) & (w < width)
+
+
+def check_patch_size(patch_size: PatchSize) -> None:
+    """Raise ValueError unless it is three sizes ≥ 1."""
+    if len(patch_size) != 3 or not all(isinstance(size, int) and size >= 1 for size in patch_size):
+        raise ValueError(f"patch_size: {patch_size!r}; it must be three ints (pt, ph, pw) ≥ 1")
+
+
+def check_grids(shapes: Tensor, layout: PackedLayout, patch_size: PatchSize) -> None:
+    """Raise ValueError unless the layout's grids are the videos' sizes divided by the patch, rounded up.
+
+    Only on a CPU, outside a compiled graph: anywhere else reading the values would wait.
+    """
+    if shapes.shape != (layout.max_segments, 4) or shapes.device != layout.device:
+        raise ValueError(
+            f"shapes: {tuple(shapes.shape)} on {shapes.device}; they must be [{layout.max_segments}, 4] on "
+            f"{layout.device} for this layout"
+        )
+    if shapes.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    sizes = shapes[:, 1:]
+    patch = sizes.new_tensor(patch_size)
+    wrong = ((sizes + patch - 1) // patch != layout.grids).any(dim=1).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        raise ValueError(
+            f"layout: segment {place} has the grid {tuple(layout.grids[place].tolist())}, but its video "
+            f"(C, T, H, W) = {tuple(shapes[place].tolist())} in patches of {tuple(patch_size)} has another"
+        )

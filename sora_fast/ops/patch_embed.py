@@ -1,0 +1,148 @@
+"""patch_embed: ragged latents to packed tokens, each a linear map of its patch plus a position."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sora_fast.ops._dispatch import choose
+from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, pixel_index
+from sora_fast.packing import PackedLayout, RaggedLatents
+
+
+@dataclass(frozen=True, eq=False)
+class FactorisedPosition:
+    """A position that is the sum of one row a coordinate: t[t] + h[h] + w[w] (NaViT, arXiv:2307.06304).
+
+    t [Lt, C], h [Lh, C], w [Lw, C]: tables, learned or fixed; None adds nothing for that axis. A coordinate past the
+    end of its table is an error on a CPU; elsewhere, where looking would wait, it takes the last row.
+    """
+
+    t: Tensor | None = None
+    h: Tensor | None = None
+    w: Tensor | None = None
+
+    @property
+    def tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The tables in the order of the axes."""
+        return self.t, self.h, self.w
+
+    @staticmethod
+    def sin_cos(width: int, height_rows: int, width_rows: int) -> "FactorisedPosition":
+        """DiT's fixed positions (arXiv:2212.09748): the first half of the channels encodes the column, the second the
+        row, each [sin | cos] with frequencies 10000^(−k / (C/4)), computed in fp64, returned in fp32.
+
+        width: C, a multiple of 4; height_rows, width_rows: the largest grid H, W that the tables cover.
+        """
+        if width % 4:
+            raise ValueError(f"width: {width}; it must be a multiple of 4")
+        frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+
+        def encode(rows: int) -> Tensor:
+            angle = torch.arange(rows, dtype=torch.float64)[:, None] * frequency
+            return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+        row, column = encode(height_rows), encode(width_rows)
+        return FactorisedPosition(
+            h=torch.cat([torch.zeros_like(row), row], dim=1), w=torch.cat([column, torch.zeros_like(column)], dim=1)
+        )
+
+
+Position = Tensor | FactorisedPosition | None
+
+
+def patch_embed(
+    latents: RaggedLatents,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: PackedLayout,
+    patch_size: PatchSize,
+    position: Position = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Embed every token's patch of pixels: patch · weightᵀ + bias + position.
+
+    latents: videos (C, T, H, W); sizes that the patch does not divide read zeros beyond the edge. Only the pixels of
+        the layout's tokens are read, in the layout's order.
+    weight: [width, Cin·pt·ph·pw], each row laid out (Cin, pt, ph, pw): a Conv3d kernel, flattened.
+    bias: [width] or None. position: [N, width], a FactorisedPosition, or None.
+    All of one dtype (bf16, fp16, fp32; fp64 on the torch backend). Returns [N, width] in it; zeros for padding.
+    Differentiable in latents.flat, weight, bias and position.
+    """
+    check_patch_size(patch_size)
+    check_grids(latents.shapes, layout, patch_size)
+    _check_weights(latents, weight, bias, patch_size)
+    _check_position(position, weight, layout)
+    choose("patch_embed", backend, weight.device.type)
+    return _torch(latents, weight, bias, layout, patch_size, position)
+
+
+def _torch(
+    latents: RaggedLatents,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: PackedLayout,
+    patch_size: PatchSize,
+    position: Position,
+) -> Tensor:
+    channels = weight.shape[1] // math.prod(patch_size)
+    index, exists = pixel_index(latents.offsets, latents.shapes, layout, channels, patch_size)
+    pixels = torch.where(exists, latents.flat[torch.where(exists, index, 0)], 0)
+    tokens = F.linear(pixels.flatten(1), weight, bias)
+    if isinstance(position, FactorisedPosition):
+        for axis, table in enumerate(position.tables):
+            if table is not None:
+                tokens = tokens + F.embedding(layout.coords[:, axis].clamp(max=table.shape[0] - 1), table)
+    elif position is not None:
+        tokens = tokens + position
+    return torch.where((layout.segment_ids >= 0)[:, None], tokens, 0)
+
+
+def _check_weights(latents: RaggedLatents, weight: Tensor, bias: Tensor | None, patch_size: PatchSize) -> None:
+    pixels = math.prod(patch_size)
+    if weight.ndim != 2 or weight.shape[1] % pixels or weight.shape[1] == 0:
+        raise ValueError(
+            f"weight: shape {tuple(weight.shape)}; it must be [width, Cin·{pixels}] for patches of {tuple(patch_size)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: shape {tuple(bias.shape)}; it must be [{weight.shape[0]}]")
+    for name, tensor in (("latents", latents.flat), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != weight.dtype or tensor.device != weight.device):
+            raise TypeError(
+                f"{name}: {tensor.dtype} on {tensor.device}, but weight is {weight.dtype} on {weight.device}"
+            )
+    channels = weight.shape[1] // pixels
+    if latents.shapes.device.type == "cpu" and not torch.compiler.is_compiling():
+        found = latents.shapes[:, 0]
+        if ((found != channels) & (found != 0)).any():
+            raise ValueError(
+                f"latents: videos of {sorted(set(found.tolist()) - {0})} channels, but weight {tuple(weight.shape)} "
+                f"takes {channels}"
+            )
+
+
+def _check_position(position: Position, weight: Tensor, layout: PackedLayout) -> None:
+    width = weight.shape[0]
+    if isinstance(position, FactorisedPosition):
+        named = [(f"position.{axis}", table, None) for axis, table in zip("thw", position.tables, strict=True)]
+    else:
+        named = [("position", position, layout.capacity)]
+    for axis, (name, tensor, rows) in enumerate(named):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {type(tensor).__name__}; it must be a tensor, a FactorisedPosition, or None")
+        if tensor.ndim != 2 or tensor.shape[1] != width or rows not in (None, tensor.shape[0]) or not len(tensor):
+            wanted = "L ≥ 1" if rows is None else rows
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; it must be [{wanted}, {width}]")
+        if tensor.dtype != weight.dtype or tensor.device != weight.device:
+            raise TypeError(
+                f"{name}: {tensor.dtype} on {tensor.device}, but weight is {weight.dtype} on {weight.device}"
+            )
+        if rows is None and layout.device.type == "cpu" and not torch.compiler.is_compiling() and layout.capacity:
+            last = int(layout.coords[:, axis].max())
+            if last >= tensor.shape[0]:
+                raise ValueError(f"{name}: {tensor.shape[0]} rows, but the layout has the coordinate {last}")

@@ -1,0 +1,110 @@
+"""qk_norm_rope: RMSNorm of every head of the queries and keys, then rotation by the token's place in space and time."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sora_fast.ops._dispatch import choose
+from sora_fast.packing import PackedLayout
+
+
+@dataclass(frozen=True)
+class Rope3D:
+    """Rotary positions (arXiv:2104.09864) of three axes: each owns a part of the head's channel pairs.
+
+    split: channels of the axes (t, h, w), even, together the head dim; None: h and w get 2·(D // 6) each and t the
+        rest, as in Wan 2.1 (44, 42, 42 of 128).
+    theta: pair i of an axis with d channels turns by coord · scale · theta^(−2i/d) radians.
+    interleaved: a pair is the channels (2p, 2p+1), or else (p, p + D/2) of the whole head.
+    scale: factor of the coordinates, one an axis.
+    """
+
+    split: tuple[int, int, int] | None = None
+    theta: float = 10000.0
+    interleaved: bool = True
+    scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.split is not None and (len(self.split) != 3 or any(size < 0 or size % 2 for size in self.split)):
+            raise ValueError(f"split: {self.split}; it must be three even sizes (t, h, w) ≥ 0")
+        if self.theta <= 0:
+            raise ValueError(f"theta: {self.theta}; it must be positive")
+        if len(self.scale) != 3:
+            raise ValueError(f"scale: {self.scale}; it must be three factors (t, h, w)")
+
+    def split_for(self, head_dim: int) -> tuple[int, int, int]:
+        """Channels of the axes (t, h, w) in a head of `head_dim`. Raises ValueError if they do not add up to it."""
+        side = 2 * (head_dim // 6)
+        split = (head_dim - 2 * side, side, side) if self.split is None else self.split
+        if sum(split) != head_dim:
+            raise ValueError(f"rope.split: {split} has {sum(split)} channels, but the head dim is {head_dim}")
+        return split
+
+    def angles(self, coords: Tensor, head_dim: int) -> Tensor:
+        """Radians [N, D/2] fp32 that every channel pair turns by. coords: [N, 3]."""
+        parts = []
+        for axis, size in enumerate(self.split_for(head_dim)):
+            pairs = torch.arange(size // 2, dtype=torch.float64, device=coords.device)
+            frequency = self.scale[axis] * self.theta ** (-2 * pairs / max(size, 1))
+            parts.append(coords[:, axis, None].float() * frequency.float())
+        return torch.cat(parts, dim=1)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    layout: PackedLayout,
+    rope: Rope3D | None,
+    *,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalise and rotate the queries and keys of every head.
+
+    q, k: [N, H, D], D even, of any strides: slices of a fused QKV projection as they are.
+    q_weight, k_weight: [D] of RMSNorm over the head; None: no norm. rope: None: no rotation.
+    Returns (q', k'), [N, H, D] contiguous in the dtype of q; computed in fp32; zeros for padding.
+    Differentiable in q, k and both weights.
+    """
+    _check(q, k, q_weight, k_weight, layout, rope)
+    choose("qk_norm_rope", backend, q.device.type)
+    return _torch(q, q_weight, layout, rope, eps), _torch(k, k_weight, layout, rope, eps)
+
+
+def _torch(x: Tensor, weight: Tensor | None, layout: PackedLayout, rope: Rope3D | None, eps: float) -> Tensor:
+    used = (layout.segment_ids >= 0)[:, None, None]
+    # Masked twice: on the way in for the norm and its gradient, on the way out for the gradients that arrive.
+    y = torch.where(used, x, 0).to(torch.promote_types(x.dtype, torch.float32))
+    if weight is not None:
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps) * weight
+    if rope is not None:
+        y = _rotate(y, rope.angles(layout.coords, x.shape[-1])[:, None], rope.interleaved)
+    return torch.where(used, y.to(x.dtype), 0)
+
+
+def _rotate(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
+    turned = (a * cos - b * sin, a * sin + b * cos)
+    return torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+
+
+def _check(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, layout: PackedLayout, rope: Rope3D | None
+) -> None:
+    if q.ndim != 3 or q.shape[0] != layout.capacity or q.shape[2] % 2 or q.shape[2] == 0:
+        raise ValueError(f"q: shape {tuple(q.shape)}; it must be [{layout.capacity}, H, D] with D even")
+    if k.shape != q.shape:
+        raise ValueError(f"k: shape {tuple(k.shape)}; it must be that of q, {tuple(q.shape)}")
+    if k.dtype != q.dtype or k.device != q.device or q.device != layout.device:
+        raise TypeError(f"k: {k.dtype} on {k.device}; q is {q.dtype} on {q.device}, the layout on {layout.device}")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None and weight.shape != q.shape[2:]:
+            raise ValueError(f"{name}: shape {tuple(weight.shape)}; it must be [{q.shape[2]}]")
+        if weight is not None and (weight.device != q.device or not weight.is_floating_point()):
+            raise TypeError(f"{name}: {weight.dtype} on {weight.device}; it must be floating point on {q.device}")
+    if rope is not None:
+        rope.split_for(q.shape[2])

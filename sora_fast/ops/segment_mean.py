@@ -1,0 +1,25 @@
+"""segment_mean: the mean token of every segment (the masked pooling of NaViT, arXiv:2307.06304)."""
+
+import torch
+from torch import Tensor
+
+from sora_fast.packing import PackedLayout
+
+
+def segment_mean(x: Tensor, layout: PackedLayout) -> Tensor:
+    """Mean over the tokens of every segment.
+
+    x: [N, C] bf16, fp16, fp32 or fp64; padding rows are not read.
+    Returns [S, C] in the dtype of x, summed in at least fp32, the same bits on every run. Empty segments give zeros.
+    """
+    if x.ndim != 2 or x.shape[0] != layout.capacity:
+        raise ValueError(f"x: shape {tuple(x.shape)}; it must be [{layout.capacity}, C] for this layout")
+    if x.device != layout.device:
+        raise ValueError(f"x: on {x.device}, but the layout is on {layout.device}")
+    end = layout.cu_seqlens.new_full((1,), layout.capacity)
+    # Padding is one more segment: what stands in it, NaN too, reaches no other one.
+    offsets = torch.cat([layout.cu_seqlens, end]).long()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # unsafe: a check of the offsets would wait for the device.
+    means = torch.segment_reduce(wide, "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
+    return means[:-1].to(x.dtype)

@@ -1,0 +1,73 @@
+"""unpatchify: packed tokens back to ragged latents, cropped to the videos' own sizes."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sora_fast.ops._dispatch import choose
+from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, pixel_index
+from sora_fast.packing import PackedLayout, RaggedLatents
+
+
+def unpatchify(
+    tokens: Tensor,
+    layout: PackedLayout,
+    patch_size: PatchSize,
+    shapes: Tensor | RaggedLatents,
+    *,
+    capacity: int | None = None,
+    backend: str | None = None,
+) -> RaggedLatents:
+    """Put every token's patch where it belongs.
+
+    tokens: [N, pt·ph·pw·Cout], each row laid out (pt, ph, pw, Cout) as DiT's final layer has it; padding is not read.
+    shapes: [S, 4] int32 (C, T, H, W), or the latents that the tokens come from. C is ignored: the result has Cout.
+    capacity: elements of the result's flat buffer, static; default with latents: theirs (right for Cout = C).
+    Returns RaggedLatents in the dtype of tokens. What lies beyond a video's edge is cropped; the pixels of dropped
+    tokens, and the buffer past the last video, are zeros. Differentiable in tokens.
+    """
+    check_patch_size(patch_size)
+    if isinstance(shapes, RaggedLatents):
+        capacity = shapes.flat.numel() if capacity is None else capacity
+        shapes = shapes.shapes
+    if capacity is None:
+        raise ValueError("capacity: None; it must be given when shapes is a tensor")
+    check_grids(shapes, layout, patch_size)
+    pixels = math.prod(patch_size)
+    if tokens.ndim != 2 or tokens.shape[0] != layout.capacity or tokens.shape[1] % pixels or not tokens.shape[1]:
+        raise ValueError(
+            f"tokens: shape {tuple(tokens.shape)}; it must be [{layout.capacity}, {pixels}·Cout] for this layout and "
+            f"patches of {tuple(patch_size)}"
+        )
+    shapes, offsets = _place(shapes, tokens.shape[1] // pixels)
+    _check_capacity(offsets, capacity)
+    choose("unpatchify", backend, tokens.device.type)
+    return RaggedLatents(_torch(tokens, offsets, shapes, layout, patch_size, capacity), offsets, shapes)
+
+
+def _place(shapes: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Shapes and offsets of the same videos with `channels` channels, without waiting for the device."""
+    pixels = shapes[:, 1:].long().prod(dim=1)
+    channel = torch.where(pixels > 0, channels, 0).to(shapes.dtype)
+    offsets = torch.cat([pixels.new_zeros(1), (pixels * channels).cumsum(0)])
+    return torch.cat([channel[:, None], shapes[:, 1:]], dim=1), offsets
+
+
+def _torch(
+    tokens: Tensor, offsets: Tensor, shapes: Tensor, layout: PackedLayout, patch_size: PatchSize, capacity: int
+) -> Tensor:
+    channels = tokens.shape[1] // math.prod(patch_size)
+    index, exists = pixel_index(offsets, shapes, layout, channels, patch_size)
+    patches = tokens.view(-1, *patch_size, channels).permute(0, 4, 1, 2, 3)
+    # One element more than the buffer: where everything goes that is cropped or padding.
+    index = torch.where(exists & (index < capacity), index, capacity)
+    flat = tokens.new_zeros(capacity + 1).scatter(0, index.flatten(), patches.flatten())
+    return flat[:capacity]
+
+
+def _check_capacity(offsets: Tensor, capacity: int) -> None:
+    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if offsets[-1] > capacity:
+        raise ValueError(f"capacity: {capacity} elements, but the videos have {int(offsets[-1])}")
