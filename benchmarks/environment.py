@@ -1,0 +1,79 @@
+"""Where numbers come from: versions, commit, the device and what it reaches at best."""
+
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from benchmarks._checkout import ROOT
+from benchmarks.timing import time_variants
+
+
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """A JSON-ready record. commit: what to record where the checkout carries no git data."""
+    record: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+    }
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        asked = "driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
+        record["device"] = device.name
+        record["multiprocessors"] = device.multi_processor_count
+        record["memory_bytes"] = device.total_memory
+        record["nvidia_smi"] = _output("nvidia-smi", "-i", "0", f"--query-gpu={asked}", "--format=csv")
+    else:
+        record["device"] = platform.processor() or platform.machine()
+    return record
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reaches when nothing is in its way."""
+
+    gigabytes_per_second: float  # a copy, bytes read and written
+    teraflops: float  # one large square matrix product on random data, bf16 on a GPU, fp32 on a CPU
+
+    @staticmethod
+    def measure(device: torch.device) -> "Ceilings":
+        """Copy and multiply, large on a GPU and small on a CPU."""
+        on_gpu = device.type == "cuda"
+        dtype, elements, side = (torch.bfloat16, 1 << 30, 8192) if on_gpu else (torch.float32, 1 << 22, 256)
+        source = torch.ones(elements, dtype=dtype, device=device)
+        target = torch.empty_like(source)
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        work = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
+        times = time_variants(work, device=device, seconds=1.0, max_samples=20)
+        return Ceilings(
+            gigabytes_per_second=2 * source.nbytes / times["copy"].median / 1e6,
+            teraflops=2 * side**3 / times["product"].median / 1e9,
+        )
+
+
+def _commit() -> str:
+    head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return f"{head}+changes" if head and changed else head or "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str:
+    """What `command` prints; nothing if it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,95 @@
+"""The package as a user gets it: a light import, a complete wheel, and both ways to install it."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ("sora_fast", "kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+
+
+def _run(*command: str | Path, cwd: Path) -> str:
+    result = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, f"{command} failed:\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is shipped: building in place would leave its traces in the checkout."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in SHIPPED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """The python of an empty virtual environment that borrows the installed packages, sora_fast excepted."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = _run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    # Its path is searched, but .pth files found there, such as an editable install's, are not read.
+    Path(site, "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    return python
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    report = _run(
+        sys.executable,
+        "-c",
+        textwrap.dedent("""
+            import time, sys, torch
+            start = time.process_time()
+            import sora_fast
+            print(time.process_time() - start)
+            print(*({"transformers", "av", "sklearn", "matplotlib", "diffusers"} & set(sys.modules)))
+        """),
+        cwd=ROOT,
+    ).splitlines()
+    seconds, heavy = float(report[0]), report[1]
+    assert not heavy, f"importing sora_fast also imports {heavy}"
+    assert seconds < 2, f"importing sora_fast takes {seconds:.1f} s beyond torch"
+
+
+@pytest.mark.slow
+def test_wheel_is_complete(source: Path, tmp_path: Path) -> None:
+    command = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index")
+    _run(*command, "--wheel-dir", tmp_path, source, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = set(archive.namelist())
+        entry_points = archive.read("sora_fast-0.1.0.dist-info/entry_points.txt").decode()
+    wanted = {f"sora_fast/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
+    wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "sora_fast").rglob("*.py")}
+    assert wanted - shipped == set()
+    assert {name.split("/")[0] for name in shipped} == {"sora_fast", "sora_fast-0.1.0.dist-info"}
+    assert "sora-fast = sora_fast.cli:main" in entry_points
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editable", [False, True], ids=["plain", "editable"])
+def test_both_installs_bring_the_kernels(
+    source: Path, environment: Path, tmp_path: Path, editable: bool
+) -> None:
+    command = (sys.executable, "-m", "pip", "--python", environment, "install", "--no-build-isolation")
+    mode = ("--editable",) if editable else ()
+    _run(*command, "--no-deps", "--no-index", *mode, source, cwd=tmp_path)
+    script = "import sora_fast as a, sora_fast.kernels._launch as b; print(a.__file__); print(b.__file__)"
+    package, kernels = map(Path, _run(environment, "-c", script, cwd=tmp_path).splitlines())
+    if editable:
+        assert package.parent == source / "sora_fast"
+        assert kernels.parent == source / "kernels"
+    else:
+        assert package.is_relative_to(tmp_path / "venv")
+        assert kernels.parent == package.parent / "kernels"
