@@ -84,10 +84,7 @@ def _check(layout: PackedLayout, mask: SpacetimeMask, kv_layout: PackedLayout | 
 
 def _segment_lists(layout: PackedLayout, others: PackedLayout) -> TileLists:
     """Full masks need no list: a segment's tiles are contiguous, so `tiles` is the identity."""
-    starts, ends = layout.tile_offsets[:-1], layout.tile_offsets[1:]
-    used = ends > starts
-    segment = layout.segment_ids[starts.clamp(max=layout.capacity - 1).long()] if layout.capacity else starts
-    segment = segment.clamp(min=0).long()
+    segment, used = _tile_segments(layout)
     # Every segment starts a tile, so its first token finds its first tile exactly.
     first_tile = torch.searchsorted(others.tile_offsets, others.cu_seqlens, out_int32=True)
     begin = torch.where(used, first_tile[segment], 0)
@@ -96,11 +93,17 @@ def _segment_lists(layout: PackedLayout, others: PackedLayout) -> TileLists:
     return TileLists(begin, end, end, tiles, _longest_first(end - begin))
 
 
+def _tile_segments(layout: PackedLayout) -> tuple[Tensor, Tensor]:
+    """Segment of every tile, int64, and whether the tile is used at all; unused ones get any segment."""
+    starts, ends = layout.tile_offsets[:-1], layout.tile_offsets[1:]
+    segment = torch.searchsorted(layout.cu_seqlens, starts, right=True) - 1
+    return segment.clamp(max=layout.max_segments - 1), ends > starts
+
+
 def _tile_pairs(layout: PackedLayout, mask: SpacetimeMask) -> tuple[Tensor, Tensor]:
     """Boolean matrices [T, T], query tile by key tile: entirely allowed, and allowed in part (perhaps)."""
-    tiles, used = layout.tile_ids().long(), layout.tile_offsets[1:] > layout.tile_offsets[:-1]
-    starts = layout.tile_offsets[:-1].clamp(max=max(layout.capacity - 1, 0)).long()
-    segment = layout.segment_ids[starts]
+    segment, used = _tile_segments(layout)
+    tiles = layout.tile_ids().long()
     same = (segment[:, None] == segment[None, :]) & used[:, None] & used[None, :]
     first, last = mask.bounds(layout)
     meets, full = same, same

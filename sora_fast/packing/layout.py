@@ -78,7 +78,7 @@ class PackedLayout(TensorBundle):
         order: "raster", or "tiled": small 3D boxes, so that a tile is compact in space and time.
         box: the box (t, h, w) of the tiled order for all segments; None chooses one per segment, the best for
             `for_mask` (fewest visited tile pairs), or compact and full ones without it.
-        capacity, max_segments: static sizes; default: exactly what the batch needs.
+        capacity, max_segments: static sizes; default: exactly what the batch needs, at least one segment.
         keep: per segment, the raster indices of the tokens that stay (any order; None keeps all).
         tile_size: most tokens in a tile; a power of two from 16 to 128.
 
@@ -87,7 +87,7 @@ class PackedLayout(TensorBundle):
         grids = [_checked_grid(index, grid) for index, grid in enumerate(grids)]
         _check_options(order, box, tile_size)
         kept = [None] * len(grids) if keep is None else [_checked_keep(i, k, grids[i]) for i, k in _paired(keep, grids)]
-        max_segments = _fitted("max_segments", max_segments, len(grids), "segments")
+        max_segments = _fitted("max_segments", max_segments, max(len(grids), 1), "segments")
         lengths = [math.prod(grid) if k is None else len(k) for grid, k in zip(grids, kept, strict=True)]
         capacity = _fitted("capacity", capacity, sum(lengths), "tokens")
 

@@ -1,0 +1,178 @@
+"""SoraDiT: a diffusion transformer over packed videos and images."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from sora_fast.masks import SpacetimeMask
+from sora_fast.models.text import PackedText
+from sora_fast.nn import BlockContext, DiTBlock, FinalLayer, LabelEmbedder, PatchEmbed3D, TimestepEmbedder
+from sora_fast.nn.positions import FactorisedTables, FractionalPosition, SinCosPosition
+from sora_fast.ops.adaln import adaln
+from sora_fast.ops.qk_norm_rope import Rope3D
+from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
+from sora_fast.schedule import TileSchedule
+
+POSITIONS = ("rope", "factorised", "fractional", "sincos")
+# Depth, width and heads of DiT's four sizes (Peebles & Xie 2023, Table 1).
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+
+@dataclass(frozen=True)
+class SoraDiTConfig:
+    """Everything that the shape of a SoraDiT depends on.
+
+    position: "rope" (3D, inside attention), or added to the patches: "factorised" (learned tables for t, h, w),
+        "fractional" (place as a share of the side), "sincos" (DiT's, 2D).
+    mlp: "gelu" or "swiglu".
+    text_dim: width of the text tokens that cross-attention reads; None: no cross-attention.
+    pooled_dim: width of a pooled text vector added to the timestep embedding; None: none.
+    num_classes: classes of a label added to the timestep embedding; None: none.
+    learned_sigma: predict 2 × in_channels, the second half for the variance (DDPM).
+    discrete_time: the time embedded is DDPM's raw step, round(1000·σ) − 1, and not 1000·σ.
+    mask: who attends whom.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    in_channels: int
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    mlp: str = "gelu"
+    mlp_ratio: float = 4.0
+    qk_norm: bool = True
+    position: str = "rope"
+    text_dim: int | None = None
+    pooled_dim: int | None = None
+    num_classes: int | None = None
+    learned_sigma: bool = False
+    discrete_time: bool = False
+    mask: SpacetimeMask = field(default_factory=SpacetimeMask.full)
+
+    def __post_init__(self) -> None:
+        if self.position not in POSITIONS:
+            raise ValueError(f"position: {self.position!r}; it must be one of {POSITIONS}")
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            raise ValueError(f"patch_size: {self.patch_size}; it must be three positive sizes (t, h, w)")
+        for name in ("dim", "depth", "heads", "in_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; it must be positive")
+
+    @staticmethod
+    def of_size(size: str, *, in_channels: int, **options: object) -> "SoraDiTConfig":
+        """DiT's S, B, L or XL, with any other field in `options`."""
+        if size not in SIZES:
+            raise ValueError(f"size: {size!r}; it must be one of {tuple(SIZES)}")
+        depth, dim, heads = SIZES[size]
+        return SoraDiTConfig(dim=dim, depth=depth, heads=heads, in_channels=in_channels, **options)
+
+
+class SoraDiT(nn.Module):
+    """patch_embed → blocks → final layer → unpatchify; every task is the same forward pass."""
+
+    def __init__(self, config: SoraDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        rope = Rope3D() if config.position == "rope" else None
+        self.x_embedder = PatchEmbed3D(config.dim, config.in_channels, config.patch_size)
+        self.pos_embed = _position(config)
+        self.t_embedder = TimestepEmbedder(config.dim)
+        self.y_embedder = None if config.num_classes is None else LabelEmbedder(config.dim, config.num_classes)
+        self.text_embedder = None if config.pooled_dim is None else nn.Linear(config.pooled_dim, config.dim)
+        self.blocks = nn.ModuleList(
+            DiTBlock(
+                config.dim,
+                config.heads,
+                mlp=config.mlp,
+                mlp_ratio=config.mlp_ratio,
+                qk_norm=config.qk_norm,
+                rope=rope,
+                context_dim=config.text_dim,
+            )
+            for _ in range(config.depth)
+        )
+        self.final_layer = FinalLayer(
+            config.dim, config.in_channels, config.patch_size, multiple=2 if config.learned_sigma else 1
+        )
+        self.apply(_init)
+        _init_embedders(self)
+
+    def forward(
+        self,
+        latents: RaggedLatents,
+        layout: PackedLayout,
+        conditioning: Conditioning,
+        text: PackedText | None = None,
+        labels: Tensor | None = None,
+    ) -> RaggedLatents:
+        """Predict the path's target for every video.
+
+        latents: S videos (in_channels, T, H, W) at the noise levels of `conditioning`; layout: their token grids,
+        ceil(T/pt), ceil(H/ph), ceil(W/pw); text: packed text of the same S segments; labels: [S] int.
+        Returns videos of the same sizes with in_channels channels, twice as many with `learned_sigma`.
+        """
+        _check_inputs(self.config, layout, text, labels)
+        condition = self._condition(conditioning, text, labels)
+        modulations = [block.adaLN_modulation(condition) for block in self.blocks]
+        modulations.append(self.final_layer.adaLN_modulation(condition))
+        shared = self._shared(layout, conditioning, text)
+
+        x = self.x_embedder(latents, layout, None if self.pos_embed is None else self.pos_embed(layout))
+        h = adaln(x, *modulations[0][:2], shared.rows)
+        for block, modulation, following in zip(self.blocks, modulations, modulations[1:], strict=False):
+            x, h = block(x, h, modulation, following[:2], shared)
+        return self.final_layer(h, layout, latents)
+
+    def _condition(self, conditioning: Conditioning, text: PackedText | None, labels: Tensor | None) -> Tensor:
+        timestep = conditioning.sigma * 1000
+        if self.config.discrete_time:
+            timestep = timestep.round() - 1
+        condition = self.t_embedder(timestep)
+        segment = conditioning.segment.clamp(min=0).long()
+        if self.y_embedder is not None:
+            condition = condition + self.y_embedder(labels)[segment]
+        if self.text_embedder is not None:
+            condition = condition + self.text_embedder(text.pooled)[segment]
+        return condition
+
+    def _shared(self, layout: PackedLayout, conditioning: Conditioning, text: PackedText | None) -> BlockContext:
+        schedule = TileSchedule.build(layout, self.config.mask)
+        if self.config.text_dim is None:
+            return BlockContext(layout, schedule, conditioning.rows)
+        text_schedule = TileSchedule.build(layout, kv_layout=text.layout)
+        return BlockContext(layout, schedule, conditioning.rows, text.tokens, text.layout, text_schedule)
+
+
+def _position(config: SoraDiTConfig) -> nn.Module | None:
+    modules = {"factorised": FactorisedTables, "fractional": FractionalPosition, "sincos": SinCosPosition}
+    return None if config.position == "rope" else modules[config.position](config.dim)
+
+
+def _init(module: nn.Module) -> None:
+    # Zero-initialised layers (modulation, final Linear) are exactly zero and stay so.
+    if isinstance(module, nn.Linear) and module.weight.count_nonzero():
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def _init_embedders(model: SoraDiT) -> None:
+    for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
+        nn.init.normal_(layer.weight, std=0.02)
+    if model.y_embedder is not None:
+        nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
+
+
+def _check_inputs(config: SoraDiTConfig, layout: PackedLayout, text: PackedText | None, labels: Tensor | None) -> None:
+    wants_text = config.text_dim is not None or config.pooled_dim is not None
+    if wants_text and text is None:
+        raise ValueError("text: None, but the model was built with text_dim or pooled_dim; pass a PackedText")
+    if config.pooled_dim is not None and text.pooled is None:
+        raise ValueError("text: it has no pooled vector, but the model was built with pooled_dim")
+    if wants_text and text.layout.max_segments != layout.max_segments:
+        raise ValueError(
+            f"text: {text.layout.max_segments} segments, but the layout has {layout.max_segments}; they must agree"
+        )
+    if config.num_classes is not None and labels is None:
+        raise ValueError("labels: None, but the model was built with num_classes; pass one label a segment")
+    if labels is not None and tuple(labels.shape) != (layout.max_segments,):
+        raise ValueError(f"labels: shape {tuple(labels.shape)}; it must be [{layout.max_segments}], one a segment")

@@ -1,0 +1,78 @@
+"""DiTBlock: adaLN-Zero self-attention, optional cross-attention to text, and MLP, joined by fused ops."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from sora_fast.nn.adaln import AdaLNZero
+from sora_fast.nn.attention import PackedAttention, PackedCrossAttention
+from sora_fast.nn.mlp import Mlp, SwiGLU
+from sora_fast.ops.gated_residual_adaln import gated_residual_adaln
+from sora_fast.ops.qk_norm_rope import Rope3D
+from sora_fast.packing import PackedLayout, RowIndex
+from sora_fast.schedule import TileSchedule
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What all blocks share in one forward pass; built once a batch.
+
+    rows: row of the modulation table of every token.
+    text, text_layout, text_schedule: the packed text, if the model reads any.
+    """
+
+    layout: PackedLayout
+    schedule: TileSchedule
+    rows: RowIndex
+    text: Tensor | None = None
+    text_layout: PackedLayout | None = None
+    text_schedule: TileSchedule | None = None
+
+
+class DiTBlock(nn.Module):
+    """One transformer block.
+
+    The stream travels as a pair (x, h): the residual x and its normalised, modulated form h. Each branch ends in one
+    pass over memory that gates it, adds it to x, and makes the h of whatever comes next, which for the last branch is
+    the next block: its shift and scale are handed in.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        mlp: str = "gelu",
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = True,
+        rope: Rope3D | None = None,
+        context_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if mlp not in ("gelu", "swiglu"):
+            raise ValueError(f'mlp: {mlp!r}; it must be "gelu" or "swiglu"')
+        self.attn = PackedAttention(dim, heads, qk_norm=qk_norm, rope=rope)
+        self.cross = None if context_dim is None else PackedCrossAttention(dim, heads, context_dim)
+        self.mlp = (Mlp if mlp == "gelu" else SwiGLU)(dim, int(mlp_ratio * dim))
+        self.adaLN_modulation = AdaLNZero(dim, 6 if self.cross is None else 9)
+
+    def forward(
+        self,
+        x: Tensor,
+        h: Tensor,
+        modulation: tuple[Tensor, ...],
+        following: tuple[Tensor, Tensor],
+        shared: BlockContext,
+    ) -> tuple[Tensor, Tensor]:
+        """x, h: [N, C] → the same for the next block.
+
+        modulation: what this block's `adaLN_modulation` gave, 6 or 9 tables [M, C]: shift, scale, gate of each branch.
+        following: shift and scale [M, C] of the layer that comes next.
+        """
+        rows = shared.rows
+        _, _, gate, *rest = modulation
+        x, h = gated_residual_adaln(x, self.attn(h, shared.layout, shared.schedule), gate, *rest[:2], rows)
+        if self.cross is not None:
+            branch = self.cross(h, shared.text, shared.layout, shared.text_layout, shared.text_schedule)
+            x, h = gated_residual_adaln(x, branch, rest[2], *rest[3:5], rows)
+        return gated_residual_adaln(x, self.mlp(h), rest[-1], *following, rows)

@@ -1,0 +1,52 @@
+"""Additive position embeddings; with RoPE a model needs none of them."""
+
+import torch
+from torch import Tensor, nn
+
+from sora_fast.ops.patch_embed import FactorisedPosition
+from sora_fast.packing import PackedLayout
+
+
+class FractionalPosition(nn.Module):
+    """Linear of Fourier features of the place as a fraction of the side (NaViT's fractional embedding, in 3D).
+
+    Fractions do not grow with the resolution, so sizes never seen in training stay inside the trained range.
+    """
+
+    def __init__(self, dim: int, frequencies: int = 8) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.linear = nn.Linear(6 * frequencies, dim)
+
+    def forward(self, layout: PackedLayout) -> Tensor:
+        """→ [N, C]"""
+        sides = layout.grids[layout.segment_ids.clamp(min=0).long()]
+        fraction = (layout.coords + 0.5) / sides.clamp(min=1)
+        octaves = torch.pi * 2.0 ** torch.arange(self.frequencies, device=fraction.device)
+        angles = (fraction[:, :, None] * octaves).flatten(1)
+        return self.linear(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.linear.weight.dtype))
+
+
+class FactorisedTables(nn.Module):
+    """One learned table an axis, added up (NaViT's factorised embedding, in 3D)."""
+
+    def __init__(self, dim: int, rows: tuple[int, int, int] = (256, 256, 256)) -> None:
+        """rows: the largest grid (T, H, W) that the tables cover."""
+        super().__init__()
+        self.t, self.h, self.w = (nn.Parameter(torch.randn(size, dim) * 0.02) for size in rows)
+
+    def forward(self, layout: PackedLayout) -> FactorisedPosition:
+        return FactorisedPosition(self.t, self.h, self.w)
+
+
+class SinCosPosition(nn.Module):
+    """DiT's fixed 2D sin-cos embedding: the first half encodes the column, the second the row; time is not encoded."""
+
+    def __init__(self, dim: int, max_side: int = 512) -> None:
+        super().__init__()
+        fixed = FactorisedPosition.sin_cos(dim, max_side, max_side)
+        self.register_buffer("h", fixed.h, persistent=False)
+        self.register_buffer("w", fixed.w, persistent=False)
+
+    def forward(self, layout: PackedLayout) -> FactorisedPosition:
+        return FactorisedPosition(h=self.h, w=self.w)
