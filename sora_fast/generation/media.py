@@ -1,0 +1,265 @@
+"""Videos and images on disk: read into tensors, written from tensors.
+
+Needs PyAV and Pillow: `pip install sora-fast[video]`.
+Everywhere in this file a video is a float tensor (C, T, H, W) with values in [-1, 1]; an image has T = 1.
+"""
+
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.stream import Disposition
+from av.video.reformatter import Colorspace
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from torch import Tensor
+
+# What Pillow reads better than FFmpeg does: it notices truncation, and honours orientation and transparency.
+IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+ANIMATED_FORMATS = ("PNG", "GIF", "WEBP")  # in others a second picture is a thumbnail or the other eye
+
+DEFAULT_RATE = Fraction(25)  # of streams that carry neither timestamps nor a rate; FFmpeg assumes the same
+GIF_DEFAULT_SECONDS = 0.1  # what browsers show a GIF frame for that asks for no time at all
+H264_QUALITY = "16"  # x264's crf: no artefact to be seen even on tiny frames, whose files are small anyway
+
+
+class UnreadableMedia(ValueError):
+    """A file that holds no usable video or image. `path` says which file, `reason` says why."""
+
+    def __init__(self, path: str | PathLike[str], reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = Path(path), reason
+
+
+def read_media(
+    path: str | PathLike[str],
+    *,
+    max_frames: int | None = None,
+    fps: float | None = None,
+    max_side: int | None = None,
+    channels: int = 3,
+) -> Tensor:
+    """Reads any video or image that PyAV or Pillow reads.
+
+    Args:
+        max_frames: stop after that many frames; None reads all.
+        fps: frames per second to sample the video at (each instant shows its latest frame); None takes every frame.
+        max_side: frames with a longer side are scaled down to it, keeping their aspect ratio.
+        channels: 3 for RGB, 1 for grey.
+
+    Returns:
+        (channels, T, H, W) float32 in [-1, 1]. Rotation stored in the file is applied; transparency lies on black.
+
+    Raises:
+        UnreadableMedia: an empty, corrupt, truncated or audio-only file, and whatever is no video or image at all.
+            Frames behind the last one asked for are not decoded, hence not checked.
+        FileNotFoundError, ValueError: no such file; an option out of range.
+    """
+    path = Path(path)
+    for name, value in {"max_frames": max_frames, "fps": fps, "max_side": max_side}.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be positive or None, got {value}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
+    if path.stat().st_size == 0:
+        raise UnreadableMedia(path, "empty file (0 bytes)")
+
+    timed = _timed_frames(path)
+    frames = (image for _, image in timed) if fps is None else _at_rate(timed, fps)
+    arrays = [_to_array(image, max_side, channels) for image in islice(frames, max_frames)]
+    if not arrays:
+        raise UnreadableMedia(path, "no frame could be decoded")
+    if any(array.shape != arrays[0].shape for array in arrays):
+        raise UnreadableMedia(path, "frames change their size on the way")
+    pixels = torch.from_numpy(np.stack(arrays)).permute(3, 0, 1, 2)
+    return pixels.to(torch.float32).div(127.5).sub(1)
+
+
+def write_media(path: str | PathLike[str], video: Tensor, *, fps: float = 8, scale: int = 1) -> Path:
+    """Writes a video or image as the suffix of `path` says: .mp4 (H.264), .gif (loops), or .png (one frame).
+
+    Args:
+        video: (C, T, H, W) float in [-1, 1], clamped; C is 1 or 3.
+        fps: frames per second (a GIF counts in hundredths of a second and merges equal frames).
+        scale: every pixel becomes scale × scale pixels; small frames are hard to look at otherwise.
+
+    Returns:
+        The path. Folders on the way are made. H.264 needs even sides: an odd one has its last row or column repeated.
+    """
+    path = Path(path)
+    writer = _WRITERS.get(path.suffix.lower())
+    if writer is None:
+        raise ValueError(f"path must end in {', '.join(_WRITERS)}; got {path.name!r}")
+    if fps <= 0:
+        raise ValueError(f"fps must be positive, got {fps}")
+    if scale < 1:
+        raise ValueError(f"scale must be a whole number of at least 1, got {scale}")
+    frames = to_pixels(video).repeat(scale, axis=1).repeat(scale, axis=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer(path, frames, fps)
+    return path
+
+
+def to_pixels(video: Tensor) -> np.ndarray:
+    """(C, T, H, W) float in [-1, 1], C 1 or 3, → (T, H, W, C) uint8. Values outside are clamped; NaN is an error."""
+    if video.ndim != 4 or video.shape[0] not in (1, 3) or 0 in video.shape:
+        raise ValueError(f"video must be (C, T, H, W) with C = 1 or 3, none of them empty; got {tuple(video.shape)}")
+    video = video.detach().to("cpu", torch.float32)
+    if video.isnan().any():
+        raise ValueError(f"video holds {int(video.isnan().sum())} NaN among its {video.numel()} values")
+    levels = (video.clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
+    return levels.permute(1, 2, 3, 0).contiguous().numpy()
+
+
+# Reading. Every source becomes (seconds, RGB image) pairs.
+
+
+def _timed_frames(path: Path) -> Iterator[tuple[float, Image.Image]]:
+    try:
+        image = Image.open(path, formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        return _video_frames(path)
+    except Exception as error:  # Pillow's parsers raise whatever they stumble over: IndexError, struct.error, …
+        raise UnreadableMedia(path, f"corrupt or truncated image: {error}") from error
+    return _image_frames(path, image)
+
+
+def _image_frames(path: Path, image: Image.Image) -> Iterator[tuple[float, Image.Image]]:
+    seconds = 0.0
+    try:
+        with image:
+            pages = ImageSequence.Iterator(image) if image.format in ANIMATED_FORMATS else (image,)
+            for page in pages:
+                page.load()
+                yield seconds, _on_black(ImageOps.exif_transpose(page))
+                seconds += page.info.get("duration", 0) / 1000 or GIF_DEFAULT_SECONDS
+    except Exception as error:
+        raise UnreadableMedia(path, f"corrupt or truncated image: {error}") from error
+
+
+def _on_black(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 instead of scaling them
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer).convert("RGB")
+
+
+def _video_frames(path: Path) -> Iterator[tuple[float, Image.Image]]:
+    try:
+        # "file:" keeps a colon in a name from being read as a protocol; the whitelist keeps playlists off the network.
+        with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
+            yield from _decode(path, container, _picture_stream(path, container))
+    except av.error.FFmpegError as error:
+        raise UnreadableMedia(path, _ffmpeg_reason(path, error)) from error
+
+
+def _ffmpeg_reason(path: Path, error: av.error.FFmpegError) -> str:
+    with path.open("rb") as file:
+        if file.read(8)[4:] == b"ftyp":
+            return f"corrupt or truncated video: {error.strerror}"
+    return f"corrupt, or not a video or image: {error.strerror}"
+
+
+def _picture_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if container.format.name == "tty":  # FFmpeg plays any text file as a terminal's screen
+        raise UnreadableMedia(path, "a text file, not a video or image")
+    if not streams:
+        raise UnreadableMedia(path, "no video in it (audio only)" if container.streams.audio else "no video in it")
+    indexed = max((entry.pos + entry.size for entry in streams[0].index_entries), default=0)
+    if indexed > path.stat().st_size:
+        raise UnreadableMedia(path, f"truncated: {path.stat().st_size} bytes of at least {indexed}")
+    return streams[0]
+
+
+def _decode(
+    path: Path, container: av.container.InputContainer, stream: av.VideoStream
+) -> Iterator[tuple[float, Image.Image]]:
+    rate = stream.average_rate or DEFAULT_RATE
+    count, end = 0, 0.0
+    for packet in container.demux():  # all streams: the container's duration is that of the longest
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index != stream.index:
+            continue
+        for frame in packet.decode():
+            if frame.is_corrupt or packet.is_corrupt:
+                raise UnreadableMedia(path, f"corrupt or truncated video: frame {count} is damaged")
+            quarters = round(frame.rotation / 90)
+            image = frame.to_image().rotate(90 * quarters, expand=True) if quarters else frame.to_image()
+            yield float(count / rate) if frame.time is None else frame.time, image
+            count += 1
+    _check_complete(path, container, end)
+
+
+def _check_complete(path: Path, container: av.container.InputContainer, end: float) -> None:
+    """Compares what came with what the header promised: files without an index (MKV, WebM) just end early."""
+    if container.duration is None:
+        return
+    start, promised = ((value or 0) / av.time_base for value in (container.start_time, container.duration))
+    if end - start < 0.9 * promised - 0.5:  # durations are estimates: headers round them, some by whole frames
+        raise UnreadableMedia(path, f"truncated: {end - start:.1f} s of {promised:.1f} s")
+
+
+def _at_rate(timed: Iterable[tuple[float, Image.Image]], fps: float) -> Iterator[Image.Image]:
+    """The frame that is on screen at 0, 1/fps, 2/fps, … seconds after the first."""
+    tolerance = 1e-3 / fps  # timestamps are rounded, often to milliseconds
+    first = shown = None
+    ticks = 0
+    for seconds, image in timed:
+        first = seconds if first is None else first
+        while shown is not None and ticks / fps < seconds - first - tolerance:
+            yield shown
+            ticks += 1
+        shown, since = image, seconds
+    if shown is not None and ticks / fps <= since - first + tolerance:
+        yield shown
+
+
+def _to_array(image: Image.Image, max_side: int | None, channels: int) -> np.ndarray:
+    if max_side is not None and max(image.size) > max_side:
+        ratio = max_side / max(image.size)
+        size = (max(1, round(image.width * ratio)), max(1, round(image.height * ratio)))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    return np.asarray(image) if channels == 3 else np.asarray(image.convert("L"))[..., None]
+
+
+# Writing. `frames` is (T, H, W, C) uint8.
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    frames = np.broadcast_to(frames, (*frames.shape[:3], 3))
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("h264", rate=Fraction(fps).limit_denominator(1001), options={"crf": H264_QUALITY})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.colorspace = Colorspace.ITU709  # said aloud, since players guess by size when it is not
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+        container.mux(stream.encode())
+
+
+def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
+    first, *others = _images(frames)
+    first.save(path, save_all=True, append_images=others, duration=1000 / fps, loop=0)
+
+
+def _write_png(path: Path, frames: np.ndarray, fps: float) -> None:
+    if len(frames) != 1:
+        raise ValueError(f"a .png holds one frame, got {len(frames)}; write a .gif or an .mp4")
+    _images(frames)[0].save(path)
+
+
+def _images(frames: np.ndarray) -> list[Image.Image]:
+    return [Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame) for frame in frames]
+
+
+_WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
