@@ -14,7 +14,8 @@ TRITON ?= triton==3.7.1
 NUMPY  ?= numpy>=2.2,<2.5
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# --no-compile: Python compiles the few modules that are used when they are first imported.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # The stamp carries the pins in its name: other pins install anew, the same ones never do.
 PINS := $(VENV)/.pins-$(shell printf '%s' '$(TORCH) $(TRITON) $(NUMPY)' | cksum | cut -d ' ' -f 1)
 READY := $(VENV)/.ready

@@ -19,9 +19,7 @@ class _KernelsFinder(MetaPathFinder):
         if fullname != "sora_fast.kernels":
             return None
         folder = ROOT / "kernels"
-        return spec_from_file_location(
-            fullname, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
+        return spec_from_file_location(fullname, folder / "__init__.py", submodule_search_locations=[str(folder)])
 
 
 def make_importable() -> None:

@@ -79,9 +79,7 @@ def test_wheel_is_complete(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("editable", [False, True], ids=["plain", "editable"])
-def test_both_installs_bring_the_kernels(
-    source: Path, environment: Path, tmp_path: Path, editable: bool
-) -> None:
+def test_both_installs_bring_the_kernels(source: Path, environment: Path, tmp_path: Path, editable: bool) -> None:
     command = (sys.executable, "-m", "pip", "--python", environment, "install", "--no-build-isolation")
     mode = ("--editable",) if editable else ()
     _run(*command, "--no-deps", "--no-index", *mode, source, cwd=tmp_path)

@@ -1,0 +1,206 @@
+"""The work that is measured: per op, a few calls at representative sizes. To add an op, add a function and list it.
+
+The same cases are compiled ahead of time (benchmarks/aot.py) and timed on a GPU (benchmarks/gpu_suite.py).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sora_fast import use_backend
+from sora_fast.kernels._launch import recording
+from sora_fast.masks import SpacetimeMask
+from sora_fast.ops.adaln import adaln
+from sora_fast.ops.gated_residual import gated_residual
+from sora_fast.ops.gated_residual_adaln import gated_residual_adaln
+from sora_fast.ops.packed_attention import packed_attention
+from sora_fast.ops.patch_embed import patch_embed
+from sora_fast.ops.qk_norm_rope import Rope3D, qk_norm_rope
+from sora_fast.ops.segment_mean import segment_mean
+from sora_fast.ops.unpatchify import unpatchify
+from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents, RowIndex
+from sora_fast.schedule import TileSchedule
+
+Grid = tuple[int, int, int]
+
+# A latent of 16 channels in patches of 1×2×2, as the Sora-like models with a modern video autoencoder have it.
+CHANNELS, PATCH = 16, (1, 2, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """How large the cases are, and where their tensors live."""
+
+    device: torch.device
+    dtype: torch.dtype
+    grids: tuple[Grid, ...]  # token grids of the batch: videos and images mixed
+    widths: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    heads: int
+
+    @staticmethod
+    def ahead_of_time() -> "Setting":
+        """Tiny tensors, every width and head dim that the kernels are built for."""
+        grids = ((4, 8, 8), (1, 8, 16), (2, 8, 8))
+        return Setting(torch.device("cpu"), torch.bfloat16, grids, (384, 1152, 3072, 5120), (64, 72, 96, 128), 2)
+
+    @staticmethod
+    def on_gpu() -> "Setting":
+        """About 32k tokens: four videos and three images, of seven shapes."""
+        grids = ((16, 24, 40), (8, 30, 32), (1, 64, 48), (1, 32, 32), (4, 16, 24), (1, 24, 40), (4, 16, 32))
+        return Setting(torch.device("cuda"), torch.bfloat16, grids, (1152, 3072), (72, 128), 16)
+
+    @staticmethod
+    def small(device: torch.device) -> "Setting":
+        """A walk through every case in seconds."""
+        return Setting(device, torch.float32, ((3, 4, 5), (1, 6, 4), (2, 5, 3)), (64,), (64,), 2)
+
+    def layout(self, **options: Any) -> PackedLayout:
+        """The batch, laid out."""
+        return PackedLayout.from_grids(self.grids, device=self.device, **options)
+
+    def rows(self, layout: PackedLayout) -> RowIndex:
+        """One modulation row a segment."""
+        return Conditioning.per_segment(torch.rand(layout.max_segments, device=self.device), layout).rows
+
+    def random(self, *shape: int) -> Tensor:
+        """Normal random numbers."""
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One call `op(*args, **options)`; gradients are asked for every floating-point tensor among `args`.
+
+    label: tells the case from the op's others. bytes_moved, flops: (forward, backward), the least that any
+    implementation must do; zeros where that is not what limits the op.
+    """
+
+    op: Callable[..., Any]
+    label: str
+    args: tuple[Any, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    bytes_moved: tuple[int, int] = (0, 0)
+    flops: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        for tensor in self.inputs:
+            tensor.requires_grad_()
+
+    @property
+    def name(self) -> str:
+        return f"{self.op.__name__}[{self.label}]"
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return tuple(a for a in self.args if isinstance(a, Tensor) and a.is_floating_point())
+
+    def has_kernels(self) -> bool:
+        """True if the op launches Triton kernels here."""
+        with recording((9, 0)) as recorder, use_backend("triton"):
+            self.forward()
+        return bool(recorder.launches)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """The outputs."""
+        result = self.op(*self.args, **self.options)
+        if isinstance(result, RaggedLatents):
+            return (result.flat,)
+        return result if isinstance(result, tuple) else (result,)
+
+    def backward(self, outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Gradients of the inputs; may be called many times for the same outputs."""
+        return torch.autograd.grad(outputs, self.inputs, gradients, retain_graph=True)
+
+
+def all_cases(setting: Setting) -> Iterator[Case]:
+    """Every case of every op, one at a time, so that only one case's tensors are alive."""
+    for cases in (_modulation, _qk_norm_rope, _attention, _patches, _segment_mean):
+        yield from cases(setting)
+
+
+def _modulation(s: Setting) -> Iterator[Case]:
+    layout = s.layout()
+    rows = s.rows(layout)
+    for width in s.widths:
+        x, branch = (s.random(layout.capacity, width) for _ in range(2))
+        shift, scale, gate = (s.random(layout.max_segments, width) for _ in range(3))
+        label, once = f"C{width}", x.nbytes
+        yield Case(adaln, label, (x, shift, scale, rows), bytes_moved=(2 * once, 3 * once))
+        yield Case(gated_residual, label, (x, branch, gate, rows), bytes_moved=(3 * once, 3 * once))
+        both = (x, branch, gate, shift, scale, rows)
+        yield Case(gated_residual_adaln, label, both, bytes_moved=(4 * once, 6 * once))
+
+
+def _qk_norm_rope(s: Setting) -> Iterator[Case]:
+    layout = s.layout()
+    for head_dim in s.head_dims:
+        q, k, _ = s.random(layout.capacity, 3, s.heads, head_dim).unbind(1)
+        weights = s.random(head_dim), s.random(head_dim)
+        once = q.numel() * q.element_size()
+        args = (q, k, *weights, layout, Rope3D())
+        yield Case(qk_norm_rope, f"D{head_dim}", args, bytes_moved=(4 * once, 6 * once))
+
+
+def _attention(s: Setting) -> Iterator[Case]:
+    masks = {
+        "full": SpacetimeMask.full(),
+        "frame_causal": SpacetimeMask.frame_causal(),
+        "window": SpacetimeMask.window(2, 6, 6),
+        "token_causal": SpacetimeMask.token_causal(),
+    }
+    text = PackedLayout.from_grids([(77, 1, 1)] * len(s.grids), device=s.device)
+    for head_dim in s.head_dims:
+        for name, mask in masks.items():
+            layout = s.layout(order="tiled", for_mask=mask)
+            q, k = (s.random(layout.capacity, s.heads, head_dim) for _ in range(2))
+            v = s.random(layout.capacity, 3, s.heads, head_dim)[:, 2]  # as it comes out of a fused projection
+            args = (q, k, v, layout, TileSchedule.build(layout, mask))
+            pairs = sum(_pairs(mask, grid) for grid in s.grids)
+            yield Case(packed_attention, f"{name},D{head_dim}", args, flops=_products(pairs, q))
+        k, v = s.random(text.capacity, 2, s.heads, head_dim).unbind(1)
+        work = _products(77 * layout.capacity, q)
+        options = {"kv_layout": text}
+        yield Case(packed_attention, f"cross,D{head_dim}", (q, k, v, layout), options, flops=work)
+
+
+def _products(pairs: int, q: Tensor) -> tuple[int, int]:
+    """FLOPs of the two matrix products forward, and of the five backward, the recomputed scores included."""
+    product = 2 * pairs * q.shape[1] * q.shape[2]
+    return 2 * product, 5 * product
+
+
+def _pairs(mask: SpacetimeMask, grid: Grid) -> int:
+    """How many (query, key) pairs `mask` allows in a segment: a box counts axis by axis."""
+    tokens = math.prod(grid)
+    if mask.causal_tokens:
+        return tokens * (tokens + 1) // 2
+    lines = [(grid[0], 1, 1), (1, grid[1], 1), (1, 1, grid[2])]
+    return math.prod(int(mask.materialize(PackedLayout.from_grids([line])).sum()) for line in lines)
+
+
+def _patches(s: Setting) -> Iterator[Case]:
+    layout = s.layout(order="tiled")
+    pt, ph, pw = PATCH
+    videos = [s.random(CHANNELS, t * pt, h * ph, w * pw) for t, h, w in s.grids]
+    latents = RaggedLatents.from_list(videos)
+    volume = CHANNELS * pt * ph * pw
+    for width in s.widths:
+        weight, bias = s.random(width, volume), s.random(width)
+        once = (volume + width) * layout.capacity * weight.element_size()
+        args = (latents, weight, bias, layout, PATCH)
+        yield Case(patch_embed, f"C{width}", args, bytes_moved=(once, once))
+    tokens = s.random(layout.capacity, volume)
+    moved = (2 * tokens.nbytes, 2 * tokens.nbytes)
+    yield Case(unpatchify, f"K{volume}", (tokens, layout, PATCH, latents), bytes_moved=moved)
+
+
+def _segment_mean(s: Setting) -> Iterator[Case]:
+    layout = s.layout()
+    for width in s.widths:
+        x = s.random(layout.capacity, width)
+        yield Case(segment_mean, f"C{width}", (x, layout), bytes_moved=(x.nbytes, x.nbytes))
