@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,18 +70,22 @@ def save(
     return final
 
 
-def load(directory: Path) -> Checkpoint:
-    """Read one checkpoint directory. Raises OSError, ValueError or SafetensorError if it is damaged."""
+def load(directory: Path, groups: Collection[str] | None = None) -> Checkpoint:
+    """Read one checkpoint directory, all its groups or only some.
+
+    Raises OSError, ValueError or SafetensorError if it is damaged.
+    """
     record = json.loads((directory / "state.json").read_text())
-    tensors = {group: load_file(directory / f"{group}.safetensors") for group in record["groups"]}
+    wanted = [group for group in record["groups"] if groups is None or group in groups]
+    tensors = {group: load_file(directory / f"{group}.safetensors") for group in wanted}
     return Checkpoint(record["step"], tensors, record["state"])
 
 
-def latest(root: Path) -> Checkpoint | None:
+def latest(root: Path, groups: Collection[str] | None = None) -> Checkpoint | None:
     """The newest readable checkpoint under `root`, or None. A damaged one is passed over, with a warning."""
     for directory in _directories(root):
         try:
-            return load(directory)
+            return load(directory, groups)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             log.warning("passing over the damaged checkpoint %s: %s", directory, error)
     return None

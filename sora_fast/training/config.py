@@ -17,7 +17,10 @@ def write_config(path: Path, config: Any) -> None:
 def read_config(path: Path, cls: type[Config]) -> Config:
     """Read what `write_config` wrote. ValueError names the file and the field that does not fit."""
     try:
-        return _build(cls, json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it does not hold a JSON object")
+        return _build(cls, values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a valid {cls.__name__}: {error}") from error
 
@@ -33,8 +36,9 @@ def _build(hint: Any, value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_build(item_hint, item) for item_hint, item in _pair(hint, value))
     if isinstance(value, dict) and get_origin(hint) in (Union, UnionType):
-        dataclasses = [option for option in get_args(hint) if is_dataclass(option)]
-        return _build(dataclasses[0], value) if dataclasses else value
+        options = [option for option in get_args(hint) if is_dataclass(option)]
+        fitting = [option for option in options if value.keys() <= {field.name for field in fields(option)}]
+        return _build((fitting or options)[0], value) if options else value
     return value
 
 

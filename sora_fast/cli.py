@@ -1,0 +1,299 @@
+"""The command line: `sora-fast demo`, `sora-fast train`, `sora-fast sample`.
+
+Heavy imports happen inside the commands, so that --help and --version answer at once.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sora_fast.generation.tasks import Request
+    from sora_fast.training.data import FolderSource
+    from sora_fast.training.run import RunConfig
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+TRAIN_HELP = """\
+Train a video model on a folder of your own videos and images.
+
+The folder may hold anything that FFmpeg and Pillow read, in subfolders too. A caption stands beside its file:
+clip.mp4 with clip.txt, or clip.json as {"caption": "..."}. Files that cannot be used are named and skipped.
+
+  sora-fast train --data clips --out runs/first --minutes 30
+  sora-fast sample runs/first --prompt "a red ball" --frames 16 --size 64x64 --out ball.mp4
+
+Ctrl-C saves; the run goes on with: sora-fast train --resume --out runs/first
+"""
+
+SAMPLE_HELP = """\
+Make a video (or, with --frames 1, an image) with a trained model.
+
+  sora-fast sample runs/first --prompt "a red ball" --frames 16 --size 64x48 --out ball.mp4
+  sora-fast sample runs/first --prompt "a red ball" --frames 16 --image start.png --out ball.mp4   from an image
+  sora-fast sample runs/first --frames 24 --image clip.mp4 --out longer.mp4                       a clip, continued
+  sora-fast sample runs/first --frames 24 --image a.mp4 --end b.mp4 --out joined.mp4              two clips, joined
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if argv[:1] == ["demo"]:  # has its own options
+        from sora_fast.demo.run import main as demo
+
+        return demo(argv[1:])
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        return _fail(f"{error}; pip install 'sora_fast[video,text]' brings what reads videos and text encoders")
+    except (ValueError, OSError, FloatingPointError) as error:
+        return _fail(str(error))
+
+
+def _fail(message: str) -> int:
+    print(f"sora-fast: error: {message}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sora-fast", description="Train small, fast video diffusion transformers.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands.add_parser("demo", help="train on moving digits, sample, measure: the whole thing in minutes")
+    _add_train(commands)
+    _add_sample(commands)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"sora-fast {version('sora_fast')}")
+        parser.exit()
+
+
+def _add_train(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train on a folder of videos and images",
+        description=TRAIN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=_train)
+    add = parser.add_argument_group("what and where").add_argument
+    add("--data", metavar="FOLDER", help="videos, images and their captions")
+    add("--out", metavar="RUN", required=True, type=Path, help="folder of the run: configuration, log, checkpoints")
+    add("--resume", action="store_true", help="go on with the run in --out; all other options come from it")
+    add("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    add = parser.add_argument_group("how long (one of the two)").add_argument
+    add("--minutes", type=float, help="train for so long (default: 30)")
+    add("--steps", type=int, help="train for so many steps; resuming then gives the same bits as never stopping")
+    add = parser.add_argument_group("data").add_argument
+    add("--max-frames", type=int, default=16, help="frames taken from the start of a video (default: %(default)s)")
+    add("--max-side", type=int, default=64, help="longer sides are scaled down to this (default: %(default)s pixels)")
+    add("--fps", type=float, help="sample videos at this rate (default: every frame)")
+    add("--grey", action="store_true", help="one grey channel in place of RGB")
+    add = parser.add_argument_group("model").add_argument
+    add("--dim", type=int, default=256, help="width (default: %(default)s)")
+    add("--depth", type=int, default=6, help="transformer blocks (default: %(default)s)")
+    add("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
+    add("--patch", type=_sizes(3), default=(1, 4, 4), metavar="TxHxW", help="pixels in a token (default: 1x4x4)")
+    add("--text-encoder", metavar="FOLDER", help="a CLIP or T5 saved there (default: a small one, trained along)")
+    add = parser.add_argument_group("training").add_argument
+    add("--capacity", type=int, default=8192, help="tokens in a batch (default: %(default)s)")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="default: %(default)s")
+    add("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+    add("--ema-decay", type=float, default=0.999, help="of the averaged weights (default: %(default)s)")
+    add("--caption-dropout", type=float, default=0.1, help="share of captions left out (default: %(default)s)")
+    add("--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--bf16", action="store_true", help="compute in bfloat16 (for GPUs)")
+    add("--no-compile", action="store_true", help="without torch.compile: starts sooner, runs slower")
+
+
+def _add_sample(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
+        "sample",
+        help="make a video with a trained model",
+        description=SAMPLE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=_sample)
+    add = parser.add_argument
+    add("run", metavar="RUN", type=Path, help="folder of a run: what `sora-fast train --out` made")
+    add("--out", type=Path, required=True, help="file to write: .mp4, .gif, or .png for one frame")
+    add("--prompt", default="", help="what is to be seen")
+    add("--frames", type=int, default=16, help="frames of the whole result (default: %(default)s)")
+    add("--size", type=_sizes(2), metavar="HxW", help="height x width in pixels (default: 64x64, or the image's)")
+    add("--image", type=Path, metavar="FILE", help="image or clip to begin with; its frames stay as they are")
+    add("--end", type=Path, metavar="FILE", help="image or clip to end with")
+    add("--guidance", type=float, default=3.0, help="1: none; more follows the prompt closer (default: %(default)s)")
+    add("--steps", type=int, default=30, help="steps of the sampler (default: %(default)s)")
+    add("--sampler", help="euler, heun, ddim, dpm++ or ddpm (default: what suits the run)")
+    add("--seed", type=int, default=0, help="another seed, another video (default: %(default)s)")
+    add("--fps", type=float, help="frames per second of the result (default: those of the run)")
+    add("--scale", type=int, default=1, help="enlarge every pixel so many times (default: %(default)s)")
+    add("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+
+
+def _sizes(count: int) -> "argparse._ActionType":
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            sizes = tuple(int(part) for part in text.lower().split("x"))
+        except ValueError:
+            sizes = ()
+        if len(sizes) != count or min(sizes) < 1:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {count} whole numbers with an x between, like " + "x".join(["64"] * count)
+            )
+        return sizes
+
+    return parse
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: there is no usable GPU here")
+    return name
+
+
+def _train(a: argparse.Namespace) -> int:
+    from sora_fast.training.data import FolderSource
+    from sora_fast.training.run import read_run
+    from sora_fast.training.trainer import Trainer
+
+    if a.resume == (a.data is not None):
+        raise ValueError("train needs either --data FOLDER, for a new run, or --resume")
+    device = _device(a.device)
+    config = read_run(a.out) if a.resume else _run_config(a)
+    if config.data is None:
+        raise ValueError(f"{a.out} was not made by `sora-fast train`; it cannot be resumed by it")
+    source = FolderSource(config.data, progress=True)
+    print(f"{len(source)} files to train on, {len(source.skipped)} skipped")
+    _check_lengths(source, config)
+    trainer = Trainer(config, source, a.out, device=device, resume=a.resume)
+    if a.resume:
+        print(f"going on from step {trainer.step}")
+    finished = trainer.fit()
+    if not finished:
+        print(f"Saved at step {trainer.step}. To go on: sora-fast train --resume --out {a.out}")
+        return INTERRUPTED
+    print(f"Done: {trainer.step} steps. To sample: sora-fast sample {a.out} --prompt … --out clip.mp4")
+    return 0
+
+
+def _run_config(a: argparse.Namespace) -> "RunConfig":
+    from sora_fast.models import SoraDiTConfig
+    from sora_fast.training.batches import BatchConfig
+    from sora_fast.training.data import DataConfig
+    from sora_fast.training.run import RunConfig, TextConfig, TrainConfig
+
+    channels = 1 if a.grey else 3
+    minutes = 30.0 if a.minutes is None and a.steps is None else a.minutes
+    text = TextConfig(folder=a.text_encoder)
+    return RunConfig(
+        model=SoraDiTConfig(
+            dim=a.dim,
+            depth=a.depth,
+            heads=a.heads,
+            in_channels=channels,
+            patch_size=a.patch,
+            text_dim=text.width,
+            pooled_dim=text.width,
+        ),
+        train=TrainConfig(
+            steps=a.steps,
+            minutes=minutes,
+            batch=BatchConfig(capacity=a.capacity, caption_dropout=a.caption_dropout),
+            optimizer=a.optimizer,
+            lr=a.lr,
+            ema_decay=a.ema_decay,
+            precision="bfloat16" if a.bf16 else "float32",
+            compile=not a.no_compile,
+            seed=a.seed,
+            save_every=a.save_every,
+        ),
+        text=text,
+        data=DataConfig(a.data, max_frames=a.max_frames, max_side=a.max_side, fps=a.fps, channels=channels),
+        **({"fps": a.fps} if a.fps else {}),
+    )
+
+
+def _check_lengths(source: "FolderSource", config: "RunConfig") -> None:
+    """A file that no batch can hold is better named before the first step than in the middle of a run."""
+    import math
+
+    from sora_fast.training.batches import token_grid
+
+    capacity = config.train.batch.capacity
+    for path, shape in zip(source.files, source.shapes, strict=True):
+        tokens = math.prod(token_grid(shape, config.model.patch_size))
+        if tokens > capacity:
+            raise ValueError(
+                f"{path} has {tokens} tokens, more than a batch of --capacity {capacity} holds; raise it, or lower "
+                "--max-frames or --max-side, or use a larger --patch"
+            )
+
+
+def _sample(a: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from sora_fast.generation.engine import SAMPLERS, Engine
+    from sora_fast.generation.media import write_media
+
+    if a.sampler is not None and a.sampler not in SAMPLERS:
+        raise ValueError(f"--sampler {a.sampler}: it must be one of {', '.join(SAMPLERS)}")
+    engine = Engine.load(a.run, device=_device(a.device))
+    config = engine.networks.config
+    request = _request(a, config)
+    with tqdm(total=a.steps, desc="sampling", unit=" steps") as bar:
+        (video,) = engine.generate(
+            [request],
+            steps=a.steps,
+            sampler=SAMPLERS.get(a.sampler),
+            progress=lambda done, steps: bar.update(),
+        )
+    write_media(a.out, video, fps=a.fps or config.fps, scale=a.scale)
+    print(f"{a.out}: {request.frames} frames of {request.height}x{request.width}")
+    return 0
+
+
+def _request(a: argparse.Namespace, config: "RunConfig") -> "Request":
+    from sora_fast.generation.tasks import Request
+
+    head, tail = (_given(file, config) for file in (a.image, a.end))
+    sizes = {tuple(clip.shape[2:]) for clip in (head, tail) if clip is not None} | ({a.size} if a.size else set())
+    if len(sizes) > 1:
+        listed = " and ".join("x".join(map(str, size)) for size in sorted(sizes))
+        raise ValueError(f"--size, --image and --end must agree, but they are {listed} pixels")
+    height, width = sizes.pop() if sizes else (64, 64)
+    return Request(a.prompt, a.frames, height, width, head, tail, guidance=a.guidance, seed=a.seed)
+
+
+def _given(file: Path | None, config: "RunConfig") -> "Tensor | None":
+    """An image or clip at the size that the model was trained at."""
+    from sora_fast.generation.media import read_media
+
+    if file is None:
+        return None
+    limit = None if config.data is None else config.data.max_side
+    return read_media(file, max_side=limit, channels=config.model.in_channels)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

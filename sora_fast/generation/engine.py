@@ -1,0 +1,110 @@
+"""Engine: a trained run in, videos out."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sora_fast.diffusion.guidance import Guided
+from sora_fast.diffusion.noise import noise_like
+from sora_fast.diffusion.paths import RectifiedFlow
+from sora_fast.diffusion.samplers import (
+    DDIM,
+    Ancestral,
+    Denoiser,
+    DPMSolver2M,
+    Euler,
+    Heun,
+    Sampler,
+    sample,
+)
+from sora_fast.generation.tasks import Request, pack_requests
+from sora_fast.models import PackedText
+from sora_fast.packing import PackedLayout
+from sora_fast.training import checkpoint
+from sora_fast.training.run import CHECKPOINTS, Networks, read_run
+
+SAMPLERS: dict[str, Sampler] = {
+    "euler": Euler(),
+    "heun": Heun(),
+    "ddim": DDIM(),
+    "dpm++": DPMSolver2M(),
+    "ddpm": Ancestral(),
+}
+
+
+class Engine:
+    """Makes videos with trained networks; all requests of a call are packed into one sequence.
+
+    networks: as the trainer has them; put into evaluation mode and moved to `device`.
+    """
+
+    def __init__(self, networks: Networks, *, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.networks = networks.to(self.device).eval().requires_grad_(False)
+
+    @staticmethod
+    def load(folder: Path | str, *, device: torch.device | str = "cpu") -> "Engine":
+        """The newest averaged weights of a run's folder. ValueError if it holds no run or no checkpoint."""
+        folder = Path(folder)
+        config = read_run(folder)
+        saved = checkpoint.latest(folder / CHECKPOINTS, groups=("ema",))
+        if saved is None:
+            raise ValueError(f"{folder} holds no checkpoint yet; train it first")
+        networks = Networks(config)
+        with torch.no_grad():
+            for name, parameter in networks.trained().items():
+                parameter.copy_(saved.tensors["ema"][name])
+        return Engine(networks, device=device)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        steps: int = 30,
+        sampler: Sampler | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Tensor]:
+        """A video (C, T, H, W), float in [-1, 1] on the CPU, for each request.
+
+        steps: of the sampler; default: Euler for a rectified flow, DDIM for DDPM. progress: called with (steps done,
+        steps). Given frames come back bit for bit if the codec is the identity.
+        """
+        networks = self.networks
+        packed = pack_requests(requests, codec=networks.codec, patch_size=networks.patch_size).to(self.device)
+        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        if sampler is None:
+            sampler = Euler() if isinstance(networks.path, RectifiedFlow) else DDIM()
+        half = networks.config.train.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            made = sample(
+                self._denoiser(requests, packed.layout),
+                packed.data.with_flat(noise_like(packed.data, generators)),
+                packed.layout,
+                networks.path,
+                sampler,
+                steps=steps,
+                patch_size=networks.patch_size,
+                data=packed.data,
+                clean=packed.clean,
+                generator=generators,
+                progress=progress,
+            )
+        return [networks.codec.decode(latents).cpu() for latents in made.to_list()]
+
+    def _denoiser(self, requests: Sequence[Request], layout: PackedLayout) -> Denoiser:
+        model = self.networks.model
+        if self.networks.text is None:
+            return model
+        text = self._text([request.prompt for request in requests])
+        scale = torch.tensor([request.guidance for request in requests])
+        if bool((scale == 1).all()):
+            return lambda latents, layout, conditioning: model(latents, layout, conditioning, text=text)
+        null_text = self._text([""] * len(requests))
+        return Guided(model, layout, scale=scale, text=text, null_text=null_text)
+
+    def _text(self, prompts: list[str]) -> PackedText:
+        ids, layout = self.networks.text.tokenize(prompts)
+        return self.networks.text(ids.to(self.device), layout.to(self.device))

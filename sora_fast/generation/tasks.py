@@ -1,0 +1,135 @@
+"""Every task is the same request: a video of some shape, of which some first or last frames may be given."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sora_fast.diffusion.clean import clean_frames
+from sora_fast.models.codecs import Codec
+from sora_fast.packing import PackedLayout, RaggedLatents
+from sora_fast.packing._bundle import TensorBundle
+from sora_fast.training.batches import token_grid
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One video or image to make.
+
+    frames, height, width: of the whole result; frames = 1 is an image.
+    head, tail: (C, t, height, width) float in [-1, 1], frames that the result begins or ends with, unchanged.
+    guidance: 1 is none; more follows the prompt more closely.
+    seed: of the noise; the result does not depend on what else is made in the same pack.
+    """
+
+    prompt: str
+    frames: int
+    height: int
+    width: int
+    head: Tensor | None = None
+    tail: Tensor | None = None
+    guidance: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; it must be at least 1")
+        given = 0
+        for name in ("head", "tail"):
+            clip = getattr(self, name)
+            if clip is None:
+                continue
+            if clip.ndim != 4 or tuple(clip.shape[2:]) != (self.height, self.width):
+                raise ValueError(
+                    f"{name}: shape {tuple(clip.shape)}; it must be (C, t, {self.height}, {self.width}), "
+                    "as large as the video"
+                )
+            given += clip.shape[1]
+        if given >= self.frames:
+            raise ValueError(f"frames: {self.frames}, but {given} are given; there must be more, to make")
+
+
+def text_to_video(prompt: str, frames: int, size: tuple[int, int], *, guidance: float = 1.0, seed: int = 0) -> Request:
+    """A video (or, with one frame, an image) of size (height, width) from a prompt alone."""
+    return Request(prompt, frames, *size, guidance=guidance, seed=seed)
+
+
+def image_to_video(image: Tensor, prompt: str, frames: int, *, guidance: float = 1.0, seed: int = 0) -> Request:
+    """A video of `frames` frames that begins with the image (C, 1, H, W)."""
+    if image.ndim != 4 or image.shape[1] != 1:
+        raise ValueError(f"image: shape {tuple(image.shape)}; it must be (C, 1, H, W); extend() takes clips")
+    return extend(image, prompt, frames - 1, guidance=guidance, seed=seed)
+
+
+def extend(
+    clip: Tensor, prompt: str, new_frames: int, *, backward: bool = False, guidance: float = 1.0, seed: int = 0
+) -> Request:
+    """The clip (C, T, H, W) with `new_frames` more frames after it, or before it."""
+    frames, height, width = _clip_shape("clip", clip)
+    ends = {"tail": clip} if backward else {"head": clip}
+    return Request(prompt, frames + new_frames, height, width, guidance=guidance, seed=seed, **ends)
+
+
+def join(
+    first: Tensor, second: Tensor, prompt: str, new_frames: int, *, guidance: float = 1.0, seed: int = 0
+) -> Request:
+    """Two clips (C, T, H, W) of one size with `new_frames` frames made between them."""
+    frames, height, width = _clip_shape("first", first)
+    frames += _clip_shape("second", second)[0] + new_frames
+    return Request(prompt, frames, height, width, first, second, guidance=guidance, seed=seed)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRequests(TensorBundle):
+    """Requests, ready for a sampler.
+
+    data: latents of every result, what is given in its place and zero elsewhere; layout: their tokens.
+    clean: [N] bool, tokens that are given.
+    """
+
+    data: RaggedLatents
+    layout: PackedLayout
+    clean: Tensor
+
+
+def pack_requests(
+    requests: Sequence[Request], *, codec: Codec, patch_size: tuple[int, int, int], order: str = "tiled"
+) -> PackedRequests:
+    """Pack requests, one a segment. Given frames must fill whole patches in time: ValueError if they do not."""
+    if not requests:
+        raise ValueError("requests: empty; there must be at least one")
+    placed = [_place(request, codec, patch_size[0]) for request in requests]
+    latents, heads, tails = map(list, zip(*placed, strict=True))
+    layout = PackedLayout.from_grids([token_grid(video.shape, patch_size) for video in latents], order=order)
+    clean = clean_frames(layout, torch.tensor(heads), torch.tensor(tails))
+    return PackedRequests(RaggedLatents.from_list(latents), layout, clean)
+
+
+def _place(request: Request, codec: Codec, patch_frames: int) -> tuple[Tensor, int, int]:
+    """Latents of the result with what is given in its place, and how many first and last patches in time that is."""
+    latents = torch.zeros(codec.spec.latent_shape(request.frames, request.height, request.width))
+    frames, head, tail = latents.shape[1], 0, 0
+    if request.head is not None:
+        code = codec.encode(request.head)
+        head = code.shape[1]
+        latents[:, :head] = code
+    if request.tail is not None:
+        code = codec.encode(request.tail)
+        tail = code.shape[1]
+        latents[:, frames - tail :] = code
+    for name, boundary in (("head", head), ("tail", (frames - tail) if tail else 0)):
+        if boundary % patch_frames:
+            raise ValueError(
+                f"{name}: it ends inside a patch of {patch_frames} latent frames, at {boundary} of {frames}; "
+                "give more or fewer frames"
+            )
+    return latents, head // patch_frames, -(-tail // patch_frames)
+
+
+def _clip_shape(name: str, clip: Tensor) -> tuple[int, int, int]:
+    """(T, H, W) of a clip (C, T, H, W)."""
+    if clip.ndim != 4:
+        raise ValueError(f"{name}: shape {tuple(clip.shape)}; it must be (C, T, H, W)")
+    return tuple(clip.shape[1:])

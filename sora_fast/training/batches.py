@@ -1,0 +1,206 @@
+"""From a source of samples to packed batches of static capacity, one after the other, for ever."""
+
+import math
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from sora_fast.models.codecs import Codec
+from sora_fast.models.text import TextEncoder
+from sora_fast.packing import PackedLayout, RaggedLatents
+from sora_fast.packing._bundle import TensorBundle
+from sora_fast.packing.packer import PackRules, StreamingPacker
+from sora_fast.training.data import Sample, Source
+
+Item = TypeVar("Item")
+
+# What a random draw is for: no two purposes share random numbers.
+_ORDER, _CAPTION = 0, 1
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts(TensorBundle):
+    """What a text encoder takes: ids [Nt], and their layout of S segments."""
+
+    ids: Tensor
+    layout: PackedLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Batch(TensorBundle):
+    """Packed samples. The tensors' shapes never change from batch to batch.
+
+    latents, layout: S segments in N tokens. prompts: the captions, tokenized; None without a text encoder.
+    useful: tokens that are no padding. skipped: samples longer than the capacity, so far.
+    resume: what `Batches.load_state_dict` takes to go on after this batch; JSON-able.
+    """
+
+    latents: RaggedLatents
+    layout: PackedLayout
+    prompts: Prompts | None
+    useful: int
+    skipped: int
+    resume: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How samples become batches.
+
+    capacity: tokens in a batch. max_segments: samples in a batch, at most.
+    text_capacity: text tokens in a batch; where captions are longer together, the longest are cut.
+    look_ahead: samples that the packer chooses from: more of it, less padding.
+    order: "tiled" or "raster", the token order.
+    caption_dropout: share of the samples whose caption is left out, for classifier-free guidance.
+    oversized: "raise" an error for a sample longer than the capacity, or "skip" and count it.
+    """
+
+    capacity: int = 4096
+    max_segments: int = 32
+    text_capacity: int = 2048
+    look_ahead: int = 128
+    order: str = "tiled"
+    caption_dropout: float = 0.1
+    oversized: str = "raise"
+
+
+class Batches:
+    """An endless iterator of `Batch`, the same one for the same arguments.
+
+    codec: what makes the samples' latents. text: what tokenizes the captions, if anything.
+
+    A data set (a source with `__len__`) is gone through in a new random order every epoch. Samples are fetched twice,
+    once for their length and once for their pixels, so that what waits in the packer costs no memory; a source with
+    a method `shape(index) -> (C, T, H, W)` spares the first.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: BatchConfig,
+        *,
+        patch_size: tuple[int, int, int],
+        codec: Codec,
+        text: TextEncoder | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.source, self.config, self.codec, self.text = source, config, codec, text
+        self.patch_size, self.seed = patch_size, seed
+        rules = PackRules(config.capacity, config.max_segments, oversized=config.oversized)
+        self.packer = StreamingPacker(rules, look_ahead=config.look_ahead)
+        self.position = 0
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the stream and what waits in the packer; JSON-able."""
+        return {"position": self.position, "packer": self.packer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+        self.packer.load_state_dict(state["packer"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            pack: list[int] = []
+            while not pack:
+                packs = self.packer.push(self.position, self._length(self.position))
+                self.position += 1
+                pack = packs[0] if packs else []
+                self._check_progress()
+            yield self._batch(pack)
+
+    def _batch(self, positions: Sequence[int]) -> Batch:
+        c = self.config
+        samples = [self.source[self._index(position)] for position in positions]
+        videos = [self.codec.encode(sample.video) for sample in samples]
+        grids = [token_grid(video.shape, self.patch_size) for video in videos]
+        elements = c.capacity * self.codec.spec.channels * math.prod(self.patch_size)
+        layout = PackedLayout.from_grids(grids, order=c.order, capacity=c.capacity, max_segments=c.max_segments)
+        return Batch(
+            RaggedLatents.from_list(videos, capacity=elements, max_segments=c.max_segments),
+            layout,
+            self._prompts([self._caption(*pair) for pair in zip(samples, positions, strict=True)]),
+            useful=sum(map(math.prod, grids)),
+            skipped=self.packer.skipped,
+            resume=self.state_dict(),
+        )
+
+    def _length(self, position: int) -> int:
+        index = self._index(position)
+        shape = self.source.shape(index) if hasattr(self.source, "shape") else self.source[index].video.shape
+        return math.prod(token_grid(self.codec.spec.latent_shape(*shape[1:]), self.patch_size))
+
+    def _index(self, position: int) -> int:
+        """The sample at a position of the stream."""
+        if not hasattr(self.source, "__len__"):
+            return position
+        epoch, place = divmod(position, len(self.source))
+        if self._epoch is None or self._epoch[0] != epoch:
+            random = np.random.default_rng((self.seed, _ORDER, epoch))
+            self._epoch = epoch, random.permutation(len(self.source))
+        return int(self._epoch[1][place])
+
+    def _caption(self, sample: Sample, position: int) -> str:
+        dropped = np.random.default_rng((self.seed, _CAPTION, position)).random()
+        return "" if dropped < self.config.caption_dropout else sample.caption
+
+    def _prompts(self, captions: list[str]) -> Prompts | None:
+        if self.text is None:
+            return None
+        c, longest = self.config, max(map(len, captions))
+        while longest and self.text.tokenize(captions)[0].shape[0] > c.text_capacity:
+            longest = longest * 3 // 4
+            captions = [caption[:longest] for caption in captions]
+        return Prompts(*self.text.tokenize(captions, capacity=c.text_capacity, max_segments=c.max_segments))
+
+    def _check_progress(self) -> None:
+        if hasattr(self.source, "__len__") and self.packer.skipped >= len(self.source) == self.position:
+            raise ValueError(
+                f"all {len(self.source)} samples are longer than the capacity of {self.config.capacity} tokens; "
+                "raise the capacity, or make the samples smaller"
+            )
+
+
+def token_grid(shape: Sequence[int], patch_size: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Token grid (T, H, W) of latents (C, T, H, W)."""
+    frames, height, width = (-(-size // patch) for size, patch in zip(shape[1:], patch_size, strict=True))
+    return frames, height, width
+
+
+def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
+    """The same items in the same order, made up to `depth` ahead in a thread that ends with the generator."""
+    ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(entry: tuple[Item | None, BaseException | None]) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if stop.is_set():
+                    return
+        except BaseException as error:
+            put((None, error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,161 @@
+"""A run: everything that is needed to train a model, continue it, or sample from it, in one folder.
+
+RUN/config.json       RunConfig
+RUN/log.jsonl         one line a step
+RUN/checkpoints/…     see checkpoint.py
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from sora_fast.diffusion.paths import DDPM, RectifiedFlow
+from sora_fast.models import SoraDiT, SoraDiTConfig
+from sora_fast.models.codecs import IdentityCodec
+from sora_fast.models.text import ByteTextEncoder, TransformersTextEncoder
+from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
+from sora_fast.training.batches import BatchConfig, Prompts
+from sora_fast.training.config import read_config, write_config
+from sora_fast.training.data import DataConfig
+
+CONFIG, LOG, CHECKPOINTS = "config.json", "log.jsonl", "checkpoints"
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoder: a frozen CLIP or T5 from `folder`, or a small one of bytes that is trained along.
+
+    dim, layers, max_bytes: of the byte encoder.
+    """
+
+    folder: str | None = None
+    dim: int = 128
+    layers: int = 3
+    max_bytes: int = 255
+
+    @property
+    def width(self) -> int:
+        """Width of its tokens and pooled vectors."""
+        return self.dim if self.folder is None else self.build().dim
+
+    def build(self) -> ByteTextEncoder | TransformersTextEncoder:
+        if self.folder is not None:
+            return TransformersTextEncoder(self.folder)
+        return ByteTextEncoder(self.dim, layers=self.layers, max_bytes=self.max_bytes)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. Exactly one of `steps` and `minutes` limits the run.
+
+    minutes: wall-clock time, compilation included; the learning rate decays with it. Such a run can be resumed, but
+        only one that is limited by steps gives the same bits again.
+    optimizer: "adamw", or "muon" for the blocks' matrices and AdamW for the rest.
+    warmup: steps. decay: "cosine", "linear" or "constant".
+    clean_share: of the clips have their first frames, last frames or both given clean, which is what image-to-video,
+        extension and joining need.
+    precision: "float32", or "bfloat16" (autocast).
+    save_every, log_every: steps. keep: checkpoints.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup: int = 100
+    decay: str = "cosine"
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    clean_share: float = 0.5
+    precision: str = "float32"
+    compile: bool = True
+    seed: int = 0
+    save_every: int = 500
+    log_every: int = 10
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError(f"steps, minutes: {self.steps}, {self.minutes}; exactly one must be given")
+        for name in ("steps", "minutes", "lr", "clip_norm", "save_every", "log_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: {value}; it must be positive")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f'precision: {self.precision!r}; it must be "float32" or "bfloat16"')
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `config.json` in a run's folder holds.
+
+    text: None for a model without prompts. data: the folder that is trained on; None: a source made in Python.
+    fps: frames per second that samples are written at.
+    """
+
+    model: SoraDiTConfig
+    train: TrainConfig
+    text: TextConfig | None = None
+    path: RectifiedFlow | DDPM = field(default_factory=RectifiedFlow)
+    data: DataConfig | None = None
+    fps: float = 8.0
+
+    def __post_init__(self) -> None:
+        ddpm = isinstance(self.path, DDPM)
+        if self.model.discrete_time != ddpm:
+            raise ValueError(f"model.discrete_time: {self.model.discrete_time}; it must be {ddpm} with this path")
+        if self.model.learned_sigma != self.path.learned_variance:
+            raise ValueError(
+                f"model.learned_sigma: {self.model.learned_sigma}; it must be {self.path.learned_variance}, as "
+                "path.learned_variance"
+            )
+
+
+class Networks(nn.Module):
+    """The model and its text encoder as one module, with the codec and the noise path that belong to them."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.path = config.path
+        self.codec = IdentityCodec(config.model.in_channels)
+        self.text = None if config.text is None else config.text.build()
+        self.model = SoraDiT(config.model)
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        return self.config.model.patch_size
+
+    def forward(
+        self,
+        latents: RaggedLatents,
+        layout: PackedLayout,
+        conditioning: Conditioning,
+        prompts: Prompts | None = None,
+    ) -> RaggedLatents:
+        """SoraDiT's forward pass, with the prompts of the same S segments."""
+        text = None if self.text is None else self.text(prompts.ids, prompts.layout)
+        return self.model(latents, layout, conditioning, text=text)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name: what a checkpoint holds."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def create_run(folder: Path, config: RunConfig) -> None:
+    """Make a run's folder. ValueError if there is a run in it already."""
+    if (folder / CONFIG).exists():
+        raise ValueError(f"{folder} already holds a run; resume it, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder / CONFIG, config)
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The configuration of a run. ValueError if the folder holds none."""
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} holds no run: there is no {CONFIG} in it")
+    return read_config(folder / CONFIG, RunConfig)

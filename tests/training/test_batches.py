@@ -1,0 +1,140 @@
+import itertools
+import json
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from sora_fast.models.codecs import IdentityCodec
+from sora_fast.models.text import ByteTextEncoder
+from sora_fast.training.batches import Batch, BatchConfig, Batches, prefetch, token_grid
+from sora_fast.training.data import Sample
+
+PATCH = (1, 4, 4)
+
+
+class _Stream:
+    """Clips and images of many shapes; the value of every pixel is the sample's number."""
+
+    def __getitem__(self, index: int) -> Sample:
+        random = np.random.default_rng(index)
+        frames = int(random.integers(2, 7)) if index % 3 else 1
+        height, width = (int(side) for side in random.integers(5, 25, size=2))
+        return Sample(torch.full((1, frames, height, width), float(index)), f"clip {index}")
+
+
+class _DataSet(_Stream):
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def _batches(source: _Stream, *, seed: int = 0, text: bool = False, **options: object) -> Batches:
+    config = BatchConfig(**{"capacity": 512, "max_segments": 16, "look_ahead": 24, **options})  # type: ignore[arg-type]
+    encoder = ByteTextEncoder(8, layers=1) if text else None
+    return Batches(source, config, patch_size=PATCH, codec=IdentityCodec(1), text=encoder, seed=seed)
+
+
+def _take(batches: Batches, count: int) -> list[Batch]:
+    return list(itertools.islice(batches, count))
+
+
+def _numbers(batch: Batch) -> list[int]:
+    return [int(video.flatten()[0]) for video in batch.latents.to_list()]
+
+
+def _equal(a: Batch, b: Batch) -> bool:
+    return (
+        torch.equal(a.latents.flat, b.latents.flat)
+        and torch.equal(a.layout.coords, b.layout.coords)
+        and (a.prompts is None or torch.equal(a.prompts.ids, b.prompts.ids))
+        and a.resume == b.resume
+    )
+
+
+def test_every_sample_once_whole_and_in_static_shapes() -> None:
+    batches = _take(_batches(_Stream()), 12)
+    seen = [number for batch in batches for number in _numbers(batch)]
+    assert len(seen) == len(set(seen))
+    waiting = [entry[0] for entry in batches[-1].resume["packer"]["waiting"]]
+    ready = [number for pack in batches[-1].resume["packer"]["ready"] for number in pack]
+    assert sorted(seen + waiting + ready) == list(range(batches[-1].resume["position"]))
+    for batch in batches:
+        assert batch.layout.capacity == 512
+        assert batch.layout.max_segments == 16
+        assert batch.latents.flat.shape == (512 * 16,)
+        assert batch.useful == int((batch.layout.segment_ids >= 0).sum())
+        for video, number, grid in zip(
+            batch.latents.to_list(), _numbers(batch), batch.layout.grids.tolist(), strict=False
+        ):
+            assert torch.equal(video, _Stream()[number].video)
+            assert tuple(grid) == token_grid(video.shape, PATCH)
+    useful = sum(batch.useful for batch in batches) / (12 * 512)
+    assert useful > 0.9
+
+
+@pytest.mark.parametrize("source", [_Stream(), _DataSet(11)])
+def test_resumes_from_json(source: _Stream) -> None:
+    whole = _take(_batches(source, text=True), 9)
+    resumed = _batches(source, text=True)
+    resumed.load_state_dict(json.loads(json.dumps(whole[3].resume)))
+    for before, after in zip(whole[4:], _take(resumed, 5), strict=True):
+        assert _equal(before, after)
+
+
+def test_epochs_are_complete_and_in_different_orders() -> None:
+    batches = _batches(_DataSet(10), look_ahead=1)
+    orders = [[batches._index(epoch * 10 + place) for place in range(10)] for epoch in range(3)]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert orders[0] != orders[1]
+    assert [_batches(_DataSet(10), seed=1)._index(place) for place in range(10)] != orders[0]
+
+
+def test_captions_are_dropped_at_the_asked_rate() -> None:
+    source, config = _Stream(), {"caption_dropout": 0.3, "text": True}
+    starts = drops = 0
+    for batch in _take(_batches(source, **config), 40):  # type: ignore[arg-type]
+        lengths = batch.prompts.layout.grids[:, 0]
+        starts += int((lengths > 0).sum())
+        drops += int((lengths == 1).sum())
+    assert starts > 300
+    assert abs(drops / starts - 0.3) < 0.08
+
+
+def test_long_captions_are_cut_to_the_capacity() -> None:
+    (batch,) = _take(_batches(_Stream(), text=True, text_capacity=40, caption_dropout=0.0), 1)
+    lengths = batch.prompts.layout.grids[:, 0]
+    assert batch.prompts.ids.shape == (40,)
+    assert 20 < int(lengths.sum()) <= 40
+
+
+def test_oversized() -> None:
+    with pytest.raises(ValueError, match="exceed the capacity of 16"):
+        _take(_batches(_Stream(), capacity=16), 5)
+    (*_, last) = _take(_batches(_Stream(), capacity=64, oversized="skip"), 5)
+    assert last.skipped > 0
+    with pytest.raises(ValueError, match="all 6 samples are longer than the capacity of 1 tokens"):
+        _take(_batches(_DataSet(6), capacity=1, oversized="skip"), 1)
+
+
+def test_prefetch_keeps_order_and_ends_its_thread() -> None:
+    before = threading.active_count()
+    items = prefetch(iter(range(100)), depth=3)
+    assert list(itertools.islice(items, 50)) == list(range(50))
+    items.close()
+    assert threading.active_count() == before
+
+
+def test_prefetch_hands_on_errors() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        raise OSError("the disk is gone")
+
+    items = prefetch(broken())
+    assert next(items) == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(items)

@@ -1,0 +1,236 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sora_fast.diffusion.paths import DDPM
+from sora_fast.models import SoraDiTConfig
+from sora_fast.training import checkpoint
+from sora_fast.training.batches import BatchConfig
+from sora_fast.training.data import Sample
+from sora_fast.training.run import CHECKPOINTS, CONFIG, LOG, RunConfig, TextConfig, TrainConfig, read_run
+from sora_fast.training.trainer import Trainer, read_log
+
+
+class Gradients:
+    """Clips of many shapes that brighten to one side; raises SIGINT, as Ctrl-C does, when a sample is asked for."""
+
+    def __init__(self, interrupt_at: int | None = None) -> None:
+        self.interrupt_at = interrupt_at
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == self.interrupt_at:
+            self.interrupt_at = None
+            signal.raise_signal(signal.SIGINT)
+        random = np.random.default_rng(index)
+        frames = int(random.integers(2, 5)) if index % 3 else 1
+        height, width = (int(side) for side in random.integers(8, 17, size=2))
+        ramp = torch.linspace(-1, 1, width).expand(1, frames, height, width)
+        left = bool(random.integers(2))
+        return Sample(ramp.flip(-1) if left else ramp, "left" if left else "right")
+
+
+def tiny(**options: object) -> RunConfig:
+    batch = BatchConfig(capacity=128, max_segments=8, text_capacity=64, look_ahead=12)
+    return RunConfig(
+        model=SoraDiTConfig(dim=32, depth=1, heads=2, in_channels=1, patch_size=(1, 4, 4), text_dim=16, pooled_dim=16),
+        train=TrainConfig(
+            **{"steps": 12, "batch": batch, "compile": False, "save_every": 4, "warmup": 2, **options}  # type: ignore[arg-type]
+        ),
+        text=TextConfig(dim=16, layers=1),
+    )
+
+
+def wide() -> RunConfig:
+    """So many weights that saving them takes longer than a step; saved at every step."""
+    config = tiny(steps=6, save_every=1)
+    return replace(config, model=replace(config.model, dim=256, depth=2))
+
+
+def _losses(folder: Path) -> list[tuple[int, float, float]]:
+    return [(row["step"], row["loss"], row["norm"]) for row in read_log(folder / LOG)]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    saved = checkpoint.latest(folder / CHECKPOINTS)
+    assert saved is not None
+    return {f"{group}.{name}": t for group, named in saved.tensors.items() for name, t in named.items()}
+
+
+def _assert_same_run(one: Path, other: Path) -> None:
+    assert _losses(one) == _losses(other)
+    first, second = _weights(one), _weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert Trainer(tiny(), Gradients(), folder).fit(progress=False)
+    return folder
+
+
+def test_learns(tmp_path: Path) -> None:
+    Trainer(tiny(steps=80, lr=3e-3), Gradients(), tmp_path / "run").fit(progress=False)
+    losses = [loss for _, loss, _ in _losses(tmp_path / "run")]
+    assert len(losses) == 80
+    assert np.mean(losses[-20:]) < 0.6 * np.mean(losses[:10])
+
+
+def test_run_folder(whole: Path) -> None:
+    assert read_run(whole) == tiny()
+    rows = read_log(whole / LOG)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert all(0 <= row["padding"] < 0.5 and row["useful"] > 64 for row in rows)
+    assert rows[0]["lr"] < rows[2]["lr"] > rows[-1]["lr"]
+    assert sorted(p.name for p in (whole / CHECKPOINTS).iterdir()) == ["step-00000008", "step-00000012"]
+
+
+def test_interrupted_then_resumed_to_the_bit(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "run"
+    stopped = Trainer(tiny(), Gradients(interrupt_at=45), folder)
+    assert not stopped.fit(progress=False)
+    assert 0 < stopped.step < 12
+    assert "saving" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = Trainer(tiny(), Gradients(), folder, resume=True)
+    assert resumed.step == stopped.step
+    assert resumed.fit(progress=False)
+    _assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_from_an_older_checkpoint(tmp_path: Path, optimizer: str) -> None:
+    """What was logged after the checkpoint, and half a line, are written anew."""
+    config = tiny(optimizer=optimizer)
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        Trainer(config, Gradients(), folder).fit(progress=False)
+    newest = max((other / CHECKPOINTS).iterdir())
+    os.truncate(newest / "model.safetensors", 100)
+    with (other / LOG).open("a") as file:
+        file.write('{"step": 13, "lo')
+    resumed = Trainer(config, Gradients(), other, resume=True)
+    assert resumed.step == 8
+    assert resumed.fit(progress=False)
+    _assert_same_run(one, other)
+
+
+_TRAIN = """
+import sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+import torch
+torch.set_num_threads(1)
+from tests.training.test_trainer import Gradients, Trainer, wide
+Trainer(wide(), Gradients(), Path(sys.argv[1])).fit(progress=False)
+"""
+
+
+def test_killed_while_saving_then_resumed_to_the_bit(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert Trainer(wide(), Gradients(), one).fit(progress=False)
+    process = subprocess.Popen([sys.executable, "-c", _TRAIN.format(path=sys.path), str(other)])
+    root, deadline = other / CHECKPOINTS, time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(root.glob("step-*")) and any(root.glob(".partial-*/*")):
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was over before it was killed"
+    assert any(root.glob(".partial-*")), "the kill did not fall into a save"
+    resumed = Trainer(wide(), Gradients(), other, resume=True)
+    assert 0 < resumed.step < 6
+    assert resumed.fit(progress=False)
+    _assert_same_run(one, other)
+
+
+def test_limited_by_time(tmp_path: Path) -> None:
+    config = tiny(steps=None, minutes=1.5 / 60, warmup=0)
+    began = time.monotonic()
+    assert Trainer(config, Gradients(), tmp_path / "run").fit(progress=False)
+    assert time.monotonic() - began < 6
+    rows = read_log(tmp_path / "run" / LOG)
+    assert rows[-1]["lr"] < 0.05 * rows[0]["lr"]
+
+
+@pytest.mark.slow
+def test_compiles_once_and_learns_the_same(tmp_path: Path) -> None:
+    config = tiny(steps=6)
+    Trainer(config, Gradients(), tmp_path / "eager").fit(progress=False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = replace(config, train=replace(config.train, compile=True))
+        Trainer(compiled, Gradients(), tmp_path / "compiled").fit(progress=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    eager, fast = _losses(tmp_path / "eager"), _losses(tmp_path / "compiled")
+    np.testing.assert_allclose(np.array(eager), np.array(fast), rtol=1e-4)
+
+
+def test_ddpm_and_no_text(tmp_path: Path) -> None:
+    config = tiny(steps=3)
+    path = DDPM(learned_variance=True)
+    model = replace(config.model, text_dim=None, pooled_dim=None, discrete_time=True, learned_sigma=True)
+    config = replace(config, model=model, text=None, path=path)
+    Trainer(config, Gradients(), tmp_path / "run").fit(progress=False)
+    assert read_run(tmp_path / "run") == config
+    assert len(_losses(tmp_path / "run")) == 3
+
+
+def test_the_callers_random_state_is_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    Trainer(tiny(steps=2), Gradients(), tmp_path / "run").fit(progress=False)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_diverged(tmp_path: Path) -> None:
+    class _Broken(Gradients):
+        def __getitem__(self, index: int) -> Sample:
+            sample = super().__getitem__(index)
+            return Sample(sample.video * float("inf"), sample.caption)
+
+    with pytest.raises(FloatingPointError, match="not finite at step 4"):
+        Trainer(tiny(), _Broken(), tmp_path / "run").fit(progress=False)
+    assert checkpoint.latest(tmp_path / "run" / CHECKPOINTS) is None
+
+
+def test_refuses_a_folder_with_a_run(whole: Path) -> None:
+    with pytest.raises(ValueError, match="already holds a run"):
+        Trainer(tiny(), Gradients(), whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"minutes": 1.0}, "exactly one"),
+        ({"steps": None}, "exactly one"),
+        ({"steps": 0}, "steps: 0; it must be positive"),
+        ({"precision": "int8"}, "precision"),
+    ],
+)
+def test_configuration_errors(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
+
+
+def test_path_and_model_must_agree() -> None:
+    with pytest.raises(ValueError, match="discrete_time"):
+        replace(tiny(), path=DDPM())
+
+
+def test_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no run"):
+        read_run(tmp_path)
+    (tmp_path / CONFIG).write_text("[]")
+    with pytest.raises(ValueError, match="not a valid RunConfig"):
+        read_run(tmp_path)
