@@ -1,0 +1,201 @@
+"""Text as packed tokens: what cross-attention reads, and the encoders that make it.
+
+An encoder works in two steps. `tokenize` runs on the host, in a data loader, and gives tensors of static shape; calling
+the encoder on them gives a PackedText, without a sync, so that it compiles together with the model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sora_fast.ops.segment_mean import segment_mean
+from sora_fast.packing import PackedLayout
+from sora_fast.packing._bundle import TensorBundle
+
+
+@dataclass(frozen=True, eq=False)
+class PackedText(TensorBundle):
+    """The text tokens of S segments.
+
+    tokens [Nt, dim]: zeros on padding; layout: grids (L, 1, 1); pooled [S, dim]: one vector a text, or None.
+    """
+
+    tokens: Tensor
+    layout: PackedLayout
+    pooled: Tensor | None = None
+
+
+class TextEncoder(Protocol):
+    """Prompts in, PackedText out. `dim` is the width of both tokens and pooled vectors."""
+
+    dim: int
+
+    def tokenize(
+        self, prompts: Sequence[str], *, capacity: int | None = None, max_segments: int | None = None
+    ) -> tuple[Tensor, PackedLayout]:
+        """(ids [capacity] int32, layout) on the CPU. A prompt that is too long is cut; "" is "no prompt"."""
+        ...
+
+    def __call__(self, ids: Tensor, layout: PackedLayout) -> PackedText: ...
+
+
+class ByteTextEncoder(nn.Module):
+    """A small encoder of UTF-8 bytes that is trained along with the model.
+
+    Embedding, then residual blocks of dilated depthwise convolution and MLP: with kernel 5 and dilations 1, 2, 4 a
+    token sees 29 bytes, several words. Every prompt begins with a token of its own, which is all that "" consists of.
+    max_bytes: longer prompts are cut.
+    """
+
+    START = 256
+
+    def __init__(self, dim: int = 128, *, layers: int = 3, kernel_size: int = 5, max_bytes: int = 255) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: {kernel_size}; it must be odd, to be centred on its byte")
+        self.dim, self.max_bytes = dim, max_bytes
+        self.embedding = nn.Embedding(257, dim)
+        self.blocks = nn.ModuleList(_ByteBlock(dim, kernel_size, dilation=2**layer) for layer in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.pool = nn.Linear(dim, dim)
+
+    def tokenize(
+        self, prompts: Sequence[str], *, capacity: int | None = None, max_segments: int | None = None
+    ) -> tuple[Tensor, PackedLayout]:
+        """(ids [capacity] int32, layout); see TextEncoder. ValueError if the prompts do not fit."""
+        rows = [[self.START, *prompt.encode()[: self.max_bytes]] for prompt in _checked_prompts(prompts)]
+        return _pack(rows, capacity, max_segments)
+
+    def forward(self, ids: Tensor, layout: PackedLayout) -> PackedText:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x, layout.segment_ids)
+        x = torch.where(layout.segment_ids[:, None] >= 0, self.norm(x), 0)
+        return PackedText(x, layout, self.pool(segment_mean(x, layout)))
+
+
+class _ByteBlock(nn.Module):
+    def __init__(self, dim: int, kernel_size: int, *, dilation: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+        self.taps = nn.Parameter(torch.randn(kernel_size, dim) / kernel_size**0.5)
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x: Tensor, segment_ids: Tensor) -> Tensor:
+        """x: [N, C] → [N, C]; a token sees only neighbours of its own segment."""
+        size, reach = x.shape[0], self.dilation * (self.taps.shape[0] // 2)
+        neighbours = F.pad(x, (0, 0, reach, reach))
+        owners = F.pad(segment_ids, (reach, reach), value=-1)
+        mixed = torch.zeros_like(x)
+        for tap, weight in enumerate(self.taps):
+            place = slice(tap * self.dilation, tap * self.dilation + size)
+            mixed = mixed + weight * neighbours[place] * (owners[place] == segment_ids)[:, None]
+        return x + self.mlp(self.norm(mixed))
+
+
+class TransformersTextEncoder(nn.Module):
+    """A frozen CLIP or T5 text encoder of the `transformers` library, from a local folder with safetensors weights.
+
+    folder: as `save_pretrained` writes it: config.json, *.safetensors and the tokenizer's files. Nothing is downloaded,
+    and pickled weights are refused, since reading them can run any code.
+    max_tokens: longer prompts are cut; default: CLIP's 77 positions, 226 for T5 (what CogVideoX and others use).
+    pooled: CLIP's own pooled vector; for T5, which has none, the mean of the tokens.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, max_tokens: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        folder = _checked_folder(folder)
+        from transformers import AutoConfig, AutoTokenizer
+
+        local = {"local_files_only": True, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(folder, **local)
+        self.is_clip = config.model_type in ("clip", "clip_text_model")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        self.encoder = (
+            _encoder_class(config.model_type)
+            .from_pretrained(folder, dtype=dtype, use_safetensors=True, **local)
+            .eval()
+            .requires_grad_(False)
+        )
+        self.dim: int = self.encoder.config.hidden_size
+        self.max_tokens = max_tokens or (self.encoder.config.max_position_embeddings if self.is_clip else 226)
+
+    def train(self, mode: bool = True) -> "TransformersTextEncoder":
+        """Stays in evaluation mode: it is frozen, dropout included."""
+        return super().train(False)
+
+    def tokenize(
+        self, prompts: Sequence[str], *, capacity: int | None = None, max_segments: int | None = None
+    ) -> tuple[Tensor, PackedLayout]:
+        """(ids [capacity] int32, layout); see TextEncoder. ValueError if the prompts do not fit."""
+        prompts = list(_checked_prompts(prompts))
+        rows = self.tokenizer(prompts, truncation=True, max_length=self.max_tokens)["input_ids"] if prompts else []
+        return _pack(rows, capacity, max_segments)
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, layout: PackedLayout) -> PackedText:
+        """The library wants rows of equal length: [S, max_tokens] with a mask, then packed again."""
+        starts, lengths = layout.cu_seqlens[:-1, None], layout.cu_seqlens.diff()[:, None]
+        column = torch.arange(self.max_tokens, device=ids.device)
+        real = column < lengths
+        padded = torch.where(real, ids[(starts + column).clamp(max=ids.shape[0] - 1)], self._padding_id)
+        # An unused segment attends one padding token: attention to nothing would be NaN.
+        output = self.encoder(input_ids=padded.long(), attention_mask=(real | (column == 0)).long())
+        used = layout.segment_ids >= 0
+        tokens = output.last_hidden_state[layout.segment_ids.clamp(min=0), layout.coords[:, 0]]
+        tokens = torch.where(used[:, None], tokens, 0)
+        pooled = torch.where(lengths > 0, output.pooler_output, 0) if self.is_clip else segment_mean(tokens, layout)
+        return PackedText(tokens, layout, pooled)
+
+    @property
+    def _padding_id(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+
+def _encoder_class(model_type: str) -> Any:
+    import transformers
+
+    names = {
+        "clip": "CLIPTextModel",
+        "clip_text_model": "CLIPTextModel",
+        "t5": "T5EncoderModel",
+        "umt5": "UMT5EncoderModel",
+    }
+    if model_type not in names:
+        raise ValueError(f"folder: it holds a {model_type!r} model; it must be one of {tuple(names)}")
+    return getattr(transformers, names[model_type])
+
+
+def _checked_folder(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"folder: {folder} has no config.json; it must be a folder that save_pretrained wrote")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"folder: {folder} has no *.safetensors; pickled weights are not read, convert them first")
+    return folder
+
+
+def _checked_prompts(prompts: Sequence[str]) -> Sequence[str]:
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts: one string, {prompts!r}; it must be a list of strings")
+    return prompts
+
+
+def _pack(
+    rows: list[list[int]], capacity: int | None, max_segments: int | None
+) -> tuple[Tensor, PackedLayout]:
+    layout = PackedLayout.from_grids(
+        [(len(row), 1, 1) for row in rows], capacity=capacity, max_segments=max_segments
+    )
+    ids = torch.zeros(layout.capacity, dtype=torch.int32)
+    flat = [token for row in rows for token in row]
+    ids[: len(flat)] = torch.tensor(flat, dtype=torch.int32)
+    return ids, layout

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from sora_fast.models.codecs import IdentityCodec, LatentSpec
+
+
+def test_identity_gives_the_pixels_back_to_the_bit():
+    codec = IdentityCodec(channels=1)
+    video = torch.rand(1, 3, 5, 7) * 2 - 1
+    latents = codec.encode(video)
+    assert latents.shape == codec.spec.latent_shape(3, 5, 7)
+    assert torch.equal(codec.decode(latents), video)
+
+
+def test_identity_decodes_into_the_range_of_pixels():
+    decoded = IdentityCodec(channels=1).decode(torch.tensor([-3.0, 0.25, 1.5]).view(1, 3, 1, 1))
+    assert decoded.flatten().tolist() == [-1, 0.25, 1]
+
+
+def test_identity_refuses_what_is_no_video():
+    with pytest.raises(ValueError, match=r"video: shape \(1, 2, 4, 4\); it must be \(3, T, H, W\)"):
+        IdentityCodec().encode(torch.zeros(1, 2, 4, 4))
+    with pytest.raises(TypeError, match=r"video: torch\.uint8"):
+        IdentityCodec().encode(torch.zeros(3, 2, 4, 4, dtype=torch.uint8))
+
+
+def test_latent_shape_of_a_causal_video_codec():
+    spec = LatentSpec(channels=16, spatial_stride=8, temporal_stride=4, first_frame_alone=True)
+    assert spec.latent_shape(81, 480, 832) == (16, 21, 60, 104)
+    assert spec.latent_shape(1, 8, 8) == (16, 1, 1, 1)
+    with pytest.raises(ValueError, match="frames: 80; this codec needs a multiple of 4 plus 1"):
+        spec.latent_shape(80, 480, 832)
+    with pytest.raises(ValueError, match="width: 830; this codec needs a multiple of 8"):
+        spec.latent_shape(81, 480, 830)
+
+
+def test_latent_shape_of_a_plain_codec():
+    spec = LatentSpec(channels=4, spatial_stride=8, temporal_stride=2)
+    assert spec.latent_shape(4, 16, 8) == (4, 2, 2, 1)
+    with pytest.raises(ValueError, match=r"frames: 5; this codec needs a multiple of 2$"):
+        spec.latent_shape(5, 16, 8)
