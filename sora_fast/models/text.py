@@ -119,12 +119,12 @@ class TransformersTextEncoder(nn.Module):
         config = AutoConfig.from_pretrained(folder, **local)
         self.is_clip = config.model_type in ("clip", "clip_text_model")
         self.tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        self.encoder = (
-            _encoder_class(config.model_type)
-            .from_pretrained(folder, dtype=dtype, use_safetensors=True, **local)
-            .eval()
-            .requires_grad_(False)
+        self.encoder, report = _encoder_class(config.model_type).from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
         )
+        if report["missing_keys"]:  # the library would go on with random values
+            raise ValueError(f"folder: {folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}, …")
+        self.encoder.eval().requires_grad_(False)
         self.dim: int = self.encoder.config.hidden_size
         self.max_tokens = max_tokens or (self.encoder.config.max_position_embeddings if self.is_clip else 226)
 
