@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sora_fast.training.run import RunConfig
 
 BAD_INPUT, INTERRUPTED = 2, 130
+RESULTS = (".mp4", ".gif", ".png")
 
 TRAIN_HELP = """\
 Train a video model on a folder of your own videos and images.
@@ -224,7 +225,7 @@ def _run_config(a: argparse.Namespace) -> "RunConfig":
             lr=a.lr,
             ema_decay=a.ema_decay,
             precision="bfloat16" if a.bf16 else "float32",
-            compile=not a.no_compile,
+            compile=None if a.no_compile else "inductor",
             seed=a.seed,
             save_every=a.save_every,
         ),
@@ -256,6 +257,7 @@ def _sample(a: argparse.Namespace) -> int:
     from sora_fast.generation.engine import SAMPLERS, Engine
     from sora_fast.generation.media import write_media
 
+    _check_result(a.out, a.frames)
     if a.sampler is not None and a.sampler not in SAMPLERS:
         raise ValueError(f"--sampler {a.sampler}: it must be one of {', '.join(SAMPLERS)}")
     engine = Engine.load(a.run, device=_device(a.device))
@@ -271,6 +273,14 @@ def _sample(a: argparse.Namespace) -> int:
     write_media(a.out, video, fps=a.fps or config.fps, scale=a.scale)
     print(f"{a.out}: {request.frames} frames of {request.height}x{request.width}")
     return 0
+
+
+def _check_result(path: Path, frames: int) -> None:
+    """Before the work, not after it."""
+    if path.suffix.lower() not in RESULTS:
+        raise ValueError(f"--out {path}: it must end in {', '.join(RESULTS)}")
+    if path.suffix.lower() == ".png" and frames != 1:
+        raise ValueError(f"--out {path}: a .png holds one frame, not {frames}; write an .mp4, or pass --frames 1")
 
 
 def _request(a: argparse.Namespace, config: "RunConfig") -> "Request":

@@ -56,6 +56,7 @@ class TrainConfig:
     clean_share: of the clips have their first frames, last frames or both given clean, which is what image-to-video,
         extension and joining need.
     precision: "float32", or "bfloat16" (autocast).
+    compile: the backend of torch.compile that the loss and its gradient run on, once for the whole run; None: eager.
     save_every, log_every: steps. keep: checkpoints.
     """
 
@@ -72,7 +73,7 @@ class TrainConfig:
     ema_decay: float = 0.999
     clean_share: float = 0.5
     precision: str = "float32"
-    compile: bool = True
+    compile: str | None = "inductor"
     seed: int = 0
     save_every: int = 500
     log_every: int = 10

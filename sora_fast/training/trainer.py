@@ -43,8 +43,6 @@ class Trainer:
         resume: bool = False,
     ) -> None:
         self.config, self.folder, self.device = config.train, Path(folder), torch.device(device)
-        if not resume:
-            create_run(self.folder, config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             self.networks = Networks(config).to(self.device)
@@ -64,12 +62,16 @@ class Trainer:
             seed=c.seed,
         )
         self.generator = torch.Generator(self.device)
-        self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False) if c.compile else self._loss
+        self.loss = self._loss
+        if c.compile is not None:
+            self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False, backend=c.compile)
         self.step, self.seconds = 0, 0.0
         self._resume_state = self.batches.state_dict()
         self._log = RunLog(self.folder / LOG)
         if resume:
             self._load()
+        else:
+            create_run(self.folder, config)
 
     def fit(self, *, progress: bool = True) -> bool:
         """Train to the end of the run, or until Ctrl-C, which saves. True if the run is at its end."""

@@ -42,7 +42,7 @@ def tiny(**options: object) -> RunConfig:
     return RunConfig(
         model=SoraDiTConfig(dim=32, depth=1, heads=2, in_channels=1, patch_size=(1, 4, 4), text_dim=16, pooled_dim=16),
         train=TrainConfig(
-            **{"steps": 12, "batch": batch, "compile": False, "save_every": 4, "warmup": 2, **options}  # type: ignore[arg-type]
+            **{"steps": 12, "batch": batch, "compile": None, "save_every": 4, "warmup": 2, **options}  # type: ignore[arg-type]
         ),
         text=TextConfig(dim=16, layers=1),
     )
@@ -161,14 +161,14 @@ def test_limited_by_time(tmp_path: Path) -> None:
     assert rows[-1]["lr"] < 0.05 * rows[0]["lr"]
 
 
-@pytest.mark.slow
 def test_compiles_once_and_learns_the_same(tmp_path: Path) -> None:
+    """The backend does not matter for how often the step is captured; this one spares the C++ compiler."""
     config = tiny(steps=6)
     Trainer(config, Gradients(), tmp_path / "eager").fit(progress=False)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = replace(config, train=replace(config.train, compile=True))
+    with torch._dynamo.config.patch(error_on_recompile="aot_eager"):
+        compiled = replace(config, train=replace(config.train, compile="aot_eager"))
         Trainer(compiled, Gradients(), tmp_path / "compiled").fit(progress=False)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     eager, fast = _losses(tmp_path / "eager"), _losses(tmp_path / "compiled")

@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from sora_fast.generation.engine import SAMPLERS, Engine
+from sora_fast.generation.tasks import Request, extend, image_to_video, join, text_to_video
+from tests.training.test_trainer import Gradients, Trainer, tiny
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learnt a little: to which side a clip brightens."""
+    folder = tmp_path_factory.mktemp("engine") / "run"
+    Trainer(tiny(steps=60, lr=3e-3), Gradients(), folder).fit(progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(run: Path) -> Engine:
+    return Engine.load(run)
+
+
+def _ramp(frames: int, height: int = 8, width: int = 12) -> torch.Tensor:
+    return torch.linspace(-1, 1, width).expand(1, frames, height, width)
+
+
+def test_loads_the_averaged_weights(run: Path, engine: Engine) -> None:
+    trained = Trainer(tiny(steps=60, lr=3e-3), Gradients(), run, resume=True)
+    assert not engine.networks.trained()
+    weights = dict(engine.networks.named_parameters())
+    assert all(torch.equal(weights[name], value) for name, value in trained.average.tensors.items())
+
+
+def test_mixed_requests_in_one_pack(engine: Engine) -> None:
+    start, clip, end = _ramp(1), _ramp(2, 9, 13), _ramp(3, 9, 13) * 0.3
+    requests = [
+        text_to_video("left", 3, (10, 14), guidance=2.0),
+        text_to_video("right", 1, (16, 8)),
+        image_to_video(start, "right", 4, guidance=3.0),
+        extend(clip, "right", 3),
+        extend(clip, "right", 3, backward=True),
+        join(clip, end, "right", 2),
+    ]
+    seen: list[tuple[int, int]] = []
+    videos = engine.generate(requests, steps=3, progress=lambda done, steps: seen.append((done, steps)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    for request, video in zip(requests, videos, strict=True):
+        assert video.shape == (1, request.frames, request.height, request.width)
+        assert video.isfinite().all()
+        assert video.abs().max() <= 1
+    assert torch.equal(videos[2][:, :1], start)
+    assert torch.equal(videos[3][:, :2], clip)
+    assert torch.equal(videos[4][:, -2:], clip)
+    assert torch.equal(videos[5][:, :2], clip)
+    assert torch.equal(videos[5][:, -3:], end)
+
+
+def test_a_video_does_not_depend_on_its_neighbours(engine: Engine) -> None:
+    request = text_to_video("left", 3, (10, 14), guidance=2.0, seed=7)
+    other = text_to_video("right", 2, (16, 16), seed=8)
+    (alone,) = engine.generate([request], steps=3)
+    _, packed = engine.generate([other, request], steps=3)
+    torch.testing.assert_close(alone, packed, rtol=0, atol=1e-5)
+    (another,) = engine.generate([text_to_video("left", 3, (10, 14), guidance=2.0, seed=9)], steps=3)
+    assert not torch.allclose(alone, another, atol=1e-2)
+
+
+def test_guidance_is_each_request_s_own(engine: Engine) -> None:
+    plain, guided = Request("left", 2, 8, 8), Request("left", 2, 8, 8, guidance=5.0)
+    (alone,) = engine.generate([plain], steps=3)
+    beside, stronger = engine.generate([plain, guided], steps=3)
+    torch.testing.assert_close(alone, beside, rtol=0, atol=1e-5)
+    assert (stronger - beside).abs().max() > 1e-2
+    (other,) = engine.generate([Request("right", 2, 8, 8)], steps=3)
+    assert (other - alone).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "ddim", "dpm++"])
+def test_samplers(engine: Engine, name: str) -> None:
+    (video,) = engine.generate([Request("left", 2, 8, 8)], steps=2, sampler=SAMPLERS[name])
+    assert video.isfinite().all()
+
+
+def test_errors(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no run"):
+        Engine.load(tmp_path)
+    Trainer(tiny(), Gradients(), tmp_path / "untrained")
+    with pytest.raises(ValueError, match="no checkpoint yet"):
+        Engine.load(tmp_path / "untrained")
+    with pytest.raises(TypeError, match="needs a DDPM path"):
+        engine.generate([Request("", 1, 8, 8)], sampler=SAMPLERS["ddpm"])

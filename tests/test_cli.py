@@ -1,0 +1,118 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sora_fast.cli import main
+from sora_fast.generation.media import read_media, write_media
+
+_SMALL = "--dim 32 --depth 1 --heads 2 --capacity 256 --max-side 16 --max-frames 3 --no-compile --device cpu"
+SMALL = _SMALL.split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "data"
+    ramp = torch.linspace(-1, 1, 24)
+    write_media(folder / "right.mp4", ramp.expand(3, 4, 16, 24))
+    (folder / "right.txt").write_text("brighter to the right")
+    write_media(folder / "left.png", ramp.flip(0).expand(3, 1, 16, 24))
+    (folder / "empty.mp4").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    run = folder.parent / "run"
+    assert main(["train", "--data", str(folder), "--out", str(run), "--steps", "3", *SMALL]) == 0
+    return run
+
+
+def test_train_names_what_it_skips(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["train", "--data", str(folder), "--out", str(tmp_path / "run"), "--steps", "1", *SMALL]) == 0
+    assert "empty.mp4: empty file (0 bytes)" in caplog.text
+
+
+def test_sample(run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "clip.mp4"
+    arguments = ["sample", str(run), "--steps", "2", "--out", str(out), "--device", "cpu"]
+    assert main([*arguments, "--prompt", "brighter", "--frames", "3", "--size", "12x20"]) == 0
+    assert read_media(out).shape == (3, 3, 12, 20)
+    assert "3 frames of 12x20" in capsys.readouterr().out
+    assert main([*arguments, "--frames", "4", "--image", str(folder / "left.png")]) == 0
+    video, image = read_media(out), read_media(folder / "left.png", max_side=16)
+    assert video.shape[1] == 4
+    # H.264 stores colour at half the size and rounds: close to the image, far from any other frame.
+    assert (video[:, :1, : image.shape[2], : image.shape[3]] - image).abs().mean() < 0.05
+    clip = str(folder / "right.mp4")
+    assert main([*arguments, "--frames", "9", "--image", clip, "--end", clip]) == 0
+
+
+def test_resume(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "--resume", "--out", str(run), "--device", "cpu"]) == 0
+    assert "going on from step 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --out {tmp}/new", "either --data FOLDER"),
+        ("train --data {tmp}/absent --out {tmp}/new", "is not a folder"),
+        ("train --data {tmp} --out {tmp}/new", "no usable video or image"),
+        ("train --data {data} --out {run} --device cpu", "already holds a run"),
+        ("train --data {data} --out {tmp}/new --steps 1 --minutes 1", "exactly one"),
+        ("train --data {data} --out {tmp}/new --capacity 9 --max-side 24", "left.png has 24 tokens"),
+        ("train --data {data} --out {tmp}/new --heads 3", "heads: 3"),
+        ("train --resume --out {tmp}", "holds no run"),
+        ("sample {tmp} --out {tmp}/a.mp4", "holds no run"),
+        ("sample {run} --out {tmp}/a.txt --steps 1 --device cpu", "must end in"),
+        ("sample {run} --out {tmp}/a.png --frames 2", "a .png holds one frame"),
+        ("sample {run} --out {tmp}/a.mp4 --image {data}/empty.mp4", "empty file"),
+        ("sample {run} --out {tmp}/a.mp4 --image {data}/absent.mp4", "absent.mp4"),
+        ("sample {run} --out {tmp}/a.mp4 --image {data}/left.png --size 8x8", "must agree"),
+        ("sample {run} --out {tmp}/a.mp4 --sampler rk4", "must be one of euler"),
+        ("sample {run} --out {tmp}/a.mp4 --frames 1 --image {data}/left.png", "there must be more"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: str, message: str, run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = arguments.format(tmp=tmp_path, data=folder, run=run).split()
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("sora-fast: error: ")
+    assert message in error
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["sample", "run", "--out", "a.mp4", "--size", "12"]])
+def test_argparse_errors(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "--help" in capsys.readouterr().out
+
+
+def test_help_needs_no_heavy_imports() -> None:
+    code = (
+        "import sys; from sora_fast.cli import _parser; _parser().format_help(); "
+        "print([m for m in ('av', 'transformers', 'sora_fast.models') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("sora-fast 0.")
