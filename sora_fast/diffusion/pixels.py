@@ -24,16 +24,24 @@ def pixel_tokens(layout: PackedLayout, patch_size: PatchSize, latents: RaggedLat
     segments = pixel_segments(latents)
     inside = segments < latents.max_segments
     segments = segments.clamp(max=latents.max_segments - 1)
-    _, frames, height, width = latents.shapes.long().clamp(min=1)[segments].unbind(1)
-    places = torch.arange(size, device=segments.device) - latents.offsets[segments]
-    t = places // (width * height) % frames // patch_size[0]
-    h = places // width % height // patch_size[1]
-    w = places % width // patch_size[2]
-    grids = layout.grids.long()
-    first_patch = grids.prod(1).cumsum(0) - grids.prod(1)
-    _, rows, columns = grids[segments].unbind(1)
+    # 32 bits inside a video: integer division is what this costs, and it is twice as fast.
+    place = (torch.arange(size, device=segments.device) - latents.offsets[segments]).int()
+    frames, height, width = (latents.shapes[:, axis].clamp(min=1)[segments] for axis in (1, 2, 3))
+    line = _divide(place, width)
+    frame = _divide(line, height)
+    t = _divide(frame % frames, patch_size[0])
+    h = _divide(line - frame * height, patch_size[1])
+    w = _divide(place - line * width, patch_size[2])
+    counts = layout.grids.long().prod(1)
+    first_patch = counts.cumsum(0) - counts
+    rows, columns = (layout.grids[:, axis][segments] for axis in (1, 2))
     patches = torch.where(inside, first_patch[segments] + (t * rows + h) * columns + w, size)
     return _token_of_patch(layout, first_patch, size)[patches]
+
+
+def _divide(value: Tensor, by: Tensor | int) -> Tensor:
+    # Nothing here is negative; rounding towards zero is the cheaper one.
+    return torch.div(value, by, rounding_mode="trunc")
 
 
 def _token_of_patch(layout: PackedLayout, first_patch: Tensor, size: int) -> Tensor:
