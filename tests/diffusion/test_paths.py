@@ -108,11 +108,11 @@ def test_flow_shift_does_not_depend_on_dropped_tokens():
 
 
 def test_training_levels_of_the_flow_are_logit_normal():
-    layout = PackedLayout.from_grids([(1, 1, 1)] * 20_000)
+    layout = PackedLayout.from_grids([(1, 1, 1)] * 5000)
     path = RectifiedFlow(mean=-0.5, std=1.5, base_tokens=1)
     logits = torch.logit(path.sample_sigma(layout, torch.Generator().manual_seed(0)))
-    assert logits.mean().item() == pytest.approx(-0.5, abs=0.05)
-    assert logits.std().item() == pytest.approx(1.5, abs=0.05)
+    assert logits.mean().item() == pytest.approx(-0.5, abs=0.07)
+    assert logits.std().item() == pytest.approx(1.5, abs=0.07)
 
 
 def test_training_levels_are_shifted_too():
@@ -125,10 +125,10 @@ def test_training_levels_are_shifted_too():
 
 
 def test_training_levels_of_ddpm_are_its_steps():
-    layout = PackedLayout.from_grids([(1, 1, 1)] * 20_000)
-    path = DDPM()
+    layout = PackedLayout.from_grids([(1, 1, 1)] * 1000)
+    path = DDPM(steps=20)
     timesteps = path.timestep(path.sample_sigma(layout, torch.Generator().manual_seed(0)))
-    assert set(timesteps.tolist()) == set(map(float, range(1000)))
+    assert set(timesteps.tolist()) == set(range(20))
 
 
 def test_levels_fall_from_the_start_to_zero():
