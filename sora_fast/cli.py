@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sora_fast.generation.tasks import Request
+    from sora_fast.training.batches import BatchConfig
     from sora_fast.training.data import FolderSource
     from sora_fast.training.run import RunConfig
 
 BAD_INPUT, INTERRUPTED = 2, 130
 RESULTS = (".mp4", ".gif", ".png")
+# Static sizes of a batch that cost time even where they are not used: enough for small images, not for the worst case.
+MOST_SEGMENTS, MOST_TEXT = 256, 8192
 
 TRAIN_HELP = """\
 Train a video model on a folder of your own videos and images.
@@ -174,19 +177,21 @@ def _device(name: str | None) -> str:
 
 
 def _train(a: argparse.Namespace) -> int:
-    from sora_fast.training.data import FolderSource
+    from sora_fast.training.data import DataConfig, FolderSource
     from sora_fast.training.run import read_run
     from sora_fast.training.trainer import Trainer
 
     if a.resume == (a.data is not None):
         raise ValueError("train needs either --data FOLDER, for a new run, or --resume")
     device = _device(a.device)
-    config = read_run(a.out) if a.resume else _run_config(a)
-    if config.data is None:
+    config = read_run(a.out) if a.resume else None
+    if config is not None and config.data is None:
         raise ValueError(f"{a.out} was not made by `sora-fast train`; it cannot be resumed by it")
-    source = FolderSource(config.data, progress=True)
+    channels = 1 if a.grey else 3
+    data = config.data if config else DataConfig(a.data, a.max_frames, a.max_side, a.fps, channels)
+    source = FolderSource(data, progress=True)
     print(f"{len(source)} files to train on, {len(source.skipped)} skipped")
-    _check_lengths(source, config)
+    config = config or _run_config(a, source)
     trainer = Trainer(config, source, a.out, device=device, resume=a.resume)
     if a.resume:
         print(f"going on from step {trainer.step}")
@@ -198,29 +203,25 @@ def _train(a: argparse.Namespace) -> int:
     return 0
 
 
-def _run_config(a: argparse.Namespace) -> "RunConfig":
+def _run_config(a: argparse.Namespace, source: "FolderSource") -> "RunConfig":
     from sora_fast.models import SoraDiTConfig
-    from sora_fast.training.batches import BatchConfig
-    from sora_fast.training.data import DataConfig
     from sora_fast.training.run import RunConfig, TextConfig, TrainConfig
 
-    channels = 1 if a.grey else 3
-    minutes = 30.0 if a.minutes is None and a.steps is None else a.minutes
     text = TextConfig(folder=a.text_encoder)
     return RunConfig(
         model=SoraDiTConfig(
             dim=a.dim,
             depth=a.depth,
             heads=a.heads,
-            in_channels=channels,
+            in_channels=source.config.channels,
             patch_size=a.patch,
             text_dim=text.width,
             pooled_dim=text.width,
         ),
         train=TrainConfig(
             steps=a.steps,
-            minutes=minutes,
-            batch=BatchConfig(capacity=a.capacity, caption_dropout=a.caption_dropout),
+            minutes=30.0 if a.minutes is None and a.steps is None else a.minutes,
+            batch=_batch_config(a, source),
             optimizer=a.optimizer,
             lr=a.lr,
             ema_decay=a.ema_decay,
@@ -230,25 +231,33 @@ def _run_config(a: argparse.Namespace) -> "RunConfig":
             save_every=a.save_every,
         ),
         text=text,
-        data=DataConfig(a.data, max_frames=a.max_frames, max_side=a.max_side, fps=a.fps, channels=channels),
-        **({"fps": a.fps} if a.fps else {}),
+        data=source.config,
+        fps=a.fps or 8.0,
     )
 
 
-def _check_lengths(source: "FolderSource", config: "RunConfig") -> None:
-    """A file that no batch can hold is better named before the first step than in the middle of a run."""
+def _batch_config(a: argparse.Namespace, source: "FolderSource") -> "BatchConfig":
+    """As many places in a batch, for samples and for text, as the files at hand can need."""
     import math
 
-    from sora_fast.training.batches import token_grid
+    from sora_fast.training.batches import BatchConfig, token_grid
 
-    capacity = config.train.batch.capacity
-    for path, shape in zip(source.files, source.shapes, strict=True):
-        tokens = math.prod(token_grid(shape, config.model.patch_size))
-        if tokens > capacity:
+    lengths = [math.prod(token_grid(shape, a.patch)) for shape in source.shapes]
+    for path, tokens in zip(source.files, lengths, strict=True):
+        if tokens > a.capacity:
             raise ValueError(
-                f"{path} has {tokens} tokens, more than a batch of --capacity {capacity} holds; raise it, or lower "
+                f"{path} has {tokens} tokens, more than a batch of --capacity {a.capacity} holds; raise it, or lower "
                 "--max-frames or --max-side, or use a larger --patch"
             )
+    segments = min(a.capacity // min(lengths), MOST_SEGMENTS)
+    longest = max(len(caption.encode()) for caption in source.captions)
+    return BatchConfig(
+        capacity=a.capacity,
+        max_segments=segments,
+        text_capacity=min(segments * (longest + 2), MOST_TEXT),
+        look_ahead=max(128, 2 * segments),
+        caption_dropout=a.caption_dropout,
+    )
 
 
 def _sample(a: argparse.Namespace) -> int:

@@ -95,6 +95,10 @@ class FolderSource:
         video = self._read(self.files[index]) if pixels is None else pixels.float().div(127.5).sub(1)
         return Sample(video, self.captions[index])
 
+    def shape(self, index: int) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of a sample, without reading it."""
+        return self.shapes[index]
+
     def _read(self, path: Path) -> Tensor:
         from sora_fast.generation.media import (
             read_media,
