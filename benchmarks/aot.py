@@ -77,8 +77,9 @@ def compile_launch(launch: Launch, target: str) -> Row:
 def record(target: str, only: Sequence[str] = ()) -> Iterator[Launch]:
     """What the cases launch on `target`, forward and backward; `only`: parts of names (case/kernel) to keep."""
     from benchmarks.cases import Setting, all_cases
+    from sora_fast import use_backend
     from sora_fast.kernels._launch import recording
-    from sora_fast.ops import _dispatch, use_backend
+    from sora_fast.ops import _dispatch
 
     arch = divmod(int(target.removeprefix("sm_")), 10)
     # CPU tensors stand in for a GPU's: dispatch lets them through to Triton as it does for the interpreter.
@@ -87,16 +88,20 @@ def record(target: str, only: Sequence[str] = ()) -> Iterator[Launch]:
             with recording(arch) as recorder:
                 outputs = case.forward()
                 case.backward(outputs, outputs)
-            seen: dict[str, list[dict[str, Any]]] = {}
-            for kernel, args, meta in recorder.launches:
-                variants = seen.setdefault(kernel.fn.__name__, [])
-                if meta in variants:
-                    continue
-                variants.append(meta)
-                number = f"#{len(variants)}" if len(variants) > 1 else ""
-                name = f"{case.name}/{kernel.fn.__name__}{number}"
-                if not only or any(part in name for part in only):
-                    yield Launch(name, kernel, args, meta)
+            yield from _distinct(case.name, recorder.launches, only)
+
+
+def _distinct(case: str, launches: Sequence[tuple[Any, ...]], only: Sequence[str]) -> Iterator[Launch]:
+    """Launches that compile to something of their own: of one kernel, those that differ in their options."""
+    seen: dict[str, list[dict[str, Any]]] = {}
+    for kernel, args, meta in launches:
+        variants = seen.setdefault(kernel.fn.__name__, [])
+        if meta in variants:
+            continue
+        variants.append(meta)
+        name = f"{case}/{kernel.fn.__name__}" + (f"#{len(variants)}" if len(variants) > 1 else "")
+        if not only or any(part in name for part in only):
+            yield Launch(name, kernel, args, meta)
 
 
 def _table(rows: Sequence[Row]) -> str:

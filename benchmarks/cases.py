@@ -18,7 +18,7 @@ from sora_fast.ops.adaln import adaln
 from sora_fast.ops.gated_residual import gated_residual
 from sora_fast.ops.gated_residual_adaln import gated_residual_adaln
 from sora_fast.ops.packed_attention import packed_attention
-from sora_fast.ops.patch_embed import patch_embed
+from sora_fast.ops.patch_embed import FactorisedPosition, patch_embed
 from sora_fast.ops.qk_norm_rope import Rope3D, qk_norm_rope
 from sora_fast.ops.segment_mean import segment_mean
 from sora_fast.ops.unpatchify import unpatchify
@@ -74,7 +74,8 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One call `op(*args, **options)`; gradients are asked for every floating-point tensor among `args`.
+    """One call `op(*args, **options)`; gradients are asked for every floating-point tensor among `args`, and for the
+    pixels of ragged latents that require one.
 
     label: tells the case from the op's others. bytes_moved, flops: (forward, backward), the least that any
     implementation must do; zeros where that is not what limits the op.
@@ -88,8 +89,9 @@ class Case:
     flops: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
-        for tensor in self.inputs:
-            tensor.requires_grad_()
+        for argument in self.args:
+            if isinstance(argument, Tensor) and argument.is_floating_point():
+                argument.requires_grad_()
 
     @property
     def name(self) -> str:
@@ -97,7 +99,9 @@ class Case:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        return tuple(a for a in self.args if isinstance(a, Tensor) and a.is_floating_point())
+        """The tensors that gradients are asked for."""
+        tensors = [a.flat if isinstance(a, RaggedLatents) else a for a in self.args]
+        return tuple(t for t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad)
 
     def has_kernels(self) -> bool:
         """True if the op launches Triton kernels here."""
@@ -194,6 +198,10 @@ def _patches(s: Setting) -> Iterator[Case]:
         once = (volume + width) * layout.capacity * weight.element_size()
         args = (latents, weight, bias, layout, PATCH)
         yield Case(patch_embed, f"C{width}", args, bytes_moved=(once, once))
+    with_gradient = latents.with_flat(latents.flat.clone().requires_grad_())
+    tables = FactorisedPosition(*(s.random(64, width) for _ in range(3)))
+    args = (with_gradient, weight, bias, layout, PATCH, tables)
+    yield Case(patch_embed, f"tables and pixels,C{width}", args, bytes_moved=(once, 2 * once))
     tokens = s.random(layout.capacity, volume)
     moved = (2 * tokens.nbytes, 2 * tokens.nbytes)
     yield Case(unpatchify, f"K{volume}", (tokens, layout, PATCH, latents), bytes_moved=moved)
