@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +77,11 @@ def patch_embed(
     check_grids(latents.shapes, layout, patch_size)
     _check_weights(latents, weight, bias, patch_size)
     _check_position(position, weight, layout)
-    choose("patch_embed", backend, weight.device.type)
-    return _torch(latents, weight, bias, layout, patch_size, position)
+    offered = ("torch",) if weight.dtype == torch.float64 else ("torch", "triton")
+    if choose("patch_embed", backend, weight.device.type, offered) == "torch":
+        return _torch(latents, weight, bias, layout, patch_size, position)
+    geometry = (latents.offsets, latents.shapes, layout.segment_ids, layout.coords, list(patch_size))
+    return _patch_embed(latents.flat, weight, bias, *_joined(position), *geometry)
 
 
 def _torch(
@@ -99,6 +103,116 @@ def _torch(
     elif position is not None:
         tokens = tokens + position
     return torch.where((layout.segment_ids >= 0)[:, None], tokens, 0)
+
+
+def _joined(position: Position) -> tuple[Tensor | None, list[int]]:
+    """One table for the kernels, and how many rows of it belong to t, h and w; none: row n is token n's."""
+    if not isinstance(position, FactorisedPosition):
+        return position, []
+    tables = [table for table in position.tables if table is not None]
+    if not tables:
+        return None, []
+    return torch.cat(tables), [0 if table is None else table.shape[0] for table in position.tables]
+
+
+@torch.library.custom_op("sora_fast::patch_embed", mutates_args=())
+def _patch_embed(
+    flat: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: Tensor | None,
+    table_rows: list[int],
+    offsets: Tensor,
+    shapes: Tensor,
+    segment_ids: Tensor,
+    coords: Tensor,
+    patch_size: list[int],
+) -> Tensor:
+    from sora_fast.kernels import patch_embed as kernels
+    from sora_fast.kernels._patches import Patches
+
+    patches = Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
+    return kernels.embed(flat, weight, bias, patches, kernels.Additive(table, tuple(table_rows)))
+
+
+@torch.library.custom_op("sora_fast::patch_embed_weight_gradient", mutates_args=())
+def _weight_gradient(
+    grad: Tensor,
+    flat: Tensor,
+    offsets: Tensor,
+    shapes: Tensor,
+    segment_ids: Tensor,
+    coords: Tensor,
+    patch_size: list[int],
+    num_pixels: int,
+    table_rows: list[int],
+) -> Tensor:
+    from sora_fast.kernels import patch_embed as kernels
+    from sora_fast.kernels._patches import Patches
+
+    patches = Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
+    return kernels.weight_gradient(grad, flat, patches, num_pixels, tuple(table_rows))
+
+
+@torch.library.custom_op("sora_fast::patch_embed_pixel_gradient", mutates_args=())
+def _pixel_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    shapes: Tensor,
+    segment_ids: Tensor,
+    coords: Tensor,
+    patch_size: list[int],
+    elements: int,
+) -> Tensor:
+    from sora_fast.kernels import patch_embed as kernels
+    from sora_fast.kernels._patches import Patches
+
+    patches = Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
+    return kernels.pixel_gradient(grad, weight, patches, elements)
+
+
+@_patch_embed.register_fake
+def _(flat: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    segment_ids = rest[5]
+    return flat.new_empty(segment_ids.shape[0], weight.shape[0])
+
+
+@_weight_gradient.register_fake
+def _(grad: Tensor, *rest: Any) -> Tensor:
+    num_pixels, table_rows = rest[-2:]
+    return grad.new_empty(grad.shape[1], num_pixels + sum(table_rows) + 1, dtype=torch.float32)
+
+
+@_pixel_gradient.register_fake
+def _(grad: Tensor, *rest: Any) -> Tensor:
+    return grad.new_empty(rest[-1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    flat, weight, _, _, ctx.table_rows, *geometry, ctx.patch_size = inputs
+    ctx.save_for_backward(flat, weight, *geometry)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    flat, weight, *geometry = ctx.saved_tensors
+    needs_flat, needs_weight, needs_bias, needs_table = ctx.needs_input_grad[:4]
+    d_flat = d_weight = d_bias = d_table = None
+    if needs_flat:
+        d_flat = _pixel_gradient(grad, weight, *geometry, ctx.patch_size, flat.shape[0])
+    if needs_table and not ctx.table_rows:
+        d_table = torch.where((geometry[2] >= 0)[:, None], grad, 0)
+    if needs_weight or needs_bias or (needs_table and ctx.table_rows):
+        rows = ctx.table_rows if needs_table else []
+        pixels = weight.shape[1]
+        features = _weight_gradient(grad, flat, *geometry, ctx.patch_size, pixels, rows).to(weight.dtype)
+        d_weight = features[:, :pixels] if needs_weight else None
+        d_table = features[:, pixels:-1].T if rows else d_table
+        d_bias = features[:, -1] if needs_bias else None
+    return d_flat, d_weight, d_bias, d_table, *[None] * 6
+
+
+_patch_embed.register_autograd(_backward, setup_context=_save)
 
 
 def _check_weights(latents: RaggedLatents, weight: Tensor, bias: Tensor | None, patch_size: PatchSize) -> None:

@@ -1,6 +1,7 @@
 """qk_norm_rope: RMSNorm of every head of the queries and keys, then rotation by the token's place in space and time."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,8 +71,11 @@ def qk_norm_rope(
     Differentiable in q, k and both weights.
     """
     _check(q, k, q_weight, k_weight, layout, rope)
-    choose("qk_norm_rope", backend, q.device.type)
-    return _torch(q, q_weight, layout, rope, eps), _torch(k, k_weight, layout, rope, eps)
+    offered = ("torch",) if q.dtype == torch.float64 else ("torch", "triton")
+    if choose("qk_norm_rope", backend, q.device.type, offered) == "torch":
+        return _torch(q, q_weight, layout, rope, eps), _torch(k, k_weight, layout, rope, eps)
+    rotation = _rotation(rope, q.shape[2])
+    return _qk_norm_rope(q, k, q_weight, k_weight, layout.segment_ids, layout.coords, *rotation, eps)
 
 
 def _torch(x: Tensor, weight: Tensor | None, layout: PackedLayout, rope: Rope3D | None, eps: float) -> Tensor:
@@ -90,6 +94,82 @@ def _rotate(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
     turned = (a * cos - b * sin, a * sin + b * cos)
     return torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+
+
+def _rotation(rope: Rope3D | None, head_dim: int) -> tuple[list[int], float, list[float], bool]:
+    if rope is None:
+        return [], 1.0, [], False
+    return list(rope.split_for(head_dim)), float(rope.theta), [float(s) for s in rope.scale], rope.interleaved
+
+
+@torch.library.custom_op("sora_fast::qk_norm_rope", mutates_args=())
+def _qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    segment_ids: Tensor,
+    coords: Tensor,
+    split: list[int],
+    theta: float,
+    scale: list[float],
+    interleaved: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    from sora_fast.kernels import qk_norm_rope as kernels
+
+    rotation = kernels.Rotation(tuple(split), theta, tuple(scale), interleaved)
+    return kernels.forward(kernels.Heads(q, k, q_weight, k_weight), segment_ids, coords, rotation, eps)
+
+
+@torch.library.custom_op("sora_fast::qk_norm_rope_backward", mutates_args=())
+def _qk_norm_rope_backward(
+    dq: Tensor,
+    dk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    segment_ids: Tensor,
+    coords: Tensor,
+    split: list[int],
+    theta: float,
+    scale: list[float],
+    interleaved: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from sora_fast.kernels import qk_norm_rope as kernels
+
+    rotation = kernels.Rotation(tuple(split), theta, tuple(scale), interleaved)
+    return kernels.backward((dq, dk), kernels.Heads(q, k, q_weight, k_weight), segment_ids, coords, rotation, eps)
+
+
+@_qk_norm_rope.register_fake
+def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@_qk_norm_rope_backward.register_fake
+def _(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), q.new_empty((2, q.shape[2]), dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.rotation = inputs[6:]
+
+
+def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+    q_weight, k_weight = ctx.saved_tensors[2:4]
+    dq, dk, weights = _qk_norm_rope_backward(dq, dk, *ctx.saved_tensors, *ctx.rotation)
+    d_weights = (
+        None if weight is None else grad.to(weight.dtype)
+        for weight, grad in zip((q_weight, k_weight), weights.unbind(), strict=True)
+    )
+    return dq, dk, *d_weights, *[None] * 7
+
+
+_qk_norm_rope.register_autograd(_backward, setup_context=_save)
 
 
 def _check(

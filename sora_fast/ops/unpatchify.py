@@ -1,6 +1,7 @@
 """unpatchify: packed tokens back to ragged latents, cropped to the videos' own sizes."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,8 +43,12 @@ def unpatchify(
         )
     shapes, offsets = _place(shapes, tokens.shape[1] // pixels)
     _check_capacity(offsets, capacity)
-    choose("unpatchify", backend, tokens.device.type)
-    return RaggedLatents(_torch(tokens, offsets, shapes, layout, patch_size, capacity), offsets, shapes)
+    offered = ("torch",) if tokens.dtype == torch.float64 else ("torch", "triton")
+    if choose("unpatchify", backend, tokens.device.type, offered) == "torch":
+        flat = _torch(tokens, offsets, shapes, layout, patch_size, capacity)
+    else:
+        flat = _unpatchify(tokens, offsets, shapes, layout.segment_ids, layout.coords, list(patch_size), capacity)
+    return RaggedLatents(flat, offsets, shapes)
 
 
 def _place(shapes: Tensor, channels: int) -> tuple[Tensor, Tensor]:
@@ -64,6 +69,61 @@ def _torch(
     index = torch.where(exists & (index < capacity), index, capacity)
     flat = tokens.new_zeros(capacity + 1).scatter(0, index.flatten(), patches.flatten())
     return flat[:capacity]
+
+
+@torch.library.custom_op("sora_fast::unpatchify", mutates_args=())
+def _unpatchify(
+    tokens: Tensor,
+    offsets: Tensor,
+    shapes: Tensor,
+    segment_ids: Tensor,
+    coords: Tensor,
+    patch_size: list[int],
+    capacity: int,
+) -> Tensor:
+    from sora_fast.kernels import unpatchify as kernels
+    from sora_fast.kernels._patches import Patches
+
+    return kernels.scatter(tokens, Patches(offsets, shapes, segment_ids, coords, tuple(patch_size)), capacity)
+
+
+@torch.library.custom_op("sora_fast::unpatchify_backward", mutates_args=())
+def _unpatchify_backward(
+    flat: Tensor,
+    offsets: Tensor,
+    shapes: Tensor,
+    segment_ids: Tensor,
+    coords: Tensor,
+    patch_size: list[int],
+    num_pixels: int,
+) -> Tensor:
+    from sora_fast.kernels import unpatchify as kernels
+    from sora_fast.kernels._patches import Patches
+
+    return kernels.gather(flat, Patches(offsets, shapes, segment_ids, coords, tuple(patch_size)), num_pixels)
+
+
+@_unpatchify.register_fake
+def _(tokens: Tensor, *rest: Any) -> Tensor:
+    return tokens.new_empty(rest[-1])
+
+
+@_unpatchify_backward.register_fake
+def _(flat: Tensor, offsets: Tensor, shapes: Tensor, segment_ids: Tensor, *rest: Any) -> Tensor:
+    return flat.new_empty(segment_ids.shape[0], rest[-1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, *geometry, ctx.patch_size, _ = inputs
+    ctx.save_for_backward(*geometry)
+    ctx.num_pixels = tokens.shape[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _unpatchify_backward(grad, *ctx.saved_tensors, ctx.patch_size, ctx.num_pixels), *[None] * 6
+
+
+_unpatchify.register_autograd(_backward, setup_context=_save)
 
 
 def _check_capacity(offsets: Tensor, capacity: int) -> None:
