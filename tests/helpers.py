@@ -47,6 +47,6 @@ def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         tensor = allocate(*args, **kwargs)
         if tensor.dtype.is_floating_point:
             return tensor.fill_(float("nan"))
-        return tensor if tensor.dtype.is_complex else tensor.fill_(torch.iinfo(tensor.dtype).max)
+        return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
 
     return wrapper

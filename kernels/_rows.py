@@ -1,0 +1,132 @@
+"""What the row-wise kernels share: LayerNorm in registers, and the ordered reduction of tokens into rows.
+
+The reduction: a backward kernel walks the tokens sorted by row (the CSR form of the index) in chunks of CHUNK and sums
+in fp32 while the row stays the same. Whenever the row or the chunk ends it stores what it has in a slot of its own;
+then `fold` adds the slots of a row in a fixed order. From one (chunk, row) pair of the walk to the next, the chunk or
+the row grows, so chunk + row numbers the pairs without a gap to compute on the host, and ⌈N / CHUNK⌉ + M slots are
+enough for every batch. Nothing depends on the number of multiprocessors, and there are no atomics: the bits are the
+same on every GPU and in every run.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sora_fast.kernels._launch import launch, next_power_of_two
+
+# Tokens a program walks. 32: 16k tokens make 512 programs, enough for 132 multiprocessors, and the partial sums of
+# three tables, written once and read once, add 6% to the traffic of the widest op.
+CHUNK = 32
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """What one program holds: `tokens` × `columns` elements, and how many warps hold them."""
+
+    tokens: int
+    columns: int
+    num_warps: int
+
+    @staticmethod
+    def forward(width: int) -> "RowBlock":
+        """Whole rows, since LayerNorm needs them."""
+        columns = next_power_of_two(width)
+        # At least 1024 elements, so that narrow rows do not make programs of a few cycles.
+        tokens = max(1, 1024 // columns)
+        # 16 elements a thread: two 16-byte loads a tensor in bf16, and far from spilling with five tensors alive.
+        return RowBlock(tokens, columns, num_warps=max(1, tokens * columns // 512))
+
+    @staticmethod
+    def backward(width: int) -> "RowBlock":
+        """One token after the other, the sums of its row in registers."""
+        columns = next_power_of_two(width)
+        # 8 elements a thread, a 16-byte load in bf16; 16 where a row has 8192, since the 64 registers that 32 warps
+        # leave a thread do not hold three fp32 sums and five tensors, and the 128 of 16 warps do.
+        return RowBlock(1, columns, num_warps=min(16, max(1, columns // 256)))
+
+    @staticmethod
+    def pointwise(width: int) -> "RowBlock":
+        """Parts of rows, for ops that need no sum over a row."""
+        columns = min(1024, next_power_of_two(width))
+        return RowBlock(1024 // columns, columns, num_warps=4)
+
+
+@triton.jit
+def load_fp32(pointer, strides, row, column, mask):
+    """Elements (row, column) of a strided matrix; zero where `mask` is false, whatever stands there."""
+    # 64 bits: a token times the stride of a fused projection passes 2³¹ at 100k tokens.
+    offset = row.to(tl.int64) * strides[0] + column.to(tl.int64) * strides[1]
+    return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def layer_norm(x, inside, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """Normed rows of x [tokens, columns], their mean and 1/std; columns outside must be zero and stay so."""
+    mean = tl.sum(x, axis=1) / WIDTH
+    # Centred before squaring: E[x²] − E[x]² loses everything when the mean is large.
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / WIDTH + EPS)
+    return centred * rstd[:, None], mean, rstd
+
+
+@triton.jit
+def layer_norm_backward(d_normed, normed, rstd, WIDTH: tl.constexpr):
+    """Gradient of one row x from that of its normed form."""
+    # Both sums in one reduction: one round through shared memory, not two.
+    sums = tl.sum(tl.join(d_normed, d_normed * normed), axis=0) / WIDTH
+    along_mean, along_normed = tl.split(sums)
+    return rstd * (d_normed - along_mean - normed * along_normed)
+
+
+@triton.jit
+def store_partial(partials, slot, table, column, value, WIDTH: tl.constexpr, TABLES: tl.constexpr):
+    """Store the sum of a (chunk, row) pair for one of the op's tables."""
+    offset = (slot * TABLES + table).to(tl.int64) * WIDTH + column
+    tl.store(partials + offset, value, mask=column < WIDTH)
+
+
+def empty_partials(tokens: int, rows: int, tables: int, like: Tensor) -> Tensor:
+    """Room for the partial sums [slots, tables, C], fp32."""
+    slots = triton.cdiv(tokens, CHUNK) + rows
+    return torch.empty(slots, tables, like.shape[1], dtype=torch.float32, device=like.device)
+
+
+def fold(partials: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum the slots of every row: [tables, M, C] in `dtype`; zeros for rows without a token."""
+    rows, (_, tables, width) = offsets.shape[0] - 1, partials.shape
+    sums = torch.empty(tables, rows, width, dtype=dtype, device=partials.device)
+    # 32 slots of 64 columns at a time, 16 elements a thread: a row's slots may be hundreds, and the programs of a
+    # table with few rows are few, so each must keep many bytes in flight.
+    grid = (rows, triton.cdiv(width, 64), tables)
+    meta = {"WIDTH": width, "CHUNK": CHUNK, "BLOCK_S": 32, "BLOCK_C": 64, "num_warps": 4}
+    launch(_fold, grid, partials, offsets, sums, rows, **meta)
+    return sums
+
+
+@triton.jit
+def _fold(
+    partials,
+    offsets,
+    sums,
+    rows,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row, table, tables = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    begin, end = tl.load(offsets + row), tl.load(offsets + row + 1)
+    # The chunks that the row's tokens lie in; none, if it has no tokens.
+    first = begin // CHUNK
+    last = tl.where(end > begin, tl.cdiv(end, CHUNK), first)
+    total = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
+    for start in range(first, last, BLOCK_S):
+        chunk = start + tl.arange(0, BLOCK_S)
+        offset = ((chunk + row) * tables + table).to(tl.int64)[:, None] * WIDTH + column[None, :]
+        total += tl.load(partials + offset, mask=(chunk < last)[:, None] & (column < WIDTH)[None, :], other=0.0)
+    offset = (table * rows + row).to(tl.int64) * WIDTH + column
+    tl.store(sums + offset, tl.sum(total, axis=0), mask=column < WIDTH)

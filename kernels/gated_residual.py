@@ -1,0 +1,113 @@
+"""gated_residual: a branch, times the token's row of the gate table, added to the residual stream."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sora_fast.kernels._launch import launch
+from sora_fast.kernels._rows import CHUNK, RowBlock, empty_partials, fold, load_fp32, store_partial
+
+
+def gated_residual_forward(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor) -> Tensor:
+    """The output [N, C]. Any strides."""
+    tokens, width = residual.shape
+    out = residual.new_empty(tokens, width)
+    block = RowBlock.pointwise(width)
+    launch(
+        _forward,
+        (triton.cdiv(tokens, block.tokens), triton.cdiv(width, block.columns)),
+        *(residual, branch, gate, index, out, tokens),
+        *(residual.stride(), branch.stride(), gate.stride()),
+        **{"WIDTH": width, "BLOCK_N": block.tokens, "BLOCK_C": block.columns},
+        num_warps=block.num_warps,
+    )
+    return out
+
+
+def gated_residual_backward(
+    d_out: Tensor, branch: Tensor, gate: Tensor, index: Tensor, offsets: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_residual, d_branch [N, C], and d_gate as [1, M, C] in the table's dtype.
+
+    offsets [M+1], order [N]: the tokens sorted by row, with padding past offsets[M].
+    """
+    tokens, width = branch.shape
+    # d_residual is d_out but for the padding, which may hold anything there and must be zero here.
+    d_residual, d_branch = d_out.new_empty(tokens, width), branch.new_empty(tokens, width)
+    partials = empty_partials(tokens, gate.shape[0], 1, branch)
+    block = RowBlock.pointwise(width)
+    launch(
+        _backward,
+        (triton.cdiv(tokens, CHUNK), triton.cdiv(width, block.columns)),
+        *(d_out, branch, gate, index, offsets, order, d_residual, d_branch, partials, tokens),
+        *(d_out.stride(), branch.stride(), gate.stride()),
+        **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": CHUNK},
+        num_warps=block.num_warps,
+    )
+    return d_residual, d_branch, fold(partials, offsets, gate.dtype)
+
+
+@triton.jit
+def _forward(
+    residual,
+    branch,
+    gate,
+    index,
+    out,
+    tokens,
+    residual_strides,
+    branch_strides,
+    gate_strides,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    exists = token < tokens
+    row = tl.load(index + token, mask=exists, other=-1)
+    inside = column < WIDTH
+    used = inside & (row >= 0)[:, None]
+    result = load_fp32(residual, residual_strides, token[:, None], column, used)
+    factor = load_fp32(gate, gate_strides, row[:, None], column, used)
+    result += factor * load_fp32(branch, branch_strides, token[:, None], column, used)
+    tl.store(out + token.to(tl.int64)[:, None] * WIDTH + column, result, mask=inside & exists[:, None])
+
+
+@triton.jit
+def _backward(
+    d_out,
+    branch,
+    gate,
+    index,
+    offsets,
+    order,
+    d_residual,
+    d_branch,
+    partials,
+    tokens,
+    d_out_strides,
+    branch_strides,
+    gate_strides,
+    WIDTH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < WIDTH
+    d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)
+    last = tl.minimum((chunk + 1) * CHUNK, tokens)
+    for position in range(chunk * CHUNK, last):
+        token = tl.load(order + position)
+        row = tl.load(index + token)
+        used = inside & (row >= 0)
+        gradient = load_fp32(d_out, d_out_strides, token, column, used)
+        d_gate += gradient * load_fp32(branch, branch_strides, token, column, used)
+        written = token.to(tl.int64) * WIDTH + column
+        tl.store(d_residual + written, gradient, mask=inside)
+        tl.store(d_branch + written, gradient * load_fp32(gate, gate_strides, row, column, used), mask=inside)
+        # Padding reads offsets[0] = 0 here, and so never ends.
+        if position + 1 == tl.minimum(last, tl.load(offsets + row + 1)):
+            store_partial(partials, chunk + row, 0, column, d_gate, WIDTH, 1)
+            d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)

@@ -1,0 +1,174 @@
+"""gated_residual_adaln: the gate of one branch and the norm of the next, in a single pass over memory."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sora_fast.kernels._launch import launch
+from sora_fast.kernels._rows import (
+    CHUNK,
+    RowBlock,
+    empty_partials,
+    fold,
+    layer_norm,
+    layer_norm_backward,
+    load_fp32,
+    store_partial,
+)
+
+
+def gated_residual_adaln_forward(
+    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The new residual h and its norm y [N, C], and mean and 1/std of h, [2, N] fp32. Any strides."""
+    tokens, width = residual.shape
+    h, y = residual.new_empty(tokens, width), residual.new_empty(tokens, width)
+    stats = residual.new_empty(2, tokens, dtype=torch.float32)
+    block = RowBlock.forward(width)
+    launch(
+        _forward,
+        (triton.cdiv(tokens, block.tokens),),
+        *(residual, branch, gate, shift, scale, index, h, y, stats, tokens),
+        *(residual.stride(), branch.stride(), gate.stride(), shift.stride(), scale.stride()),
+        **{"WIDTH": width, "EPS": eps, "BLOCK_N": block.tokens, "BLOCK_C": block.columns},
+        num_warps=block.num_warps,
+    )
+    return h, y, stats
+
+
+def gated_residual_adaln_backward(
+    dh: Tensor | None,
+    dy: Tensor,
+    h: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    stats: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    order: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_residual, d_branch [N, C], and d_gate, d_shift, d_scale as one [3, M, C] in the tables' dtype.
+
+    dh: None where nothing but the norm uses h. offsets [M+1], order [N]: the tokens sorted by row, with padding past
+    offsets[M].
+    """
+    tokens, width = h.shape
+    d_residual, d_branch = h.new_empty(tokens, width), branch.new_empty(tokens, width)
+    partials = empty_partials(tokens, gate.shape[0], 3, h)
+    block = RowBlock.backward(width)
+    launch(
+        _backward,
+        (triton.cdiv(tokens, CHUNK),),
+        *(dh, dy, h, branch, gate, scale, stats, index, offsets, order, d_residual, d_branch, partials, tokens),
+        *((dy if dh is None else dh).stride(), dy.stride(), h.stride()),
+        *(branch.stride(), gate.stride(), scale.stride()),
+        **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": CHUNK},
+        num_warps=block.num_warps,
+    )
+    return d_residual, d_branch, fold(partials, offsets, gate.dtype)
+
+
+@triton.jit
+def _forward(
+    residual,
+    branch,
+    gate,
+    shift,
+    scale,
+    index,
+    h,
+    y,
+    stats,
+    tokens,
+    residual_strides,
+    branch_strides,
+    gate_strides,
+    shift_strides,
+    scale_strides,
+    WIDTH: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_C)[None, :]
+    exists = token < tokens
+    row = tl.load(index + token, mask=exists, other=-1)
+    inside = column < WIDTH
+    used = inside & (row >= 0)[:, None]
+    written = token.to(tl.int64)[:, None] * WIDTH + column
+    total = load_fp32(residual, residual_strides, token[:, None], column, used)
+    factor = load_fp32(gate, gate_strides, row[:, None], column, used)
+    total += factor * load_fp32(branch, branch_strides, token[:, None], column, used)
+    tl.store(h + written, total, mask=inside & exists[:, None])
+    # The norm of h as it is stored: the backward pass sees no other.
+    total = total.to(h.dtype.element_ty).to(tl.float32)
+    normed, mean, rstd = layer_norm(total, inside, WIDTH, EPS)
+    factor = 1.0 + load_fp32(scale, scale_strides, row[:, None], column, used)
+    result = normed * factor + load_fp32(shift, shift_strides, row[:, None], column, used)
+    tl.store(y + written, result, mask=inside & exists[:, None])
+    tl.store(stats + token, mean, mask=exists)
+    tl.store(stats + tokens + token, rstd, mask=exists)
+
+
+@triton.jit
+def _backward(
+    dh,
+    dy,
+    h,
+    branch,
+    gate,
+    scale,
+    stats,
+    index,
+    offsets,
+    order,
+    d_residual,
+    d_branch,
+    partials,
+    tokens,
+    dh_strides,
+    dy_strides,
+    h_strides,
+    branch_strides,
+    gate_strides,
+    scale_strides,
+    WIDTH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    column = tl.arange(0, BLOCK_C)
+    inside = column < WIDTH
+    d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)
+    d_shift = tl.zeros([BLOCK_C], dtype=tl.float32)
+    d_scale = tl.zeros([BLOCK_C], dtype=tl.float32)
+    last = tl.minimum((chunk + 1) * CHUNK, tokens)
+    for position in range(chunk * CHUNK, last):
+        token = tl.load(order + position)
+        row = tl.load(index + token)
+        used = inside & (row >= 0)
+        gradient = load_fp32(dy, dy_strides, token, column, used)
+        values = load_fp32(h, h_strides, token, column, used)
+        mean, rstd = tl.load(stats + token), tl.load(stats + tokens + token)
+        normed = tl.where(used, (values - mean) * rstd, 0.0)
+        d_shift += gradient
+        d_scale += gradient * normed
+        d_normed = gradient * (1.0 + load_fp32(scale, scale_strides, row, column, used))
+        total = layer_norm_backward(d_normed, normed, rstd, WIDTH)
+        if dh is not None:
+            total += load_fp32(dh, dh_strides, token, column, used)
+        written = token.to(tl.int64) * WIDTH + column
+        tl.store(d_residual + written, total, mask=inside)
+        d_gate += total * load_fp32(branch, branch_strides, token, column, used)
+        tl.store(d_branch + written, total * load_fp32(gate, gate_strides, row, column, used), mask=inside)
+        # Padding reads offsets[0] = 0 here, and so never ends.
+        if position + 1 == tl.minimum(last, tl.load(offsets + row + 1)):
+            store_partial(partials, chunk + row, 0, column, d_gate, WIDTH, 3)
+            store_partial(partials, chunk + row, 1, column, d_shift, WIDTH, 3)
+            store_partial(partials, chunk + row, 2, column, d_scale, WIDTH, 3)
+            d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)
+            d_shift = tl.zeros([BLOCK_C], dtype=tl.float32)
+            d_scale = tl.zeros([BLOCK_C], dtype=tl.float32)

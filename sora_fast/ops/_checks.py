@@ -1,0 +1,58 @@
+"""Checks of what the ops are given. Each message names the argument, what came, and what is right."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sora_fast.packing import RowIndex
+
+# What kernels compute with; the torch backend also takes fp64.
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
+    """`tensor` is one, and has `shape`; a letter stands for any size. TypeError, ValueError."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: {type(tensor).__name__}; it must be a tensor {_written(shape)}")
+    sizes = zip(tensor.shape, shape, strict=False)
+    if tensor.ndim != len(shape) or any(isinstance(wanted, int) and size != wanted for size, wanted in sizes):
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}; it must be {_written(shape)}")
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """The dtype is one of `allowed`. TypeError."""
+    if tensor.dtype not in allowed:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(allowed))
+        raise TypeError(f"{name}: {str(tensor.dtype).removeprefix('torch.')}; it must be {wanted}")
+
+
+def check_device(name: str, tensor: Tensor, other: str, device: torch.device) -> None:
+    """The tensor is where `other` is. ValueError."""
+    if tensor.device != device:
+        raise ValueError(f"{name}: on {tensor.device}, but {other} is on {device}")
+
+
+def check_index(index: Tensor | RowIndex, tokens: int, rows: int, device: torch.device) -> None:
+    """The row of every token: [N] int32 or a RowIndex of M rows. Its values are not read: that would wait."""
+    if isinstance(index, RowIndex):
+        if index.num_rows != rows:
+            raise ValueError(f"index: a RowIndex of {index.num_rows} rows, but the modulation has {rows}")
+        check_shape("index.tokens", index.tokens, [tokens])
+        index = index.index
+    elif not isinstance(index, Tensor):
+        raise TypeError(f"index: {type(index).__name__}; it must be an int32 tensor [{tokens}] or a RowIndex")
+    check_shape("index", index, [tokens])
+    check_dtype("index", index, [torch.int32])
+    check_device("index", index, "the first argument", device)
+
+
+def check_eps(eps: float) -> None:
+    """A positive number. ValueError."""
+    if not eps > 0:
+        raise ValueError(f"eps: {eps}; it must be above 0, or rows of equal values would divide by zero")
+
+
+def _written(shape: Sequence[int | str]) -> str:
+    return f"[{', '.join(str(size) for size in shape)}]"

@@ -1,0 +1,95 @@
+"""What the ops that modulate tokens by rows of a table share: checks, and the gather in plain PyTorch."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sora_fast.ops._checks import (
+    FLOAT_DTYPES,
+    KERNEL_DTYPES,
+    check_device,
+    check_dtype,
+    check_index,
+    check_shape,
+)
+from sora_fast.packing import RowIndex
+
+Index = Tensor | RowIndex
+
+
+def check_modulated(tokens: dict[str, Tensor], tables: dict[str, Tensor], index: Index) -> None:
+    """tokens: [N, C], all alike; tables: [M, C] in fp32 or the tokens' dtype, all alike. By their names."""
+    (first, x), *others = tokens.items()
+    check_shape(first, x, ["N", "C"])
+    check_dtype(first, x, FLOAT_DTYPES)
+    for name, tensor in others:
+        check_shape(name, tensor, x.shape)
+        check_dtype(name, tensor, [x.dtype])
+        check_device(name, tensor, first, x.device)
+    (leader, table), *_ = tables.items()
+    check_shape(leader, table, ["M", x.shape[1]])
+    check_dtype(leader, table, [x.dtype, torch.float32])
+    if table.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(f"{leader}: shape {tuple(table.shape)}; it must have at least one row and one column")
+    for name, tensor in tables.items():
+        check_shape(name, tensor, table.shape)
+        check_dtype(name, tensor, [table.dtype])
+        check_device(name, tensor, first, x.device)
+    check_index(index, x.shape[0], table.shape[0], x.device)
+
+
+def offered(x: Tensor) -> tuple[str, ...]:
+    """The backends that take the dtype of `x`."""
+    return ("torch", "triton") if x.dtype in KERNEL_DTYPES else ("torch",)
+
+
+def parts(index: Index) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(index, offsets, tokens): what custom ops take; without CSR form for a plain tensor."""
+    return (index.index, index.offsets, index.tokens) if isinstance(index, RowIndex) else (index, None, None)
+
+
+def csr(index: Tensor, offsets: Tensor | None, tokens: Tensor | None, num_rows: int) -> tuple[Tensor, Tensor]:
+    """(offsets, tokens) as given, or built on the device: a backward pass is what needs them."""
+    if offsets is None or tokens is None:
+        rows = RowIndex.from_index(index, num_rows)
+        return rows.offsets, rows.tokens
+    return offsets, tokens
+
+
+def is_token(index: Index) -> Tensor:
+    """[N, 1] bool: not padding."""
+    return (parts(index)[0] >= 0)[:, None]
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in the dtype that plain PyTorch computes in: fp32, or fp64 for fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def gather_rows(table: Tensor, index: Index) -> Tensor:
+    """table[index], [N, C], widened; padding gets row 0."""
+    if table.device.type == "cpu":
+        return _GatherRows.apply(widened(table), *parts(index))
+    return widened(table)[parts(index)[0].clamp(min=0)]
+
+
+class _GatherRows(torch.autograd.Function):
+    """table[index] with a backward pass that is fast on a CPU and gives the same bits every time.
+
+    PyTorch's own adds token after token, and by atomics in what Inductor makes of it: measured 5× slower, and other
+    bits in every run on two threads. A bag of embeddings is the same sum, and its kernel runs at memory speed. (On a
+    GPU it is the other way round: a bag is summed by one thread a column.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor, offsets: Tensor | None, tokens: Tensor | None) -> Tensor:
+        ctx.save_for_backward(index, offsets, tokens)
+        ctx.num_rows = table.shape[0]
+        return table[index.clamp(min=0)]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        offsets, tokens = csr(*ctx.saved_tensors, ctx.num_rows)
+        return F.embedding_bag(tokens, grad, offsets, mode="sum", include_last_offset=True), None, None, None
