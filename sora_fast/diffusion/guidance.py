@@ -52,9 +52,7 @@ class Guided:
         if labels is not None:
             self.inputs["labels"] = torch.cat([labels, null_labels])
 
-    def __call__(
-        self, latents: RaggedLatents, layout: PackedLayout, conditioning: Conditioning
-    ) -> RaggedLatents:
+    def __call__(self, latents: RaggedLatents, layout: PackedLayout, conditioning: Conditioning) -> RaggedLatents:
         """The guided prediction; `layout` must be the one that this was made for."""
         if layout is not self.layout:
             raise ValueError("layout: not the one that this guidance was made for; make a new Guided for it")

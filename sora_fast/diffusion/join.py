@@ -38,9 +38,7 @@ def join_latents(first: RaggedLatents, second: RaggedLatents) -> RaggedLatents:
     """The first's videos, then the second's; what lies past the last is zero."""
     source = _source(first.offsets[-1], first.flat.shape[0], second.offsets[-1], second.flat.shape[0])
     flat = _take(first.flat, second.flat, source)
-    return RaggedLatents(
-        flat, _join_offsets(first.offsets, second.offsets), torch.cat([first.shapes, second.shapes])
-    )
+    return RaggedLatents(flat, _join_offsets(first.offsets, second.offsets), torch.cat([first.shapes, second.shapes]))
 
 
 def join_conditioning(

@@ -26,7 +26,7 @@ def training_loss(
     clean: Tensor | None = None,
     **inputs: Any,
 ) -> Tensor:
-    """Mean squared error of the model's prediction over the noisy pixels; a scalar, float32.
+    """Mean squared error of the model's prediction over the noisy pixels, weighted by the path; a scalar, float32.
 
     model: called with (noisy latents, layout, conditioning, **inputs), inputs being text or labels.
     data: clean latents; sigma: [S] noise level of each segment; noise: as data.flat.
@@ -50,7 +50,7 @@ def training_loss(
     # Masked before the square, and the variance before the bound: what stands in unspecified places, NaN perhaps,
     # must not reach the gradient.
     error = torch.where(noisy, prediction - path.target(data.flat, noise, level), 0)
-    loss = error.square().sum() / pixels
+    loss = (error.square() * path.loss_weight(level)).sum() / pixels
     if variance is None:
         return loss
     variance = torch.where(noisy, variance.float(), 0)

@@ -39,6 +39,10 @@ class NoisePath(ABC):
     def target(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """What the model should predict."""
 
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        """What a squared error at `sigma` counts in the training loss."""
+        return torch.ones_like(sigma)
+
     @abstractmethod
     def denoise(self, x: Tensor, prediction: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(clean, noise) that the prediction at `x` amounts to."""
@@ -51,8 +55,12 @@ class NoisePath(ABC):
 
 @dataclass(frozen=True)
 class RectifiedFlow(NoisePath):
-    """x = (1 − σ)·clean + σ·noise; the model predicts the velocity dx/dσ = noise − clean; its timestep is 1000·σ.
+    """x = (1 − σ)·clean + σ·noise; a sampler follows the velocity dx/dσ = noise − clean; the timestep is 1000·σ.
 
+    prediction: "velocity", or "clean" data, from which the velocity follows as (x − clean) / σ. Data of few degrees of
+        freedom in large patches are far easier to predict than noise, which has as many as there are pixels. The loss
+        is that of the velocity all the same, so an error counts 1/σ² (JiT, arXiv 2511.13720).
+    least_sigma: below it the weight 1/σ² grows no more.
     mean, std: of the normal variable whose sigmoid is the training σ (0 and 1: best of the sweep in "Scaling
     Rectified Flow Transformers", arXiv 2403.03206).
     base_tokens: larger segments need more noise for the same uncertainty, so σ becomes sσ / (1 + (s − 1)σ), in
@@ -62,8 +70,14 @@ class RectifiedFlow(NoisePath):
     mean: float = 0.0
     std: float = 1.0
     base_tokens: int | None = None
+    prediction: str = "velocity"
+    least_sigma: float = 0.1
 
     def __post_init__(self) -> None:
+        if self.prediction not in ("velocity", "clean"):
+            raise ValueError(f'prediction: {self.prediction!r}; it must be "velocity" or "clean"')
+        if not 0 < self.least_sigma < 1:
+            raise ValueError(f"least_sigma: {self.least_sigma}; it must lie between 0 and 1")
         if self.std <= 0:
             raise ValueError(f"std: {self.std}; it must be positive")
         if self.base_tokens is not None and self.base_tokens < 1:
@@ -94,9 +108,17 @@ class RectifiedFlow(NoisePath):
         return start * shifted
 
     def target(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        return noise - clean
+        return clean if self.prediction == "clean" else noise - clean
+
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        if self.prediction == "velocity":
+            return torch.ones_like(sigma)
+        return sigma.clamp(min=self.least_sigma) ** -2
 
     def denoise(self, x: Tensor, prediction: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        if self.prediction == "clean":
+            # At σ = 0 the noise cannot be told from x, and nothing asks for it: only that it is finite.
+            return prediction, (x - (1 - sigma) * prediction) / sigma.clamp(min=torch.finfo(sigma.dtype).eps)
         return x - sigma * prediction, x + (1 - sigma) * prediction
 
 

@@ -47,12 +47,16 @@ class TextEncoder(Protocol):
 class ByteTextEncoder(nn.Module):
     """A small encoder of UTF-8 bytes that is trained along with the model.
 
-    Embedding, then residual blocks of dilated depthwise convolution and MLP: with kernel 5 and dilations 1, 2, 4 a
-    token sees 29 bytes, several words. Every prompt begins with a token of its own, which is all that "" consists of.
+    A byte is embedded together with the n-grams that end in it (hashed, as in the Byte Latent Transformer, arXiv
+    2412.09871), so that different words are far apart from the first step on. Then residual blocks of dilated depthwise
+    convolution and MLP: with kernel 5 and dilations 1, 2, 4 a token sees 29 bytes, several words. Every prompt begins
+    with a token of its own, which is all that "" consists of.
     max_bytes: longer prompts are cut.
     """
 
     START = 256
+    NGRAMS = range(2, 7)
+    BUCKETS = 4096
 
     def __init__(self, dim: int = 128, *, layers: int = 3, kernel_size: int = 5, max_bytes: int = 255) -> None:
         super().__init__()
@@ -60,9 +64,10 @@ class ByteTextEncoder(nn.Module):
             raise ValueError(f"kernel_size: {kernel_size}; it must be odd, to be centred on its byte")
         self.dim, self.max_bytes = dim, max_bytes
         self.embedding = nn.Embedding(257, dim)
+        self.ngrams = nn.Embedding(self.BUCKETS, dim)
         self.blocks = nn.ModuleList(_ByteBlock(dim, kernel_size, dilation=2**layer) for layer in range(layers))
         self.norm = nn.LayerNorm(dim)
-        self.pool = nn.Linear(dim, dim)
+        self.pool = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
 
     def tokenize(
         self, prompts: Sequence[str], *, capacity: int | None = None, max_segments: int | None = None
@@ -72,11 +77,22 @@ class ByteTextEncoder(nn.Module):
         return _pack(rows, capacity, max_segments)
 
     def forward(self, ids: Tensor, layout: PackedLayout) -> PackedText:
-        x = self.embedding(ids)
+        x = self.embedding(ids) + self._embed_ngrams(ids, layout.segment_ids)
         for block in self.blocks:
             x = block(x, layout.segment_ids)
         x = torch.where(layout.segment_ids[:, None] >= 0, self.norm(x), 0)
         return PackedText(x, layout, self.pool(segment_mean(x, layout)))
+
+    def _embed_ngrams(self, ids: Tensor, segment_ids: Tensor) -> Tensor:
+        """Sum over n of the embeddings of each byte's n-gram; what would reach before its prompt is left out."""
+        code, total = ids.long(), torch.zeros((), dtype=self.ngrams.weight.dtype, device=ids.device)
+        for n in self.NGRAMS:
+            before = F.pad(ids.long() + 1, (n - 1, 0))[: ids.shape[0]]
+            owner = F.pad(segment_ids, (n - 1, 0), value=-1)[: ids.shape[0]]
+            # A polynomial hash modulo the prime 2³¹ − 1; the products stay below 2⁶³.
+            code = (code * 1_000_003 + torch.where(owner == segment_ids, before, 0)) % (2**31 - 1)
+            total = total + self.ngrams(code % self.BUCKETS)
+        return total
 
 
 class _ByteBlock(nn.Module):
@@ -189,12 +205,8 @@ def _checked_prompts(prompts: Sequence[str]) -> Sequence[str]:
     return prompts
 
 
-def _pack(
-    rows: list[list[int]], capacity: int | None, max_segments: int | None
-) -> tuple[Tensor, PackedLayout]:
-    layout = PackedLayout.from_grids(
-        [(len(row), 1, 1) for row in rows], capacity=capacity, max_segments=max_segments
-    )
+def _pack(rows: list[list[int]], capacity: int | None, max_segments: int | None) -> tuple[Tensor, PackedLayout]:
+    layout = PackedLayout.from_grids([(len(row), 1, 1) for row in rows], capacity=capacity, max_segments=max_segments)
     ids = torch.zeros(layout.capacity, dtype=torch.int32)
     flat = [token for row in rows for token in row]
     ids[: len(flat)] = torch.tensor(flat, dtype=torch.int32)

@@ -1,7 +1,24 @@
 """Packing: many videos and images of any shape in one sequence, without padding."""
 
 from sora_fast.packing.conditioning import Conditioning, RowIndex
+from sora_fast.packing.dropping import BetaDrop, ConstantDrop, ResolutionDrop, SigmoidDrop, kept_tokens, sample_keep
 from sora_fast.packing.latents import RaggedLatents
 from sora_fast.packing.layout import PackedLayout
+from sora_fast.packing.packer import PackRules, StreamingPacker, balance, pack_offline
 
-__all__ = ["Conditioning", "PackedLayout", "RaggedLatents", "RowIndex"]
+__all__ = [
+    "BetaDrop",
+    "Conditioning",
+    "ConstantDrop",
+    "PackRules",
+    "PackedLayout",
+    "RaggedLatents",
+    "ResolutionDrop",
+    "RowIndex",
+    "SigmoidDrop",
+    "StreamingPacker",
+    "balance",
+    "kept_tokens",
+    "pack_offline",
+    "sample_keep",
+]

@@ -34,9 +34,7 @@ class GaussianModel:
     variance: Callable[[Tensor], Tensor] | None = None
     """The raw variance output at sigma [P], for a path with learned variance."""
 
-    def __call__(
-        self, latents: RaggedLatents, layout: PackedLayout, conditioning: Conditioning
-    ) -> RaggedLatents:
+    def __call__(self, latents: RaggedLatents, layout: PackedLayout, conditioning: Conditioning) -> RaggedLatents:
         sigma = pixel_sigma(latents, layout, conditioning)
         x = latents.flat.double()
         a, b = self.path.coefficients(sigma)
@@ -47,9 +45,7 @@ class GaussianModel:
             return prediction
         raw = latents.with_flat(self.variance(sigma).to(latents.flat.dtype))
         both = [torch.cat(pair) for pair in zip(prediction.to_list(), raw.to_list(), strict=True)]
-        return RaggedLatents.from_list(
-            both, capacity=2 * latents.flat.shape[0], max_segments=latents.max_segments
-        )
+        return RaggedLatents.from_list(both, capacity=2 * latents.flat.shape[0], max_segments=latents.max_segments)
 
     def total(self, sigma: Tensor) -> Tensor:
         """Standard deviation of the state at sigma."""

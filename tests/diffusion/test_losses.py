@@ -60,16 +60,18 @@ def expected_mse(path, data, noise, sigma, noisy) -> float:
         a, b = path.coefficients(level)
         x0, eps = x0.double(), eps.double()
         x = a * x0 + b * eps
+        weight = 1.0
         if isinstance(path, RectifiedFlow):
-            target = eps - x0
+            target = eps - x0 if path.prediction == "velocity" else x0
+            weight = 1.0 if path.prediction == "velocity" else 1 / max(level.item(), path.least_sigma) ** 2
         else:
             target = eps if path.prediction == "epsilon" else a * eps - b * x0
         error = (0.5 * x - 0.1 - target)[torch.as_tensor(noisy[i])]
-        total, count = total + error.square().sum().item(), count + error.numel()
+        total, count = total + weight * error.square().sum().item(), count + error.numel()
     return total / count
 
 
-@pytest.mark.parametrize("path", [RectifiedFlow(), DDPM(), VELOCITY], ids=repr)
+@pytest.mark.parametrize("path", [RectifiedFlow(), RectifiedFlow(prediction="clean"), DDPM(), VELOCITY], ids=repr)
 def test_mean_over_noisy_real_pixels(path):
     shapes = [(2, 3, 5, 3), (2, 1, 4, 4), (2, 2, 1, 2)]
     # The image has lost the patch at its upper right.
@@ -83,9 +85,7 @@ def test_mean_over_noisy_real_pixels(path):
     noisy[2][:, 1] = False
 
     model = Affine()
-    loss = training_loss(
-        model, data, layout, path, sigma, noise=noise.flat, patch_size=PATCH, clean=clean
-    )
+    loss = training_loss(model, data, layout, path, sigma, noise=noise.flat, patch_size=PATCH, clean=clean)
     assert loss.item() == pytest.approx(expected_mse(path, data, noise, sigma, noisy), rel=1e-5)
     loss.backward()
     assert model.weight.grad.isfinite() and model.weight.grad != 0
@@ -197,9 +197,7 @@ def test_one_graph_serves_every_mix_of_shapes(path):
     model = Affine()
 
     def loss(data, noise, layout, sigma, clean):
-        return training_loss(
-            model, data, layout, path, sigma, noise=noise, patch_size=PATCH, clean=clean
-        )
+        return training_loss(model, data, layout, path, sigma, noise=noise, patch_size=PATCH, clean=clean)
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=False, backend="eager")
     torch.compiler.reset()
@@ -239,6 +237,4 @@ def test_inputs_reach_the_model():
         assert labels == "given"
         return latents
 
-    training_loss(
-        model, data, layout, DDPM(), torch.ones(1), noise=noise.flat, patch_size=PATCH, labels="given"
-    )
+    training_loss(model, data, layout, DDPM(), torch.ones(1), noise=noise.flat, patch_size=PATCH, labels="given")

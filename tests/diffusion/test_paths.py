@@ -11,6 +11,7 @@ PATHS = [
     DDPM(),
     DDPM(prediction="velocity"),
     DDPM(prediction="velocity", zero_terminal_snr=True),
+    RectifiedFlow(prediction="clean"),
 ]
 
 
@@ -45,6 +46,18 @@ def test_sigma_zero_is_clean(path):
 def test_sigma_one_is_pure_noise(path):
     clean, noise = torch.randn(2, 9)
     assert torch.equal(path.add_noise(clean, noise, torch.ones(9)), noise)
+
+
+def test_an_error_of_clean_data_counts_as_the_error_of_the_velocity_that_follows():
+    path = RectifiedFlow(prediction="clean", least_sigma=0.2)
+    sigma = torch.tensor([0.2, 0.5, 1.0])
+    clean, noise, wrong = torch.randn(3, 3)
+    x = path.add_noise(clean, noise, sigma)
+    velocity = torch.sub(*reversed(path.denoise(x, wrong, sigma)))
+    torch.testing.assert_close(
+        path.loss_weight(sigma) * (wrong - clean).square(), (velocity - (noise - clean)).square()
+    )
+    assert path.loss_weight(torch.zeros(1)).item() == pytest.approx(25)
 
 
 def test_ddpm_has_the_published_coefficients():
@@ -155,6 +168,8 @@ def test_ddpm_spacings_are_the_published_ones(steps):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: RectifiedFlow(prediction="noise"), "prediction: 'noise'"),
+        (lambda: RectifiedFlow(least_sigma=0), "least_sigma: 0"),
         (lambda: RectifiedFlow(std=0), "std: 0"),
         (lambda: RectifiedFlow(base_tokens=0), "base_tokens: 0"),
         (lambda: DDPM(prediction="x0"), "prediction: 'x0'"),

@@ -20,9 +20,7 @@ def packs(draw):
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     keep = None
     if draw(st.booleans()):
-        keep = [
-            rng.choice(np.prod(grid), rng.integers(0, np.prod(grid) + 1), replace=False) for grid in grids
-        ]
+        keep = [rng.choice(np.prod(grid), rng.integers(0, np.prod(grid) + 1), replace=False) for grid in grids]
     spare = draw(st.integers(0, 3))
     tokens = sum(int(np.prod(g)) if keep is None else len(keep[i]) for i, g in enumerate(grids))
     layout = PackedLayout.from_grids(
@@ -45,9 +43,7 @@ def test_every_pixel_finds_its_token(pack):
     shapes, patch, layout, latents = pack
     tokens = {
         (segment, *coords): token
-        for token, (segment, coords) in enumerate(
-            zip(layout.segment_ids.tolist(), layout.coords.tolist(), strict=True)
-        )
+        for token, (segment, coords) in enumerate(zip(layout.segment_ids.tolist(), layout.coords.tolist(), strict=True))
         if segment >= 0
     }
     expected_token, expected_segment = [], []

@@ -38,6 +38,9 @@ def real(latents: RaggedLatents) -> torch.Tensor:
     return torch.cat([video.flatten() for video in latents.to_list()])
 
 
+CLEAN = RectifiedFlow(base_tokens=8, prediction="clean")
+
+
 def error(path, sampler, steps: int) -> float:
     """Distance from the exact end of the probability flow, over two videos with their own schedules."""
     noise, layout = pack()
@@ -47,9 +50,10 @@ def error(path, sampler, steps: int) -> float:
     return (real(result) - exact).abs().max().item()
 
 
+@pytest.mark.parametrize("path", [FLOW, CLEAN], ids=["velocity", "clean"])
 @pytest.mark.parametrize(("sampler", "order"), [(Euler(), 1), (DDIM(), 1), (Heun(), 2)])
-def test_convergence_order_on_the_flow(sampler, order):
-    coarse, fine = error(FLOW, sampler, 40), error(FLOW, sampler, 160)
+def test_convergence_order_on_the_flow(path, sampler, order):
+    coarse, fine = error(path, sampler, 40), error(path, sampler, 160)
     assert math.log(coarse / fine, 4) == pytest.approx(order, abs=0.1)
 
 
@@ -100,9 +104,7 @@ def test_ancestral_sampling_has_the_moments_of_its_chain(path):
     noise, layout = pack(dtype=torch.float32, shapes=[(1, 5, 30, 40)])
     model = GaussianModel(path)
     generator = torch.Generator().manual_seed(1)
-    result = sample(
-        model, noise, layout, path, Ancestral(), steps=steps, patch_size=PATCH, generator=generator
-    )
+    result = sample(model, noise, layout, path, Ancestral(), steps=steps, patch_size=PATCH, generator=generator)
 
     taken = [round(i * 999 / (steps - 1)) for i in range(steps)]
     alpha_bar = path.alpha_bar(torch.device("cpu"))[1:][taken].numpy()
@@ -139,9 +141,7 @@ def test_learned_variance_makes_a_short_chain_exact():
 
     model.variance = raw_variance
     generator = torch.Generator().manual_seed(1)
-    result = sample(
-        model, noise, layout, path, Ancestral(), steps=steps, patch_size=PATCH, generator=generator
-    )
+    result = sample(model, noise, layout, path, Ancestral(), steps=steps, patch_size=PATCH, generator=generator)
     assert real(result).mean().item() == pytest.approx(0.7, abs=0.015)
     assert real(result).std().item() == pytest.approx(0.3, rel=0.02)
 
@@ -173,9 +173,7 @@ def test_clean_tokens_come_back_bit_identical(path, sampler, dtype):
     data.flat[:3] = torch.tensor([-0.0, 1e-30, 3.0])
     clean = clean_frames(layout, torch.tensor([1, 0, 0]), torch.tensor([1, 0, 0]))
     model = Watched(path)
-    result = sample(
-        model, noise, layout, path, sampler, steps=4, patch_size=PATCH, data=data, clean=clean
-    )
+    result = sample(model, noise, layout, path, sampler, steps=4, patch_size=PATCH, data=data, clean=clean)
     (video, image), (kept, _) = result.to_list(), data.to_list()
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert result.flat.dtype == dtype

@@ -1,0 +1,193 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sora_fast.masks import SpacetimeMask
+from sora_fast.models import SoraDiT, SoraDiTConfig
+from sora_fast.models.text import ByteTextEncoder
+from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
+
+PATCH = (1, 2, 2)
+SHAPES = [(2, 3, 4, 6), (2, 1, 5, 3), (2, 2, 4, 4)]
+
+
+def small(**options: object) -> SoraDiT:
+    """A model with every weight random: at its true start adaLN-Zero makes the blocks invisible."""
+    torch.manual_seed(0)
+    options = {"dim": 32, "depth": 2, "heads": 2, "in_channels": 2, "patch_size": PATCH, **options}
+    model = SoraDiT(SoraDiTConfig(**options))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def grid(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    return tuple(-(-size // patch) for size, patch in zip(shape[1:], PATCH, strict=True))
+
+
+def pack(videos: list[Tensor], *, spare: int = 0, order: str = "tiled") -> tuple[RaggedLatents, PackedLayout]:
+    grids = [grid(video.shape) for video in videos]
+    tokens = sum(t * h * w for t, h, w in grids)
+    layout = PackedLayout.from_grids(
+        grids, order=order, capacity=tokens + spare, max_segments=len(videos) + bool(spare), tile_size=16
+    )
+    elements = sum(video.numel() for video in videos)
+    return RaggedLatents.from_list(videos, capacity=elements + spare, max_segments=layout.max_segments), layout
+
+
+def levels(layout: PackedLayout) -> Conditioning:
+    return Conditioning.per_segment(torch.linspace(0.1, 0.9, layout.max_segments), layout)
+
+
+def videos() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(shape) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("position", ["rope", "factorised", "fractional", "sincos"])
+@pytest.mark.parametrize("mask", [SpacetimeMask.full(), SpacetimeMask.window(1, 1, 1, causal=True)], ids=str)
+def test_a_pack_gives_what_each_video_gives_alone(position: str, mask: SpacetimeMask) -> None:
+    model = small(position=position, mask=mask)
+    latents, layout = pack(videos(), spare=9)
+    latents.flat[-9:] = float("nan")
+    sigma = torch.tensor([0.2, 0.5, 0.9, 0.0])
+    together = model(latents, layout, Conditioning.per_segment(sigma, layout)).to_list()
+    for index, video in enumerate(videos()):
+        single, single_layout = pack([video], order="raster")
+        level = Conditioning.per_segment(sigma[index : index + 1], single_layout)
+        alone = model(single, single_layout, level).to_list()[0]
+        torch.testing.assert_close(together[index], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_text_and_labels_reach_their_own_segment_only() -> None:
+    encoder = ByteTextEncoder(16, layers=1)
+    model = small(text_dim=16, pooled_dim=16, num_classes=5)
+    latents, layout = pack(videos())
+
+    def run(prompts: list[str], labels: list[int]) -> list[Tensor]:
+        text = encoder(*encoder.tokenize(prompts, max_segments=layout.max_segments))
+        return model(latents, layout, levels(layout), text=text, labels=torch.tensor(labels)).to_list()
+
+    before = run(["a", "bcd", ""], [0, 1, 2])
+    for index, changed in ((1, run(["a", "xyz", ""], [0, 1, 2])), (2, run(["a", "bcd", ""], [0, 1, 5]))):
+        for segment in range(3):
+            assert torch.equal(before[segment], changed[segment]) == (segment != index)
+
+
+def test_a_new_model_predicts_zero_and_every_weight_learns() -> None:
+    torch.manual_seed(0)
+    latents, layout = pack(videos())
+    fresh = SoraDiT(SoraDiTConfig(dim=32, depth=1, heads=2, in_channels=2, patch_size=PATCH))
+    assert not fresh(latents, layout, levels(layout)).flat.any()
+    encoder = ByteTextEncoder(16, layers=1)
+    model = small(text_dim=16, pooled_dim=16, num_classes=5, mlp="swiglu", position="factorised")
+    text = encoder(*encoder.tokenize(["a", "b", "c"]))
+    model(latents, layout, levels(layout), text=text, labels=torch.tensor([0, 1, 2])).flat.square().sum().backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not still
+
+
+def test_a_learned_variance_doubles_the_channels() -> None:
+    latents, layout = pack(videos(), spare=3)
+    output = small(learned_sigma=True)(latents, layout, levels(layout))
+    assert [tuple(video.shape) for video in output.to_list()] == [(4, *shape[1:]) for shape in SHAPES]
+
+
+def plain_dit(model: SoraDiT, image: Tensor, timestep: float, label: int, patch: int) -> Tensor:
+    """DiT's forward pass for one image (C, H, W), written out (Peebles & Xie 2023, its official models.py)."""
+    w = dict(model.named_parameters())
+    dim, heads = model.config.dim, model.config.heads
+    channels, height, width = image.shape
+    rows, columns = height // patch, width // patch
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def encode(place: Tensor) -> Tensor:
+        omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+        angles = place.double()[:, None] * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    kernel = w["x_embedder.proj.weight"].view(dim, channels, patch, patch)
+    x = F.conv2d(image[None], kernel, w["x_embedder.proj.bias"], stride=patch)[0].flatten(1).T
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    x = x + torch.cat([encode(column.flatten()), encode(row.flatten())], dim=1).float()
+
+    frequencies = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(128) / 128)
+    angles = timestep * frequencies
+    c = F.silu(linear(torch.cat([angles.cos(), angles.sin()]), "t_embedder.mlp.0"))
+    c = linear(c, "t_embedder.mlp.2") + w["y_embedder.embedding_table.weight"][label]
+
+    def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return F.layer_norm(x, (dim,), eps=1e-6) * (1 + scale) + shift
+
+    for index in range(model.config.depth):
+        name = f"blocks.{index}"
+        chunks = linear(F.silu(c), f"{name}.adaLN_modulation.1").chunk(6)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = chunks
+        qkv = linear(norm(x, shift_msa, scale_msa), f"{name}.attn.qkv")
+        q, k, v = qkv.view(-1, 3, heads, dim // heads).permute(1, 2, 0, 3)
+        attended = F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(1)
+        x = x + gate_msa * linear(attended, f"{name}.attn.proj")
+        hidden = F.gelu(linear(norm(x, shift_mlp, scale_mlp), f"{name}.mlp.fc1"), approximate="tanh")
+        x = x + gate_mlp * linear(hidden, f"{name}.mlp.fc2")
+    shift, scale = linear(F.silu(c), "final_layer.adaLN_modulation.1").chunk(2)
+    x = linear(norm(x, shift, scale), "final_layer.linear").view(rows, columns, patch, patch, -1)
+    return x.permute(4, 0, 2, 1, 3).reshape(-1, height, width)
+
+
+def test_the_official_dit_is_a_special_case() -> None:
+    model = small(
+        patch_size=(1, 2, 2), position="sincos", qk_norm=False, num_classes=7, learned_sigma=True, discrete_time=True
+    )
+    torch.manual_seed(2)
+    images = [torch.randn(2, 8, 6), torch.randn(2, 4, 10)]
+    latents, layout = pack([image[:, None] for image in images])
+    timesteps, labels = torch.tensor([37.0, 912.0]), torch.tensor([3, 7])
+    conditioning = Conditioning.per_segment((timesteps + 1) / 1000, layout)
+    output = model(latents, layout, conditioning, labels=labels).to_list()
+    for index, image in enumerate(images):
+        expected = plain_dit(model, image, float(timesteps[index]), int(labels[index]), 2)
+        torch.testing.assert_close(output[index][:, 0], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_it_compiles_once_for_every_mix_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    torch._dynamo.reset()
+    model = small(mask=SpacetimeMask.frame_causal())
+    step = torch.compile(lambda *inputs: model(*inputs).flat.square().mean(), fullgraph=True, backend="aot_eager")
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(2, *torch.randint(1, 6, (3,), generator=generator).tolist()) for _ in range(3)]
+        latents = RaggedLatents.from_list([torch.randn(s) for s in shapes], capacity=1000, max_segments=4)
+        grids = [grid(shape) for shape in shapes]
+        layout = PackedLayout.from_grids(grids, order="tiled", capacity=160, max_segments=4, tile_size=16)
+        loss = step(latents, layout, levels(layout))
+        loss.backward()
+        torch.testing.assert_close(loss, model(latents, layout, levels(layout)).flat.square().mean())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"position": "nowhere"}, "position: 'nowhere'"),
+        ({"heads": 5}, "heads: 5"),
+        ({"patch_size": (1, 2)}, "patch_size"),
+        ({"mlp": "relu"}, "mlp: 'relu'"),
+        ({"depth": 0}, "depth: 0"),
+    ],
+)
+def test_bad_configurations_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+def test_bad_calls_are_named() -> None:
+    latents, layout = pack(videos())
+    with pytest.raises(ValueError, match="text: None"):
+        small(text_dim=16)(latents, layout, levels(layout))
+    with pytest.raises(ValueError, match="labels: None"):
+        small(num_classes=3)(latents, layout, levels(layout))
+    with pytest.raises(ValueError, match="labels: shape"):
+        small(num_classes=3)(latents, layout, levels(layout), labels=torch.zeros(5))

@@ -1,0 +1,45 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sora_fast.nn import BlockContext, DiTBlock
+from sora_fast.packing import PackedLayout, RowIndex
+from sora_fast.schedule import TileSchedule
+
+
+def test_a_chain_of_blocks_is_adaln_zero() -> None:
+    """Two blocks on the fused ops against the chain of norms, branches and gates written out."""
+    torch.manual_seed(0)
+    dim = 32
+    layout = PackedLayout.from_grids([(2, 3, 4), (1, 4, 4)], tile_size=16)
+    blocks = [DiTBlock(dim, 2) for _ in range(2)]
+    index = torch.randint(0, 3, (layout.capacity,), dtype=torch.int32)
+    shared = BlockContext(layout, TileSchedule.build(layout), RowIndex.from_index(index, 3))
+    modulations = [torch.randn(6, 3, dim).unbind(0) for _ in blocks]
+    final = tuple(torch.randn(2, 3, dim).unbind(0))
+    start = torch.randn(layout.capacity, dim)
+
+    def norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (dim,), eps=1e-6) * (1 + scale[index]) + shift[index]
+
+    expected = start
+    for block, (shift, scale, gate, shift_mlp, scale_mlp, gate_mlp) in zip(blocks, modulations, strict=True):
+        attended = block.attn(norm(expected, shift, scale), layout, shared.schedule)
+        expected = expected + gate[index] * attended
+        expected = expected + gate_mlp[index] * block.mlp(norm(expected, shift_mlp, scale_mlp))
+
+    x, h = start, norm(start, *modulations[0][:2])
+    for block, modulation, following in zip(blocks, modulations, (modulations[1][:2], final), strict=True):
+        x, h = block(x, h, modulation, following, shared)
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(h, norm(expected, *final), rtol=1e-4, atol=1e-4)
+
+
+def test_modulation_starts_at_zero() -> None:
+    tables = DiTBlock(32, 2, context_dim=8).adaLN_modulation(torch.randn(5, 32))
+    assert len(tables) == 9 and not any(table.any() for table in tables)
+
+
+def test_bad_mlp_is_named() -> None:
+    with pytest.raises(ValueError, match="mlp: 'relu'"):
+        DiTBlock(32, 2, mlp="relu")
