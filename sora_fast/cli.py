@@ -49,17 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    if argv[:1] == ["demo"]:  # has its own options
-        from sora_fast.demo.run import main as demo
-
-        return demo(argv[1:])
-    arguments = _parser().parse_args(argv)
     try:
+        if argv[:1] == ["demo"]:  # has its own options
+            from sora_fast.demo.run import main as demo
+
+            return demo(argv[1:])
+        arguments = _parser().parse_args(argv)
         return arguments.command(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        return _fail(f"{error}; pip install 'sora_fast[video,text]' brings what reads videos and text encoders")
+        return _fail(f"{error}; pip install 'sora_fast[demo,text]' brings the optional parts")
     except (ValueError, OSError, FloatingPointError) as error:
         return _fail(str(error))
 
