@@ -22,16 +22,18 @@ class PatchEmbedConfig:
     # pixels take so many registers that they spill.
     inner: int = 32
     features: int = 64  # columns of both gradients
-    wide_features: int = 32  # where addresses are int64: 64 spill
     # Tokens in one partial sum of the weights' gradient: long enough that the partials are small beside the tokens,
     # short enough that 32k tokens give 8 of them. Fixed, so that the bits do not depend on the GPU.
     chunk: int = 4096
     num_warps: int = 8  # with 4, the addresses spill
     num_stages: int = 2  # pixels come through registers, only the weights are copied ahead
 
-    def feature_block(self, num_features: int, patches: Patches, elements: int) -> int:
-        """Columns of a gradient's block."""
-        return _fitted(self.wide_features if patches.is_wide(elements) else self.features, num_features)
+    @staticmethod
+    def choose(dtype: torch.dtype, patches: Patches, elements: int) -> "PatchEmbedConfig":
+        """Smaller blocks where a number or an address takes twice the registers: the usual ones spill there."""
+        if dtype == torch.float32 or patches.is_wide(elements):
+            return PatchEmbedConfig(tokens=32, width=64, features=32)
+        return PatchEmbedConfig()
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Additive:
 
 def embed(flat: Tensor, weight: Tensor, bias: Tensor | None, patches: Patches, position: Additive) -> Tensor:
     """flat [elements], weight [C, K], bias [C] → tokens [N, C], zeros for padding."""
-    config = PatchEmbedConfig()
+    config = PatchEmbedConfig.choose(flat.dtype, patches, flat.numel())
     width, num_pixels = weight.shape
     tokens = torch.empty(patches.num_tokens, width, dtype=flat.dtype, device=flat.device)
     table = position.table
@@ -74,11 +76,11 @@ def weight_gradient(grad: Tensor, flat: Tensor, patches: Patches, num_pixels: in
     Bias and position tables are weights too, of features that are one: always, and where the coordinate is the row's.
     Columns: the weight's, then those of the three tables, then the bias's. grad: [N, C]; rows: as in `Additive`.
     """
-    config = PatchEmbedConfig()
+    config = PatchEmbedConfig.choose(flat.dtype, patches, flat.numel())
     width, features = grad.shape[1], num_pixels + sum(rows) + 1
     chunks = triton.cdiv(patches.num_tokens, config.chunk)
     partials = torch.empty(chunks, width, features, dtype=torch.float32, device=grad.device)
-    block = config.feature_block(features, patches, flat.numel())
+    block = _fitted(config.features, features)
     grid = (triton.cdiv(width, config.features), triton.cdiv(features, block), chunks)
     launch(
         *(
@@ -108,10 +110,10 @@ def weight_gradient(grad: Tensor, flat: Tensor, patches: Patches, num_pixels: in
 
 def pixel_gradient(grad: Tensor, weight: Tensor, patches: Patches, elements: int) -> Tensor:
     """Gradient of flat [elements]: grad [N, C] · weight [C, K], each pixel to its place; zeros elsewhere."""
-    config = PatchEmbedConfig()
+    config = PatchEmbedConfig.choose(grad.dtype, patches, elements)
     width, num_pixels = weight.shape
     flat = torch.zeros(elements, dtype=grad.dtype, device=grad.device)
-    block = config.feature_block(num_pixels, patches, elements)
+    block = _fitted(config.features, num_pixels)
     grid = (triton.cdiv(num_pixels, block), triton.cdiv(patches.num_tokens, config.tokens))
     launch(
         *(_pixel_gradient, grid, grad, *grad.stride(), weight, *weight.stride(), flat, width, *patches.args),

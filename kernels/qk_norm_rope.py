@@ -20,8 +20,7 @@ class QkNormRopeConfig:
     Pairs of channels in a block, heads of several tokens: more spill with head dims that are no power of two.
     """
 
-    forward_pairs: int = 1024  # 8 pairs a thread, and their cosines and sines
-    backward_pairs: int = 512  # beside them the gradients, and the running sums of the weights' gradients
+    pairs: int = 512  # 4 a thread, and their cosines and sines; backward, their gradients and sums for the weights'
     num_warps: int = 4
 
 
@@ -77,7 +76,7 @@ def forward(heads: Heads, segment_ids: Tensor, coords: Tensor, rotation: Rotatio
     num_tokens, num_heads, head_dim = heads.q.shape
     outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (heads.q, heads.k))
     block = next_power_of_two(head_dim // 2)
-    tokens = max(1, config.forward_pairs // block)
+    tokens = max(1, config.pairs // block)
     launch(
         *(_forward, (triton.cdiv(num_tokens, tokens),), *heads.args, *outputs),
         *(segment_ids, coords, num_tokens, num_heads),
@@ -99,7 +98,7 @@ def backward(
     num_tokens, num_heads, head_dim = heads.q.shape
     results = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (heads.q, heads.k))
     block = next_power_of_two(head_dim // 2)
-    tokens = max(1, config.backward_pairs // block)
+    tokens = max(1, config.pairs // block)
     programs = triton.cdiv(num_tokens, tokens)
     partials = torch.empty(programs, 2, head_dim, dtype=torch.float32, device=heads.q.device)
     launch(

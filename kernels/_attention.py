@@ -1,0 +1,198 @@
+"""What the forward and the backward kernels of packed attention share.
+
+A program owns a block of one tile (queries in the forward and the dQ pass, keys in the dK/dV pass) and walks over the
+tiles that its tile meets in **one flat loop** over (tile, block of the tile): a loop nested in each tile would drain
+the software pipeline at every tile.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sora_fast.kernels._launch import next_power_of_two
+from sora_fast.schedule import GUARD
+
+LOG2E = 1.4426950408889634
+LN2 = tl.constexpr(0.6931471805599453)
+_GUARD = tl.constexpr(GUARD)
+
+
+class Walk(NamedTuple):
+    """Where the tiles lie and which of the other side's tiles each of this side's tiles meets.
+
+    own, other [T+1]: tile boundaries (tokens). The rest is a `TileLists`.
+    """
+
+    own: Tensor
+    other: Tensor
+    begin: Tensor
+    full_end: Tensor
+    end: Tensor
+    tiles: Tensor
+    order: Tensor
+
+
+class Boxes(NamedTuple):
+    """What a partial pair of tiles is tested with: packed coordinates (see `TileSchedule`) and raster places, [N]."""
+
+    low: Tensor
+    high: Tensor
+    place: Tensor
+    raster: Tensor
+
+
+_LONGEST_BLOCK = 128
+
+
+# Rows of the largest block that a launch configuration may ask for.
+_LONGEST_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Launch configuration. own, other: tokens in a program's block and in each block that it walks over."""
+
+    own: int
+    other: int
+    num_warps: int
+    num_stages: int
+
+    def fitted(self, own_tile: int, other_tile: int) -> "BlockSizes":
+        """Blocks no larger than a tile: more would only be masked away."""
+        return BlockSizes(min(self.own, own_tile), min(self.other, other_tile), self.num_warps, self.num_stages)
+
+
+class Rows(NamedTuple):
+    """A tensor [N, H, D] of any strides, for a kernel; made by `Head.rows`."""
+
+    data: Tensor
+    token_stride: int
+    head_stride: int
+    dim_stride: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """How the kernels read a head's rows; a compile-time constant.
+
+    main, rest: powers of two, at least 16, that cover the head dim `dim` together; rest is 0 if main does alone.
+    unit: strides of tokens and heads are passed in units of so many elements. Triton knows of an integer only whether
+        16 divides it: passed as it is, a head stride of 72 would cost the 16-byte loads.
+    wide: a block's rows lie 2³¹ elements or more apart. (Else 32 bits within a block save the registers that make the
+        difference between spilling and not on sm_80. Blocks start at 64-bit offsets in any case.)
+    """
+
+    dim: int
+    main: int
+    rest: int
+    unit: int
+    wide: bool
+
+    @staticmethod
+    def of(*tensors: Tensor) -> "Head":
+        """For tensors [N, H, D] of any strides."""
+        strides = [x.stride(axis) for x in tensors for axis in (0, 1)]
+        unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+        reach = max(_LONGEST_BLOCK * x.stride(0) + x.shape[2] * x.stride(2) for x in tensors)
+        dim = tensors[0].shape[2]
+        return Head(dim, *split_head_dim(dim), unit, reach >= 1 << 31)
+
+    def rows(self, x: Tensor) -> Rows:
+        """x [N, H, D] as a kernel takes it."""
+        return Rows(x, x.stride(0) // self.unit, x.stride(1) // self.unit, x.stride(2))
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """`Head.main` and `Head.rest`: 72 = 64 + 16 (8 of them masked) takes 80 columns, the next power of two 128."""
+    whole = max(next_power_of_two(head_dim), 16)
+    main = max(whole // 2, 16)
+    rest = max(next_power_of_two(head_dim - main), 16)
+    return (main, rest) if rest < main < head_dim else (whole, 0)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed: exactly, unless the user lets PyTorch use TF32."""
+    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.jit
+def _place(x, token, head, exists, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr):
+    """Pointers [rows, WIDTH] to the columns from FIRST on of the rows from `token` on, and which of them exist."""
+    start = x.data + (token.to(tl.int64) * x.token_stride + head.to(tl.int64) * x.head_stride) * HEAD.unit
+    rows = tl.arange(0, exists.shape[0])
+    if HEAD.wide:
+        rows = rows.to(tl.int64)
+    cols = FIRST + tl.arange(0, WIDTH)
+    mask = exists[:, None]
+    if FIRST + WIDTH > HEAD.dim:
+        mask = mask & (cols < HEAD.dim)[None, :]
+    return start + (rows * x.token_stride * HEAD.unit)[:, None] + (cols * x.dim_stride)[None, :], mask
+
+
+@triton.jit
+def load_main(x, token, head, exists, HEAD: tl.constexpr):
+    """The first `HEAD.main` columns of the rows from `token` on; zeros where a row does not exist (0 · NaN is NaN)."""
+    pointers, mask = _place(x, token, head, exists, 0, HEAD.main, HEAD)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_rest(x, token, head, exists, HEAD: tl.constexpr):
+    """The columns past `HEAD.main`; only where `HEAD.rest` is not 0."""
+    pointers, mask = _place(x, token, head, exists, HEAD.main, HEAD.rest, HEAD)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(x, token, head, exists, main, rest, HEAD: tl.constexpr):
+    """Store a block given as its main columns [rows, HEAD.main] and, if there is one, its rest [rows, HEAD.rest]."""
+    pointers, mask = _place(x, token, head, exists, 0, HEAD.main, HEAD)
+    tl.store(pointers, main.to(x.data.dtype.element_ty), mask=mask)
+    if HEAD.rest:
+        pointers, mask = _place(x, token, head, exists, HEAD.main, HEAD.rest, HEAD)
+        tl.store(pointers, rest.to(x.data.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def zero_block(ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """Accumulators for the main and the rest columns. Without a rest, the second is never used and costs nothing."""
+    main: tl.constexpr = HEAD.main
+    rest: tl.constexpr = HEAD.rest if HEAD.rest else 16
+    return tl.zeros([ROWS, main], tl.float32), tl.zeros([ROWS, rest], tl.float32)
+
+
+@triton.jit
+def own_block(walk, slot, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The tile of a program, the first token of its block, and the end of the tile. A block may be empty."""
+    tile = tl.load(walk.order + slot // PARTS)
+    start = tl.load(walk.own + tile) + slot % PARTS * BLOCK
+    return tile, start, tl.load(walk.own + tile + 1)
+
+
+@triton.jit
+def padding_bounds(walk, slot, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Every program clears its share of the padding: the blocks from the first bound on, in steps of the second.
+
+    That is at most one block where tiles of about this size cover the capacity.
+    """
+    programs = tl.num_programs(0)
+    return tl.load(walk.own + programs // PARTS) + slot * BLOCK, programs * BLOCK
+
+
+@triton.jit
+def step_bounds(walk, first, step, BLOCKS_PER_TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """First token, and end of the tile, of block number `step` on a walk that begins at entry `first`."""
+    tile = tl.load(walk.tiles + first + step // BLOCKS_PER_TILE)
+    start = tl.load(walk.other + tile) + step % BLOCKS_PER_TILE * BLOCK
+    return start, tl.load(walk.other + tile + 1)
+
+
+@triton.jit
+def in_box(low, high, place):
+    """True where a key's packed coordinates lie in a query's box (see `TileSchedule`)."""
+    inside = ((place | _GUARD) - low) & ((high | _GUARD) - place) & _GUARD
+    return inside == _GUARD

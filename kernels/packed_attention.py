@@ -1,0 +1,192 @@
+"""Packed attention, forward: one program a block of queries and a head."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sora_fast.kernels._attention import (
+    LN2,
+    LOG2E,
+    BlockSizes,
+    Boxes,
+    Head,
+    Walk,
+    dot_precision,
+    in_box,
+    load_main,
+    load_rest,
+    own_block,
+    padding_bounds,
+    step_bounds,
+    store_rows,
+    zero_block,
+)
+from sora_fast.kernels._launch import launch, target_arch
+
+
+def _block_sizes(dtype: torch.dtype, head_dim: int, arch: tuple[int, int]) -> BlockSizes:
+    if dtype is torch.float32:
+        # Products on the ordinary units, and twice the bytes: small blocks, or registers spill.
+        return BlockSizes(32, 32, 4, 2) 
+    return BlockSizes(128, 64, 8, 3)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    walk: Walk,
+    boxes: Boxes | None,
+    *,
+    tile_sizes: tuple[int, int],
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output [N, H, D] and natural logsumexp [H, N] float32 of attention over the tiles that `walk` lists.
+
+    q [N, H, D]; k, v [Nk, H, D]: any strides. walk: from queries to keys. boxes: None if no pair of tiles is partial.
+    tile_sizes: most tokens in a tile of queries, of keys. causal: partial pairs compare raster places too.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device)
+    blocks = _block_sizes(q.dtype, head_dim, target_arch()).fitted(*tile_sizes)
+    parts = triton.cdiv(tile_sizes[0], blocks.own)
+    head = Head.of(q, k, v, out)
+    launch(
+        forward_kernel,
+        (walk.order.shape[0] * parts, num_heads),
+        lse,
+        *(head.rows(x) for x in (q, k, v, out)),
+        *(walk, boxes, scale * LOG2E, num_tokens),
+        HEAD=head,
+        PARTS=parts,
+        BLOCK_M=blocks.own,
+        BLOCK_N=blocks.other,
+        BLOCKS_PER_TILE=triton.cdiv(tile_sizes[1], blocks.other),
+        CAUSAL=causal,
+        PRECISION=dot_precision(q.dtype),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+    )
+    return out, lse
+
+
+@triton.jit
+def forward_kernel(
+    lse,
+    q,
+    k,
+    v,
+    out,
+    walk,
+    boxes,
+    scale,  # times log2 e
+    num_tokens,
+    HEAD: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCKS_PER_TILE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    slot, head = tl.program_id(0), tl.program_id(1)
+    rows = tl.arange(0, BLOCK_M)
+    lse += head.to(tl.int64) * num_tokens
+    acc0, acc1 = zero_block(BLOCK_M, HEAD)
+
+    first, stride = padding_bounds(walk, slot, PARTS, BLOCK_M)
+    for step in range(0, tl.cdiv(num_tokens - first, stride)):
+        start = first + step * stride
+        padding = start + rows < num_tokens
+        store_rows(out, start, head, padding, acc0, acc1, HEAD)
+        tl.store(lse + start + rows, float("-inf"), mask=padding)
+
+    tile, start, stop = own_block(walk, slot, PARTS, BLOCK_M)
+    if start >= stop:
+        return
+    exists = start + rows < stop
+    q0 = load_main(q, start, head, exists, HEAD)
+    q1 = load_rest(q, start, head, exists, HEAD) if HEAD.rest else q0
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+
+    begin, full_end, end = tl.load(walk.begin + tile), tl.load(walk.full_end + tile), tl.load(walk.end + tile)
+    acc0, acc1, total, top = _walk_keys(
+        acc0, acc1, total, top, q0, q1, k, v, walk, begin, full_end, None, start, exists, head, scale,
+        HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
+    )  # fmt: skip
+    if boxes is not None:
+        acc0, acc1, total, top = _walk_keys(
+            acc0, acc1, total, top, q0, q1, k, v, walk, full_end, end, boxes, start, exists, head, scale,
+            HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
+        )  # fmt: skip
+
+    # A query that met no key has total 0 and top -inf: output 0, lse -inf.
+    inverse = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    store_rows(out, start, head, exists, acc0 * inverse, acc1 * inverse if HEAD.rest else acc1, HEAD)
+    tl.store(lse + start + rows, (top + tl.log2(total)) * LN2, mask=exists)
+
+
+@triton.jit
+def _walk_keys(
+    acc0,
+    acc1,
+    total,
+    top,
+    q0,
+    q1,
+    k,
+    v,
+    walk,
+    first,
+    last,
+    boxes,
+    start,
+    valid,
+    head,
+    scale,
+    HEAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCKS_PER_TILE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax over the key tiles at entries first … last of the walk; boxes: test every pair of tokens."""
+    if boxes is not None:
+        query = start + tl.arange(0, q0.shape[0])
+        low = tl.load(boxes.low + query, mask=valid, other=0)[:, None]
+        high = tl.load(boxes.high + query, mask=valid, other=0)[:, None]
+        query_raster = tl.load(boxes.raster + query, mask=valid, other=0)[:, None] if CAUSAL else low
+    for step in range(0, (last - first) * BLOCKS_PER_TILE):
+        key_start, key_stop = step_bounds(walk, first, step, BLOCKS_PER_TILE, BLOCK_N)
+        key = key_start + tl.arange(0, BLOCK_N)
+        exists = key < key_stop
+        scores = tl.dot(q0, tl.trans(load_main(k, key_start, head, exists, HEAD)), input_precision=PRECISION)
+        if HEAD.rest:
+            k1 = load_rest(k, key_start, head, exists, HEAD)
+            scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
+        allowed = exists[None, :]
+        if boxes is not None:
+            place = tl.load(boxes.place + key, mask=exists, other=0)[None, :]
+            allowed = allowed & in_box(low, high, place)
+            if CAUSAL:
+                allowed = allowed & (tl.load(boxes.raster + key, mask=exists, other=0)[None, :] <= query_raster)
+        scores = tl.where(allowed, scores * scale, float("-inf"))
+
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # Rows that have met no key yet: -inf - -inf would be NaN.
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - finite[:, None])
+        rescale = tl.exp2(top - finite)
+        total = total * rescale + tl.sum(weights, 1)
+        top = new_top
+        v0 = load_main(v, key_start, head, exists, HEAD)
+        weights = weights.to(v0.dtype)
+        acc0 = tl.dot(weights, v0, acc0 * rescale[:, None], input_precision=PRECISION)
+        if HEAD.rest:
+            v1 = load_rest(v, key_start, head, exists, HEAD)
+            acc1 = tl.dot(weights, v1, acc1 * rescale[:, None], input_precision=PRECISION)
+    return acc0, acc1, total, top

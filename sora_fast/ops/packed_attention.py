@@ -1,0 +1,216 @@
+"""packed_attention: attention inside every segment of a pack, under any spacetime mask."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sora_fast.masks import SpacetimeMask
+from sora_fast.ops import _attention_torch as plain
+from sora_fast.ops._checks import FLOAT_DTYPES, KERNEL_DTYPES, check_device, check_dtype, check_shape
+from sora_fast.ops._dispatch import choose
+from sora_fast.packing import PackedLayout
+from sora_fast.schedule import TileSchedule
+
+# The kernels cover a head by a power of two and the rest (72 = 64 + 16); past 256 nothing would fit on chip.
+MAX_KERNEL_HEAD_DIM = 256
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    mask: SpacetimeMask | TileSchedule | None = None,
+    *,
+    kv_layout: PackedLayout | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(q kᵀ · scale) v over the keys that each query may attend.
+
+    q: [N, H, D]; k, v: [Nk, H, D] of the same dtype: bf16, fp16 or fp32 (fp64 on the torch backend), any strides.
+    layout: of the queries, N tokens. mask: None is the full one. A mask is made into a schedule at every call; give
+        the TileSchedule itself where several layers share it.
+    kv_layout: cross-attention, segment s of q attends all of segment s of k and v; the mask must be full.
+    scale: default D^−½. return_lse: also the natural logsumexp of the scores, [N, H], differentiable.
+    deterministic: all backends sum in a fixed order, so True and False give the same bits.
+
+    Returns [N, H, D] in q's dtype. A query without a key gives zeros and −inf; padding likewise, with zero gradients,
+    whatever stands in it. Raises TypeError or ValueError for arguments that do not fit together.
+    """
+    _check(q, k, v, layout, mask, kv_layout)
+    schedule = mask if isinstance(mask, TileSchedule) else TileSchedule.build(layout, mask, kv_layout=kv_layout)
+    chosen = choose("packed_attention", backend, q.device.type, _offered(q))
+    op = _plain_attention if chosen == "torch" else _triton_attention
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
+    tile_sizes = [schedule.layout.tile_size, schedule.kv_layout.tile_size]
+    out, lse = op(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule.mask), scale)
+    return (out, lse.transpose(0, 1)) if return_lse else out
+
+
+# How pairs of tokens are tested.
+_FULL, _BOXES, _CAUSAL_BOXES = range(3)
+
+
+def _kind(mask: SpacetimeMask) -> int:
+    if mask.is_full:
+        return _FULL
+    return _CAUSAL_BOXES if mask.causal_tokens else _BOXES
+
+
+def _tensors(schedule: TileSchedule) -> list[Tensor]:
+    """All that the backends read of a schedule: custom ops take tensors only."""
+    layout, keys = schedule.layout, schedule.kv_layout
+    lists = [
+        tensor
+        for walk in (schedule.by_query, schedule.by_key)
+        for tensor in (walk.begin, walk.full_end, walk.end, walk.tiles, walk.order)
+    ]
+    boxes = [schedule.query_low, schedule.query_high, schedule.key_place, layout.raster_index]
+    return [layout.cu_seqlens, keys.cu_seqlens, layout.tile_offsets, keys.tile_offsets, *lists, *boxes]
+
+
+@torch.library.custom_op("sora_fast::packed_attention_plain", mutates_args=())
+def _plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, schedule: list[Tensor], tile_sizes: list[int], kind: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return plain.forward(q, k, v, _runs(schedule, kind), scale)
+
+
+@torch.library.custom_op("sora_fast::packed_attention_plain_backward", mutates_args=())
+def _plain_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    schedule: list[Tensor],
+    tile_sizes: list[int],
+    kind: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return plain.backward(grad_out, grad_lse, q, k, v, out, lse, _runs(schedule, kind), scale)
+
+
+def _runs(schedule: list[Tensor], kind: int) -> Any:
+    if kind == _FULL:
+        return plain.segment_runs(*schedule[:2])
+    raster = schedule[-1] if kind == _CAUSAL_BOXES else None
+    masking = plain.Masking(*schedule[-4:-1], raster, raster)
+    return plain.tile_runs(*schedule[2:4], *schedule[4:8], masking)
+
+
+@torch.library.custom_op("sora_fast::packed_attention", mutates_args=())
+def _triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, schedule: list[Tensor], tile_sizes: list[int], kind: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    from sora_fast.kernels.packed_attention import forward
+
+    by_query, _, boxes = _walks(schedule, kind)
+    causal = kind == _CAUSAL_BOXES
+    return forward(q, k, v, by_query, boxes, tile_sizes=tuple(tile_sizes), scale=scale, causal=causal)
+
+
+@torch.library.custom_op("sora_fast::packed_attention_backward", mutates_args=())
+def _triton_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    schedule: list[Tensor],
+    tile_sizes: list[int],
+    kind: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from sora_fast.kernels.packed_attention_backward import backward
+
+    walks = _walks(schedule, kind)
+    options = {"tile_sizes": tuple(tile_sizes), "scale": scale, "causal": kind == _CAUSAL_BOXES}
+    return backward(grad_out, grad_lse, q, k, v, out, lse, *walks, **options)
+
+
+def _walks(schedule: list[Tensor], kind: int) -> tuple[Any, Any, Any]:
+    from sora_fast.kernels._attention import Boxes, Walk
+
+    _, _, query_tiles, key_tiles, *rest = schedule
+    by_query = Walk(query_tiles, key_tiles, *rest[:5])
+    by_key = Walk(key_tiles, query_tiles, *rest[5:10])
+    return by_query, by_key, None if kind == _FULL else Boxes(*rest[10:])
+
+
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=wide)
+
+
+def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:3])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, schedule, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, *schedule)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_with(op: Any) -> Any:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, out, lse, *schedule = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grads = op(grad_out, grad_lse, q, k, v, out, lse, schedule, *ctx.options)
+        return *grads, [None] * len(schedule), None, None, None
+
+    return backward
+
+
+for _op, _op_backward in (
+    (_plain_attention, _plain_attention_backward),
+    (_triton_attention, _triton_attention_backward),
+):
+    _op.register_fake(_fake)
+    _op_backward.register_fake(_fake_backward)
+    _op.register_autograd(_backward_with(_op_backward), setup_context=_save)
+
+
+def _offered(q: Tensor) -> tuple[str, ...]:
+    fits = q.dtype in KERNEL_DTYPES and q.shape[2] <= MAX_KERNEL_HEAD_DIM
+    return ("torch", "triton") if fits else ("torch",)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    mask: SpacetimeMask | TileSchedule | None,
+    kv_layout: PackedLayout | None,
+) -> None:
+    check_shape("q", q, [layout.capacity, "H", "D"])
+    check_dtype("q", q, FLOAT_DTYPES)
+    check_device("layout", layout.segment_ids, "q", q.device)
+    keys = layout if kv_layout is None else kv_layout
+    for name, tensor in (("k", k), ("v", v)):
+        check_shape(name, tensor, [keys.capacity, *q.shape[1:]])
+        check_dtype(name, tensor, [q.dtype])
+        check_device(name, tensor, "q", q.device)
+    if q.shape[1] == 0 or q.shape[2] == 0:
+        raise ValueError(f"q: shape {tuple(q.shape)}; it must have at least one head and one channel")
+    if mask is not None and not isinstance(mask, SpacetimeMask | TileSchedule):
+        raise TypeError(f"mask: {type(mask).__name__}; it must be a SpacetimeMask, a TileSchedule or None")
+    if isinstance(mask, TileSchedule) and (mask.layout.capacity, mask.kv_layout.capacity) != (
+        layout.capacity,
+        keys.capacity,
+    ):
+        raise ValueError(
+            f"mask: a schedule of {mask.layout.capacity} queries and {mask.kv_layout.capacity} keys, but the layouts "
+            f"have {layout.capacity} and {keys.capacity}"
+        )
