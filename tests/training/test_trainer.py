@@ -161,16 +161,17 @@ def test_limited_by_time(tmp_path: Path) -> None:
     assert rows[-1]["lr"] < 0.05 * rows[0]["lr"]
 
 
-def test_compiles_once_and_learns_the_same(tmp_path: Path) -> None:
-    """The backend does not matter for how often the step is captured; this one spares the C++ compiler."""
+def test_compiles_for_no_batch_anew_and_learns_the_same(tmp_path: Path) -> None:
+    """How often the blocks are captured does not depend on the backend; this one spares the C++ compiler."""
     config = tiny(steps=6)
+    config = replace(config, model=replace(config.model, depth=3))
     Trainer(config, Gradients(), tmp_path / "eager").fit(progress=False)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(error_on_recompile="aot_eager"):
-        compiled = replace(config, train=replace(config.train, compile="aot_eager"))
-        Trainer(compiled, Gradients(), tmp_path / "compiled").fit(progress=False)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    compiled = replace(config, train=replace(config.train, compile="aot_eager"))
+    Trainer(compiled, Gradients(), tmp_path / "compiled").fit(progress=False)
+    # One for all blocks; the last may need its own, since its modulation comes from the final layer's narrower table.
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
     eager, fast = _losses(tmp_path / "eager"), _losses(tmp_path / "compiled")
     np.testing.assert_allclose(np.array(eager), np.array(fast), rtol=1e-4)
 
