@@ -16,5 +16,10 @@ class AdaLNZero(nn.Sequential):
         nn.init.zeros_(self[1].bias)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """condition [M, C] → `chunks` views [M, C] of one tensor."""
-        return super().forward(condition).chunk(self.chunks, dim=1)
+        """condition [M, C] → `chunks` tables [M, C], each contiguous.
+
+        (As strided views of one tensor the last block, followed by the final layer's two, would need a compiled graph
+        of its own.)
+        """
+        tables = super().forward(condition).unflatten(1, (self.chunks, -1))
+        return tables.transpose(0, 1).contiguous().unbind(0)

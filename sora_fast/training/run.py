@@ -56,7 +56,7 @@ class TrainConfig:
     clean_share: of the clips have their first frames, last frames or both given clean, which is what image-to-video,
         extension and joining need.
     precision: "float32", or "bfloat16" (autocast).
-    compile: the backend of torch.compile that the loss and its gradient run on, once for the whole run; None: eager.
+    compile: the backend of torch.compile that the model's blocks run on, one graph for the whole run; None: eager.
     save_every, log_every: steps. keep: checkpoints.
     """
 
