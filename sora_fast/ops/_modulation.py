@@ -58,21 +58,21 @@ def csr(index: Tensor, offsets: Tensor | None, tokens: Tensor | None, num_rows: 
     return offsets, tokens
 
 
-def is_token(index: Index) -> Tensor:
-    """[N, 1] bool: not padding."""
-    return (parts(index)[0] >= 0)[:, None]
-
-
-def widened(x: Tensor) -> Tensor:
-    """`x` in the dtype that plain PyTorch computes in: fp32, or fp64 for fp64."""
-    return x if x.dtype == torch.float64 else x.float()
+def without_padding(x: Tensor, index: Index) -> Tensor:
+    """`x` [N, C], widened, with zeros for padding, whatever stands there; in its gradient too."""
+    return _widened(torch.where((parts(index)[0] >= 0)[:, None], x, 0))
 
 
 def gather_rows(table: Tensor, index: Index) -> Tensor:
-    """table[index], [N, C], widened; padding gets row 0."""
+    """table[index], [N, C], widened, with zeros for padding."""
     if table.device.type == "cpu":
-        return _GatherRows.apply(widened(table), *parts(index))
-    return widened(table)[parts(index)[0].clamp(min=0)]
+        return _GatherRows.apply(_widened(table), *parts(index))
+    return without_padding(table[parts(index)[0].clamp(min=0)], index)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """In the dtype that plain PyTorch computes in: fp32, or fp64 for fp64."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class _GatherRows(torch.autograd.Function):
@@ -87,9 +87,11 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, table: Tensor, index: Tensor, offsets: Tensor | None, tokens: Tensor | None) -> Tensor:
         ctx.save_for_backward(index, offsets, tokens)
         ctx.num_rows = table.shape[0]
-        return table[index.clamp(min=0)]
+        return without_padding(table[index.clamp(min=0)], index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         offsets, tokens = csr(*ctx.saved_tensors, ctx.num_rows)
-        return F.embedding_bag(tokens, grad, offsets, mode="sum", include_last_offset=True), None, None, None
+        bags = F.pad(offsets, (0, 1), value=tokens.shape[0])  # the last one is the padding's
+        sums = F.embedding_bag(tokens, grad, bags, mode="sum", include_last_offset=True)
+        return sums[:-1], None, None, None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sora_fast.ops._checks import check_eps
 from sora_fast.ops._dispatch import choose
-from sora_fast.ops._modulation import Index, check_modulated, csr, gather_rows, is_token, offered, parts, widened
+from sora_fast.ops._modulation import Index, check_modulated, csr, gather_rows, offered, parts, without_padding
 
 
 def adaln(
@@ -32,11 +32,9 @@ def adaln(
 
 
 def plain_adaln(x: Tensor, shift: Tensor, scale: Tensor, index: Index, eps: float) -> Tensor:
-    """The torch backend. Padding is replaced first, so that no NaN in it reaches a gradient."""
-    token = is_token(index)
-    normed = F.layer_norm(widened(torch.where(token, x, 0)), x.shape[1:], eps=eps)
-    y = normed * (1 + gather_rows(scale, index)) + gather_rows(shift, index)
-    return torch.where(token, y, 0).to(x.dtype)
+    """The torch backend. Padding is zero in every factor, so that no NaN in it reaches a gradient."""
+    normed = F.layer_norm(without_padding(x, index), x.shape[1:], eps=eps)
+    return (normed * (1 + gather_rows(scale, index)) + gather_rows(shift, index)).to(x.dtype)
 
 
 @torch.library.custom_op("sora_fast::adaln", mutates_args=())

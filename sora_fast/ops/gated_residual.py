@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sora_fast.ops._dispatch import choose
-from sora_fast.ops._modulation import Index, check_modulated, csr, gather_rows, is_token, offered, parts, widened
+from sora_fast.ops._modulation import Index, check_modulated, csr, gather_rows, offered, parts, without_padding
 
 
 def gated_residual(
@@ -29,10 +29,9 @@ def gated_residual(
 
 
 def plain_gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, index: Index) -> Tensor:
-    """The torch backend. Padding is replaced first, so that no NaN in it reaches a gradient."""
-    token = is_token(index)
-    update = gather_rows(gate, index) * widened(torch.where(token, branch, 0))
-    return torch.where(token, widened(residual) + update, 0).to(residual.dtype)
+    """The torch backend. Padding is zero in every term, so that no NaN in it reaches a gradient."""
+    update = gather_rows(gate, index) * without_padding(branch, index)
+    return (without_padding(residual, index) + update).to(residual.dtype)
 
 
 @torch.library.custom_op("sora_fast::gated_residual", mutates_args=())

@@ -1,0 +1,169 @@
+"""What the tests of the modulation ops share: cases of every shape, and the check of an op against an fp64 oracle."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sora_fast.packing import RowIndex
+from tests.helpers import assert_within_rule, poison_empty
+
+PATTERNS = ("sorted", "interleaved", "random", "single row", "row a token", "unused rows", "all padding")
+LAYOUTS = ("contiguous", "sliced", "permuted")
+# (tokens, table). The interpreter is not trusted with bf16, and a GPU is.
+DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32)]
+if torch.cuda.is_available():
+    DTYPES += [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+# Interpreted, a wide row takes seconds; what is compiled for it is looked at ahead of time.
+WIDTHS = (64, 384, 1152, 1536, 3072, 5120, 8192) if torch.cuda.is_available() else (64, 1152)
+
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`tokens` × `width` inputs that point into a table of `rows` rows."""
+
+    tokens: int = 45
+    width: int = 48
+    rows: int = 4
+    pattern: str = "random"
+    layout: str = "sliced"
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
+    seed: int = 0
+
+    def index(self) -> Tensor:
+        """[N] int32, with some padding in the middle and at the end."""
+        torch.manual_seed(self.seed)
+        token = torch.arange(self.tokens)
+        index = {
+            "sorted": token * self.rows // self.tokens,
+            "interleaved": token % self.rows,
+            "random": torch.randint(self.rows, (self.tokens,)),
+            "single row": torch.full_like(token, self.rows // 2),
+            "row a token": token.flip(0),
+            "unused rows": token % 2 * (self.rows - 1),
+            "all padding": torch.full_like(token, -1),
+        }[self.pattern].int()
+        index[torch.rand(self.tokens) < 0.1] = -1
+        index[self.tokens - self.tokens // 8 :] = -1
+        return index
+
+    @property
+    def table_rows(self) -> int:
+        return self.tokens if self.pattern == "row a token" else self.rows
+
+    def tensors(self, rows: int, count: int, dtype: torch.dtype) -> list[Tensor]:
+        """`count` random [rows, width], laid out as the case says; sliced ones are chunks of one tensor."""
+        width = self.width
+        values = torch.randn(rows, count * width, dtype=torch.float64).to(dtype).chunk(count, dim=1)
+        if self.layout == "permuted":
+            return [value.t().contiguous().t() for value in values]
+        return [value.contiguous() if self.layout == "contiguous" else value for value in values]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any case; small, since the interpreter is slow, but of more than one chunk of the backward walk."""
+    return Case(
+        tokens=draw(st.integers(1, 70)),
+        width=draw(st.sampled_from([1, 3, 16, 33, 64, 72, 100])),
+        rows=draw(st.integers(1, 5)),
+        pattern=draw(st.sampled_from(PATTERNS)),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        dtypes=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def for_valid_tokens(formula: Op) -> Op:
+    """An op from a formula of (token tensors and gathered rows) that knows no padding: plain PyTorch, naively."""
+
+    def op(*args: Any, tokens: int) -> tuple[Tensor, ...]:
+        *tensors, index = args
+        valid = index >= 0
+        rows = [table[index[valid].long()] for table in tensors[tokens:]]
+        results = formula(*(x[valid] for x in tensors[:tokens]), *rows)
+        results = results if isinstance(results, tuple) else (results,)
+        dtype = tensors[0].dtype
+        return tuple(torch.zeros(len(index), r.shape[1], dtype=dtype).index_put((valid,), r.to(dtype)) for r in results)
+
+    return op
+
+
+def outputs_and_gradients(op: Op, tensors: list[Tensor], d_outputs: list[Tensor]) -> list[Tensor]:
+    """Outputs of op(*tensors), then the gradient of every tensor."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    outputs = op(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [*outputs, *torch.autograd.grad(outputs, leaves, d_outputs[: len(outputs)])]
+
+
+def check_against_oracle(
+    op: Op, formula: Op, case: Case, *, tokens: int, tables: int, device: torch.device, backend: str, csr: bool = True
+) -> None:
+    """Outputs and gradients of `op` obey the error rule, with NaN in the padding and in scratch memory; padding and
+    rows without a token are exact zeros.
+
+    formula: the op without padding and with gathered rows. csr: give a RowIndex, not its tensor.
+    """
+    index = case.index()
+    inputs = case.tensors(case.tokens, tokens, case.dtypes[0]) + case.tensors(case.table_rows, tables, case.dtypes[1])
+    d_outputs = case.tensors(case.tokens, 2, case.dtypes[0])
+    for tensor in [*inputs[:tokens], *d_outputs]:
+        tensor[index < 0] = float("nan")
+
+    def reference(dtype: torch.dtype | None) -> list[Tensor]:
+        wide = [t if dtype is None else t.to(dtype) for t in inputs]
+        given = [t if dtype is None else t.to(dtype) for t in d_outputs]
+        return outputs_and_gradients(lambda *t: for_valid_tokens(formula)(*t, index, tokens=tokens), wide, given)
+
+    rows = RowIndex.from_index(index, case.table_rows).to(device) if csr else index.to(device)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        poison_empty(monkeypatch)
+        actual = outputs_and_gradients(
+            lambda *t: op(*t, rows, backend=backend), [t.to(device) for t in inputs], [t.to(device) for t in d_outputs]
+        )
+    plain, oracle = reference(None), reference(torch.float64)
+    for number, (a, p, o) in enumerate(zip(actual, plain, oracle, strict=True)):
+        assert_within_rule(a, p, o, name=f"result {number} of {case}")
+        empty = index < 0 if a.shape[0] == case.tokens and number < len(plain) - tables else ~_used(index, len(a))
+        assert (a.cpu()[empty] == 0).all(), f"result {number} of {case}: padding or an unused row is not zero"
+
+
+def _used(index: Tensor, rows: int) -> Tensor:
+    return torch.bincount(index[index >= 0], minlength=rows) > 0
+
+
+@contextmanager
+def no_recompilation() -> Iterator[None]:
+    """Inside, compiling anything a second time is an error."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+def check_compiles_once(op: Op, *, tokens: int, tables: int, device: torch.device, backend: str, compiler: str) -> None:
+    """Compiled in one graph, forward and backward, `op` gives what it gives otherwise, for any content of the batch."""
+
+    def call(*tensors: Any) -> Tensor | tuple[Tensor, ...]:
+        return op(*tensors, backend=backend)
+
+    with no_recompilation():
+        compiled = torch.compile(call, fullgraph=True, backend=compiler)
+        for pattern in ("sorted", "random", "all padding"):
+            case = Case(pattern=pattern, tokens=40)
+            rows = RowIndex.from_index(case.index(), case.rows).to(device)
+            inputs = case.tensors(40, tokens, torch.float32) + case.tensors(case.rows, tables, torch.float32)
+            inputs = [t.to(device) for t in inputs]
+            d_outputs = [t.to(device) for t in case.tensors(40, 2, torch.float32)]
+            expected = outputs_and_gradients(lambda *t, rows=rows: call(*t, rows), inputs, d_outputs)
+            actual = outputs_and_gradients(lambda *t, rows=rows: compiled(*t, rows), inputs, d_outputs)
+            for a, e in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, e)
