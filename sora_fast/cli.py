@@ -240,9 +240,11 @@ def _batch_config(a: argparse.Namespace, source: "FolderSource") -> "BatchConfig
     """As many places in a batch, for samples and for text, as the files at hand can need."""
     import math
 
+    from sora_fast.models.codecs import IdentityCodec
     from sora_fast.training.batches import BatchConfig, token_grid
 
-    lengths = [math.prod(token_grid(shape, a.patch)) for shape in source.shapes]
+    spec = IdentityCodec.for_patches(source.config.channels, a.patch).spec
+    lengths = [math.prod(token_grid(spec.latent_shape(*shape[1:]), a.patch)) for shape in source.shapes]
     for path, tokens in zip(source.files, lengths, strict=True):
         if tokens > a.capacity:
             raise ValueError(

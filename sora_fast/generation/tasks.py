@@ -116,7 +116,7 @@ def _place(request: Request, codec: Codec, patch_frames: int) -> tuple[Tensor, i
         head = code.shape[1]
         latents[:, :head] = code
     if request.tail is not None:
-        code = codec.encode(request.tail)
+        code = codec.encode(request.tail)[:, codec.spec.lead :]
         tail = code.shape[1]
         latents[:, frames - tail :] = code
     for name, boundary in (("head", head), ("tail", (frames - tail) if tail else 0)):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -12,6 +13,7 @@ class LatentSpec:
 
     channels: C of the latents; spatial_stride, temporal_stride: video pixels and frames a latent pixel and frame.
     first_frame_alone: causal codecs give the first frame a latent frame of its own, so that images are videos too.
+    lead: latent frames before the first, copies of it; see IdentityCodec.
     scale, shift: latents = (raw code − shift) · scale, so that they have about unit variance, as noise does.
     """
 
@@ -19,6 +21,7 @@ class LatentSpec:
     spatial_stride: int = 1
     temporal_stride: int = 1
     first_frame_alone: bool = False
+    lead: int = 0
     scale: float = 1.0
     shift: float = 0.0
 
@@ -33,7 +36,7 @@ class LatentSpec:
             if size % stride:
                 rule = f"a multiple of {stride}" + (" plus 1" if alone and name == "frames" else "")
                 raise ValueError(f"{name}: {size + alone * (name == 'frames')}; this codec needs {rule}")
-        latent_frames = alone + (frames - alone) // self.temporal_stride
+        latent_frames = self.lead + alone + (frames - alone) // self.temporal_stride
         return self.channels, latent_frames, height // self.spatial_stride, width // self.spatial_stride
 
 
@@ -49,22 +52,33 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class IdentityCodec:
-    """The pixels themselves are the latents; decoding returns to the range [−1, 1]."""
+    """The pixels themselves are the latents; decoding returns to the range [−1, 1].
+
+    lead: copies of the first frame that go before it, and are dropped again. With patches of lead + 1 frames the first
+        frame so has patches of its own, as causal codecs give it a latent frame of its own: an image is then a video
+        of one frame, and a single image can be what a video begins with.
+    """
 
     channels: int = 3
+    lead: int = 0
+
+    @staticmethod
+    def for_patches(channels: int, patch_size: tuple[int, int, int]) -> "IdentityCodec":
+        """With the lead that gives the first frame patches of its own."""
+        return IdentityCodec(channels, lead=patch_size[0] - 1)
 
     @property
     def spec(self) -> LatentSpec:
-        return LatentSpec(channels=self.channels)
+        return LatentSpec(channels=self.channels, lead=self.lead)
 
     def encode(self, video: Tensor) -> Tensor:
-        """video: (C, T, H, W) float in [−1, 1], returned as it is."""
+        """video: (C, T, H, W) float in [−1, 1] → (C, lead + T, H, W)."""
         if video.ndim != 4 or video.shape[0] != self.channels:
             raise ValueError(f"video: shape {tuple(video.shape)}; it must be ({self.channels}, T, H, W)")
         if not video.is_floating_point():
             raise TypeError(f"video: {video.dtype}; it must be floating point, with values in [-1, 1]")
-        return video
+        return torch.cat([video[:, :1].expand(-1, self.lead, -1, -1), video], dim=1) if self.lead else video
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: (C, T, H, W); what lies outside [−1, 1] is clamped."""
-        return latents.clamp(-1, 1)
+        """latents: (C, lead + T, H, W) → (C, T, H, W); what lies outside [−1, 1] is clamped."""
+        return latents[:, self.lead :].clamp(-1, 1)

@@ -123,7 +123,7 @@ class Networks(nn.Module):
         super().__init__()
         self.config = config
         self.path = config.path
-        self.codec = IdentityCodec(config.model.in_channels)
+        self.codec = IdentityCodec.for_patches(config.model.in_channels, config.model.patch_size)
         self.text = None if config.text is None else config.text.build()
         self.model = SoraDiT(config.model)
 

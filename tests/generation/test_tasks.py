@@ -44,6 +44,17 @@ def test_packed_data_and_clean_tokens(patch_size: tuple[int, int, int]) -> None:
         assert torch.equal(packed.clean[mine], torch.tensor(values)[frames] != 0)
 
 
+def test_an_image_begins_a_video_whatever_the_patch() -> None:
+    codec = IdentityCodec.for_patches(1, (4, 4, 4))
+    requests = [image_to_video(_clip(1), "", 6), join(_clip(5), _clip(4), "", 4)]
+    packed = pack_requests(requests, codec=codec, patch_size=(4, 4, 4))
+    first, second = (packed.layout.segment_ids == segment for segment in range(2))
+    times = packed.layout.coords[:, 0]
+    assert torch.equal(packed.clean[first], times[first] == 0)
+    assert torch.equal(packed.clean[second], times[second] != 2)
+    assert [codec.decode(video).shape[1] for video in packed.data.to_list()] == [6, 13]
+
+
 def test_given_frames_must_fill_patches() -> None:
     for request in (extend(_clip(3), "", 5), extend(_clip(3), "", 5, backward=True)):
         with pytest.raises(ValueError, match="ends inside a patch of 2 latent frames"):

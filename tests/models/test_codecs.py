@@ -12,6 +12,15 @@ def test_identity_gives_the_pixels_back_to_the_bit():
     assert torch.equal(codec.decode(latents), video)
 
 
+def test_a_lead_gives_the_first_frame_a_patch_of_its_own():
+    codec = IdentityCodec.for_patches(1, (4, 2, 2))
+    video = torch.rand(1, 3, 5, 7) * 2 - 1
+    latents = codec.encode(video)
+    assert latents.shape == codec.spec.latent_shape(3, 5, 7) == (1, 6, 5, 7)
+    assert torch.equal(latents[:, :4], video[:, :1].expand(1, 4, 5, 7))
+    assert torch.equal(codec.decode(latents), video)
+
+
 def test_identity_decodes_into_the_range_of_pixels():
     decoded = IdentityCodec(channels=1).decode(torch.tensor([-3.0, 0.25, 1.5]).view(1, 3, 1, 1))
     assert decoded.flatten().tolist() == [-1, 0.25, 1]
