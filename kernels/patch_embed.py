@@ -31,8 +31,10 @@ class PatchEmbedConfig:
     @staticmethod
     def choose(dtype: torch.dtype, patches: Patches, elements: int) -> "PatchEmbedConfig":
         """Smaller blocks where a number or an address takes twice the registers: the usual ones spill there."""
-        if dtype == torch.float32 or patches.is_wide(elements):
+        if dtype == torch.float32:
             return PatchEmbedConfig(tokens=32, width=64, features=32)
+        if patches.is_wide(elements):
+            return PatchEmbedConfig(tokens=32, width=64, features=32, num_warps=4)
         return PatchEmbedConfig()
 
 

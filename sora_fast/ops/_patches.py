@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sora_fast.ops._checks import check_device, check_shape
 from sora_fast.packing import PackedLayout
 
 PatchSize = tuple[int, int, int]
@@ -36,17 +37,19 @@ def check_patch_size(patch_size: PatchSize) -> None:
         raise ValueError(f"patch_size: {patch_size!r}; it must be three ints (pt, ph, pw) ≥ 1")
 
 
+def may_read(tensor: Tensor) -> bool:
+    """True if looking at the values costs nothing: on a CPU, outside a compiled graph. Anywhere else it would wait."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_grids(shapes: Tensor, layout: PackedLayout, patch_size: PatchSize) -> None:
     """Raise ValueError unless the layout's grids are the videos' sizes divided by the patch, rounded up.
 
-    Only on a CPU, outside a compiled graph: anywhere else reading the values would wait.
+    The values are only looked at where `may_read` allows it.
     """
-    if shapes.shape != (layout.max_segments, 4) or shapes.device != layout.device:
-        raise ValueError(
-            f"shapes: {tuple(shapes.shape)} on {shapes.device}; they must be [{layout.max_segments}, 4] on "
-            f"{layout.device} for this layout"
-        )
-    if shapes.device.type != "cpu" or torch.compiler.is_compiling():
+    check_shape("shapes", shapes, [layout.max_segments, 4])
+    check_device("shapes", shapes, "the layout", layout.device)
+    if not may_read(shapes):
         return
     sizes = shapes[:, 1:]
     patch = sizes.new_tensor(patch_size)

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape
 from sora_fast.ops._dispatch import choose
-from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, pixel_index
+from sora_fast.ops._modulation import offered
+from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, may_read, pixel_index
 from sora_fast.packing import PackedLayout, RaggedLatents
 
 
@@ -77,8 +79,7 @@ def patch_embed(
     check_grids(latents.shapes, layout, patch_size)
     _check_weights(latents, weight, bias, patch_size)
     _check_position(position, weight, layout)
-    offered = ("torch",) if weight.dtype == torch.float64 else ("torch", "triton")
-    if choose("patch_embed", backend, weight.device.type, offered) == "torch":
+    if choose("patch_embed", backend, weight.device.type, offered(weight)) == "torch":
         return _torch(latents, weight, bias, layout, patch_size, position)
     geometry = (latents.offsets, latents.shapes, layout.segment_ids, layout.coords, list(patch_size))
     return _patch_embed(latents.flat, weight, bias, *_joined(position), *geometry)
@@ -217,46 +218,45 @@ _patch_embed.register_autograd(_backward, setup_context=_save)
 
 def _check_weights(latents: RaggedLatents, weight: Tensor, bias: Tensor | None, patch_size: PatchSize) -> None:
     pixels = math.prod(patch_size)
-    if weight.ndim != 2 or weight.shape[1] % pixels or weight.shape[1] == 0:
+    check_shape("weight", weight, ["width", f"Cin·{pixels}"])
+    if weight.shape[1] % pixels or weight.numel() == 0:
         raise ValueError(
             f"weight: shape {tuple(weight.shape)}; it must be [width, Cin·{pixels}] for patches of {tuple(patch_size)}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: shape {tuple(bias.shape)}; it must be [{weight.shape[0]}]")
-    for name, tensor in (("latents", latents.flat), ("bias", bias)):
-        if tensor is not None and (tensor.dtype != weight.dtype or tensor.device != weight.device):
-            raise TypeError(
-                f"{name}: {tensor.dtype} on {tensor.device}, but weight is {weight.dtype} on {weight.device}"
-            )
-    channels = weight.shape[1] // pixels
-    if latents.shapes.device.type == "cpu" and not torch.compiler.is_compiling():
-        found = latents.shapes[:, 0]
-        if ((found != channels) & (found != 0)).any():
+    check_dtype("weight", weight, FLOAT_DTYPES)
+    _check_like_weight("latents.flat", latents.flat, weight)
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[:1])
+        _check_like_weight("bias", bias, weight)
+    if may_read(latents.shapes):
+        channels = weight.shape[1] // pixels
+        others = set(latents.shapes[:, 0].tolist()) - {0, channels}
+        if others:
             raise ValueError(
-                f"latents: videos of {sorted(set(found.tolist()) - {0})} channels, but weight {tuple(weight.shape)} "
-                f"takes {channels}"
+                f"latents: a video of {others.pop()} channels, but weight {tuple(weight.shape)} takes {channels}"
             )
 
 
 def _check_position(position: Position, weight: Tensor, layout: PackedLayout) -> None:
     width = weight.shape[0]
-    if isinstance(position, FactorisedPosition):
-        named = [(f"position.{axis}", table, None) for axis, table in zip("thw", position.tables, strict=True)]
-    else:
-        named = [("position", position, layout.capacity)]
-    for axis, (name, tensor, rows) in enumerate(named):
-        if tensor is None:
+    if not isinstance(position, FactorisedPosition):
+        if position is not None:
+            check_shape("position", position, [layout.capacity, width])
+            _check_like_weight("position", position, weight)
+        return
+    for axis, table in enumerate(position.tables):
+        if table is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: {type(tensor).__name__}; it must be a tensor, a FactorisedPosition, or None")
-        if tensor.ndim != 2 or tensor.shape[1] != width or rows not in (None, tensor.shape[0]) or not len(tensor):
-            wanted = "L ≥ 1" if rows is None else rows
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; it must be [{wanted}, {width}]")
-        if tensor.dtype != weight.dtype or tensor.device != weight.device:
-            raise TypeError(
-                f"{name}: {tensor.dtype} on {tensor.device}, but weight is {weight.dtype} on {weight.device}"
+        name = f"position.{'thw'[axis]}"
+        check_shape(name, table, ["L", width])
+        _check_like_weight(name, table, weight)
+        rows, coords = table.shape[0], layout.coords[:, axis]
+        if rows == 0 or (may_read(coords) and len(coords) and coords.max() >= rows):
+            raise ValueError(
+                f"{name}: {rows} rows; it must have one for every coordinate of the layout, and at least 1"
             )
-        if rows is None and layout.device.type == "cpu" and not torch.compiler.is_compiling() and layout.capacity:
-            last = int(layout.coords[:, axis].max())
-            if last >= tensor.shape[0]:
-                raise ValueError(f"{name}: {tensor.shape[0]} rows, but the layout has the coordinate {last}")
+
+
+def _check_like_weight(name: str, tensor: Tensor, weight: Tensor) -> None:
+    check_dtype(name, tensor, [weight.dtype])
+    check_device(name, tensor, "weight", weight.device)

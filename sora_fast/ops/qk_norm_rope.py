@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_eps, check_shape
 from sora_fast.ops._dispatch import choose
+from sora_fast.ops._modulation import offered
 from sora_fast.packing import PackedLayout
 
 
@@ -71,8 +73,8 @@ def qk_norm_rope(
     Differentiable in q, k and both weights.
     """
     _check(q, k, q_weight, k_weight, layout, rope)
-    offered = ("torch",) if q.dtype == torch.float64 else ("torch", "triton")
-    if choose("qk_norm_rope", backend, q.device.type, offered) == "torch":
+    check_eps(eps)
+    if choose("qk_norm_rope", backend, q.device.type, offered(q)) == "torch":
         return _torch(q, q_weight, layout, rope, eps), _torch(k, k_weight, layout, rope, eps)
     rotation = _rotation(rope, q.shape[2])
     return _qk_norm_rope(q, k, q_weight, k_weight, layout.segment_ids, layout.coords, *rotation, eps)
@@ -175,16 +177,18 @@ _qk_norm_rope.register_autograd(_backward, setup_context=_save)
 def _check(
     q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, layout: PackedLayout, rope: Rope3D | None
 ) -> None:
-    if q.ndim != 3 or q.shape[0] != layout.capacity or q.shape[2] % 2 or q.shape[2] == 0:
-        raise ValueError(f"q: shape {tuple(q.shape)}; it must be [{layout.capacity}, H, D] with D even")
-    if k.shape != q.shape:
-        raise ValueError(f"k: shape {tuple(k.shape)}; it must be that of q, {tuple(q.shape)}")
-    if k.dtype != q.dtype or k.device != q.device or q.device != layout.device:
-        raise TypeError(f"k: {k.dtype} on {k.device}; q is {q.dtype} on {q.device}, the layout on {layout.device}")
+    check_shape("q", q, [layout.capacity, "H", "D"])
+    if q.shape[2] % 2 or q.shape[2] == 0:
+        raise ValueError(f"q: head dim {q.shape[2]}; it must be even")
+    check_shape("k", k, q.shape)
+    check_dtype("q", q, FLOAT_DTYPES)
+    check_dtype("k", k, [q.dtype])
+    check_device("q", q, "the layout", layout.device)
+    check_device("k", k, "q", q.device)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None and weight.shape != q.shape[2:]:
-            raise ValueError(f"{name}: shape {tuple(weight.shape)}; it must be [{q.shape[2]}]")
-        if weight is not None and (weight.device != q.device or not weight.is_floating_point()):
-            raise TypeError(f"{name}: {weight.dtype} on {weight.device}; it must be floating point on {q.device}")
+        if weight is not None:
+            check_shape(name, weight, q.shape[2:])
+            check_dtype(name, weight, FLOAT_DTYPES)
+            check_device(name, weight, "q", q.device)
     if rope is not None:
         rope.split_for(q.shape[2])

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape
 from sora_fast.packing import PackedLayout
 
 
@@ -12,10 +13,9 @@ def segment_mean(x: Tensor, layout: PackedLayout) -> Tensor:
     x: [N, C] bf16, fp16, fp32 or fp64; padding rows are not read.
     Returns [S, C] in the dtype of x, summed in at least fp32, the same bits on every run. Empty segments give zeros.
     """
-    if x.ndim != 2 or x.shape[0] != layout.capacity:
-        raise ValueError(f"x: shape {tuple(x.shape)}; it must be [{layout.capacity}, C] for this layout")
-    if x.device != layout.device:
-        raise ValueError(f"x: on {x.device}, but the layout is on {layout.device}")
+    check_shape("x", x, [layout.capacity, "C"])
+    check_dtype("x", x, FLOAT_DTYPES)
+    check_device("x", x, "the layout", layout.device)
     end = layout.cu_seqlens.new_full((1,), layout.capacity)
     # Padding is one more segment: what stands in it, NaN too, reaches no other one.
     offsets = torch.cat([layout.cu_seqlens, end]).long()

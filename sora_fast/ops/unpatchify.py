@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape
 from sora_fast.ops._dispatch import choose
-from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, pixel_index
+from sora_fast.ops._modulation import offered
+from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, may_read, pixel_index
 from sora_fast.packing import PackedLayout, RaggedLatents
 
 
@@ -36,15 +38,14 @@ def unpatchify(
         raise ValueError("capacity: None; it must be given when shapes is a tensor")
     check_grids(shapes, layout, patch_size)
     pixels = math.prod(patch_size)
-    if tokens.ndim != 2 or tokens.shape[0] != layout.capacity or tokens.shape[1] % pixels or not tokens.shape[1]:
-        raise ValueError(
-            f"tokens: shape {tuple(tokens.shape)}; it must be [{layout.capacity}, {pixels}·Cout] for this layout and "
-            f"patches of {tuple(patch_size)}"
-        )
+    check_shape("tokens", tokens, [layout.capacity, f"{pixels}·Cout"])
+    if tokens.shape[1] % pixels or tokens.shape[1] == 0:
+        raise ValueError(f"tokens: {tokens.shape[1]} columns; patches of {tuple(patch_size)} need {pixels}·Cout")
+    check_dtype("tokens", tokens, FLOAT_DTYPES)
+    check_device("tokens", tokens, "the layout", layout.device)
     shapes, offsets = _place(shapes, tokens.shape[1] // pixels)
     _check_capacity(offsets, capacity)
-    offered = ("torch",) if tokens.dtype == torch.float64 else ("torch", "triton")
-    if choose("unpatchify", backend, tokens.device.type, offered) == "torch":
+    if choose("unpatchify", backend, tokens.device.type, offered(tokens)) == "torch":
         flat = _torch(tokens, offsets, shapes, layout, patch_size, capacity)
     else:
         flat = _unpatchify(tokens, offsets, shapes, layout.segment_ids, layout.coords, list(patch_size), capacity)
@@ -127,7 +128,5 @@ _unpatchify.register_autograd(_backward, setup_context=_save)
 
 
 def _check_capacity(offsets: Tensor, capacity: int) -> None:
-    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if offsets[-1] > capacity:
+    if may_read(offsets) and offsets[-1] > capacity:
         raise ValueError(f"capacity: {capacity} elements, but the videos have {int(offsets[-1])}")

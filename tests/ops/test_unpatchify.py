@@ -1,0 +1,162 @@
+from typing import Any
+
+import pytest
+import torch
+from einops import rearrange
+from hypothesis import given
+from torch import Tensor
+
+from sora_fast.ops.patch_embed import patch_embed
+from sora_fast.ops.unpatchify import _unpatchify, _unpatchify_backward, unpatchify
+from sora_fast.packing import PackedLayout, RaggedLatents
+from tests.helpers import poison_empty
+from tests.modulated import no_recompilation
+from tests.ragged import RaggedCase, ragged_cases
+
+BACKENDS = ("torch", "triton")
+
+
+def oracle(tokens: Tensor, case: RaggedCase) -> Tensor:
+    """Each video put together on its full grid, then cropped."""
+    layout, (pt, ph, pw) = case.layout(), case.patch_size
+    videos = []
+    for segment, ((_, *sizes), (t, h, w)) in enumerate(zip(case.shapes, case.grids, strict=True)):
+        mine = layout.segment_ids == segment
+        full = tokens.new_zeros(t * h * w, tokens.shape[1]).index_put((layout.raster_index[mine].long(),), tokens[mine])
+        parts = {"t": t, "h": h, "pt": pt, "ph": ph, "pw": pw}
+        video = rearrange(full, "(t h w) (pt ph pw c) -> c (t pt) (h ph) (w pw)", **parts)
+        videos.append(video[:, : sizes[0], : sizes[1], : sizes[2]].flatten())
+    return torch.cat(videos)
+
+
+def check(case: RaggedCase, backend: str, device: torch.device, channels: int | None = None) -> None:
+    """Nothing is computed, so everything must agree to the bit: values, gradients, zeros."""
+    layout, latents = case.layout(), case.latents()
+    channels = channels or case.channels
+    columns = case.num_pixels // case.channels * channels
+    elements = latents.flat.numel() * channels // case.channels + 3
+    tokens = torch.randn(layout.capacity, 2 * columns).to(case.dtype)[:, ::2].requires_grad_()
+    clean = torch.where((layout.segment_ids >= 0)[:, None], tokens, 0)
+    exact = oracle(clean, case)
+    garbage = torch.where((layout.segment_ids >= 0)[:, None], tokens.detach(), float("nan"))
+    given = garbage.to(device).requires_grad_()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        poison_empty(monkeypatch)
+        videos = unpatchify(
+            given, layout.to(device), case.patch_size, latents.shapes.to(device), capacity=elements, backend=backend
+        )
+        d_flat = torch.randn(elements).to(case.dtype)
+        (d_tokens,) = torch.autograd.grad(videos.flat, given, d_flat.to(device))
+    used = len(exact)
+    assert torch.equal(videos.flat[:used].cpu(), exact)
+    assert videos.flat.shape == (elements,) and not videos.flat[used:].any()
+    assert torch.equal(d_tokens.cpu(), torch.autograd.grad(exact, tokens, d_flat[:used])[0])
+    assert [tuple(video.shape) for video in videos.to_list()] == [(channels, *shape[1:]) for shape in case.shapes]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=ragged_cases())
+def test_random_cases_match_the_oracle(case: RaggedCase, backend: str, device: torch.device) -> None:
+    check(case, backend, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_learned_sigma_doubles_the_channels(backend: str, device: torch.device) -> None:
+    check(RaggedCase(drop=True), backend, device, channels=6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_addresses_beyond_int32(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sora_fast.kernels import _patches
+
+    monkeypatch.setattr(_patches, "INT32_ELEMENTS", 0)
+    check(RaggedCase(order="tiled", drop=True, dtype=dtype), "triton", device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inverts_patch_embed(backend: str, device: torch.device) -> None:
+    case = RaggedCase(order="tiled")
+    layout, latents = case.layout().to(device), case.latents().to(device)
+    identity = torch.eye(case.num_pixels, device=device)
+    tokens = patch_embed(latents, identity, None, layout, case.patch_size, backend="torch")
+    rows = rearrange(tokens, "n (c p) -> n (p c)", c=case.channels)
+    for video, original in zip(
+        unpatchify(rows, layout, case.patch_size, latents, backend=backend).to_list(), latents.to_list(), strict=True
+    ):
+        assert torch.equal(video, original)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_pack(backend: str, device: torch.device) -> None:
+    layout = PackedLayout.from_grids([], max_segments=2).to(device)
+    tokens = torch.zeros(0, 8, device=device, requires_grad=True)
+    shapes = torch.zeros(2, 4, dtype=torch.int32, device=device)
+    videos = unpatchify(tokens, layout, (1, 2, 2), shapes, capacity=7, backend=backend)
+    videos.flat.sum().backward()
+    assert videos.to_list() == [] and not videos.flat.any() and tokens.grad.shape == (0, 8)
+
+
+def test_gradcheck() -> None:
+    case = RaggedCase(drop=True)
+    layout, latents = case.layout(), case.latents()
+    tokens = torch.randn(layout.capacity, case.num_pixels, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: unpatchify(x, layout, case.patch_size, latents).flat, tokens)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_opcheck(permuted: bool, device: torch.device) -> None:
+    case = RaggedCase()
+    layout, latents = case.layout().to(device), case.latents().to(device)
+    tokens = torch.randn(layout.capacity, case.num_pixels, device=device)
+    tokens = tokens.t().contiguous().t() if permuted else tokens
+    geometry = (latents.offsets, latents.shapes, layout.segment_ids, layout.coords, list(case.patch_size))
+    elements = latents.flat.numel()
+    torch.library.opcheck(_unpatchify, (tokens.requires_grad_(), *geometry, elements))
+    flat = torch.randn(2 * elements, device=device)[:: 1 + permuted]
+    torch.library.opcheck(_unpatchify_backward, (flat, *geometry, case.num_pixels))
+
+
+@pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])
+def test_compiles_once_for_ragged_batches(backend: str, compiler: str, device: torch.device) -> None:
+    def step(tokens: Tensor, layout: PackedLayout, latents: RaggedLatents) -> RaggedLatents:
+        return unpatchify(tokens * 2, layout, (1, 2, 2), latents, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    with no_recompilation():
+        for shapes in ([(1, 2, 5, 4), (1, 1, 6, 6)], [(1, 3, 4, 4)], [(1, 1, 1, 1), (1, 1, 3, 3), (1, 2, 2, 2)]):
+            latents = RaggedLatents.empty(shapes, capacity=100, max_segments=3).to(device)
+            layout = PackedLayout.from_grids(
+                [(t, -(-h // 2), -(-w // 2)) for _, t, h, w in shapes], capacity=30, max_segments=3
+            ).to(device)
+            tokens = torch.randn(30, 4, device=device, requires_grad=True)
+            results = [fn(tokens, layout, latents).flat for fn in (step, compiled)]
+            assert torch.equal(*results)
+            grads = [torch.autograd.grad(flat.square().sum(), tokens)[0] for flat in results]
+            assert torch.equal(*grads)
+
+
+CASE = RaggedCase()
+LAYOUT, LATENTS = CASE.layout(), CASE.latents()
+TOKENS = torch.zeros(LAYOUT.capacity, CASE.num_pixels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((TOKENS[1:], LAYOUT, (2, 2, 2), LATENTS), {}, ValueError, "tokens: shape .* it must be"),
+        ((TOKENS[:, 1:], LAYOUT, (2, 2, 2), LATENTS), {}, ValueError, "tokens: 23 columns; .* need 8·Cout"),
+        ((TOKENS.int(), LAYOUT, (2, 2, 2), LATENTS), {}, TypeError, "tokens: int32"),
+        ((TOKENS, LAYOUT, (2, 2), LATENTS), {}, ValueError, "patch_size: .* three ints"),
+        ((TOKENS, LAYOUT, (1, 2, 2), LATENTS), {}, ValueError, "layout: segment 0 has the grid"),
+        ((TOKENS, LAYOUT, (2, 2, 2), LATENTS.shapes), {}, ValueError, "capacity: None"),
+        ((TOKENS, LAYOUT, (2, 2, 2), LATENTS.shapes), {"capacity": 9}, ValueError, "capacity: 9 elements"),
+        ((TOKENS, LAYOUT, (2, 2, 2), LATENTS.shapes[1:]), {"capacity": 999}, ValueError, "shapes: shape"),
+        ((TOKENS, LAYOUT, (2, 2, 2), LATENTS), {"backend": "cuda"}, ValueError, "has no cuda backend"),
+        ((TOKENS.double(), LAYOUT, (2, 2, 2), LATENTS), {"backend": "triton"}, ValueError, "backend: 'triton'"),
+    ],
+)
+def test_bad_arguments(
+    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        unpatchify(*arguments, **options)
