@@ -82,12 +82,21 @@ def run_config(plan: Plan, *, seed: int = 0) -> RunConfig:
     """The model and recipe of the demo."""
     text = TextConfig(dim=64, layers=2, max_bytes=63)
     return RunConfig(
-        model=SoraDiTConfig(dim=128, depth=4, heads=4, in_channels=1, patch_size=(1, 8, 8), pooled_dim=text.dim),
+        model=SoraDiTConfig(
+            dim=128,
+            depth=4,
+            heads=4,
+            in_channels=1,
+            patch_size=(4, 4, 4),
+            pooled_dim=text.dim,
+            rope_theta=100.0,
+            position_bias=1.0,
+        ),
         train=TrainConfig(
             minutes=plan.minutes,
             # Half as many tokens a step as keep the cores busy: twice the steps teach more in the same time.
             batch=BatchConfig(capacity=1024, max_segments=32, text_capacity=1280, look_ahead=256),
-            lr=2e-3,
+            lr=4e-3,
             warmup=50,
             ema_decay=0.995,
             compile="inductor" if plan.compile else None,
@@ -127,7 +136,7 @@ class Continued:
     scene_index: int
 
 
-CONTINUED = (Continued("image to video", 1, (8, 24, 24), 1000), Continued("extension", 4, (12, 24, 24), 2000))
+CONTINUED = (Continued("image to video", 1, (8, 24, 24), 1000), Continued("extension", 5, (13, 24, 24), 2000))
 
 
 def _from_prompts(

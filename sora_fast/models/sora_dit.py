@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from sora_fast.masks import SpacetimeMask
@@ -24,6 +25,10 @@ class SoraDiTConfig:
 
     position: "rope" (3D, inside attention), or added to the patches: "factorised" (learned tables for t, h, w),
         "fractional" (place as a share of the side), "sincos" (DiT's, 2D).
+    rope_theta: of the rotary positions. The slowest pair of a head should turn about once over the longest grid: 10,000
+        suits hundreds of patches a side, 100 a dozen.
+    position_bias: standard deviation at the start of one bias shared by the queries and keys of a block. Rotated, it
+        makes every head prefer near places before it has learned anything; 0, as in DiT, leaves that to training.
     mlp: "gelu" or "swiglu".
     text_dim: width of the text tokens that cross-attention reads; None: no cross-attention.
     pooled_dim: width of a pooled text vector added to the timestep embedding; None: none.
@@ -42,6 +47,8 @@ class SoraDiTConfig:
     mlp_ratio: float = 4.0
     qk_norm: bool = True
     position: str = "rope"
+    rope_theta: float = 10000.0
+    position_bias: float = 0.0
     text_dim: int | None = None
     pooled_dim: int | None = None
     num_classes: int | None = None
@@ -73,7 +80,7 @@ class SoraDiT(nn.Module):
     def __init__(self, config: SoraDiTConfig) -> None:
         super().__init__()
         self.config = config
-        rope = Rope3D() if config.position == "rope" else None
+        rope = Rope3D(theta=config.rope_theta) if config.position == "rope" else None
         self.x_embedder = PatchEmbed3D(config.dim, config.in_channels, config.patch_size)
         self.pos_embed = _position(config)
         self.t_embedder = TimestepEmbedder(config.dim)
@@ -96,6 +103,7 @@ class SoraDiT(nn.Module):
         )
         self.apply(_init)
         _init_embedders(self)
+        _init_position_bias(self)
 
     def forward(
         self,
@@ -160,6 +168,13 @@ def _init_embedders(model: SoraDiT) -> None:
         nn.init.normal_(layer.weight, std=0.02)
     if model.y_embedder is not None:
         nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
+
+
+@torch.no_grad()
+def _init_position_bias(model: SoraDiT) -> None:
+    for block in model.blocks:
+        q, k, _ = block.attn.qkv.bias.chunk(3)
+        k.copy_(q.normal_(std=model.config.position_bias))
 
 
 def _check_inputs(config: SoraDiTConfig, layout: PackedLayout, text: PackedText | None, labels: Tensor | None) -> None:

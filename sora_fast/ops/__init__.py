@@ -1,0 +1,23 @@
+"""The ops: contracts, PyTorch and Triton backends, autograd, dispatch; one file each."""
+
+from sora_fast.ops.adaln import adaln
+from sora_fast.ops.gated_residual import gated_residual
+from sora_fast.ops.gated_residual_adaln import gated_residual_adaln
+from sora_fast.ops.packed_attention import packed_attention
+from sora_fast.ops.patch_embed import FactorisedPosition, patch_embed
+from sora_fast.ops.qk_norm_rope import Rope3D, qk_norm_rope
+from sora_fast.ops.segment_mean import segment_mean
+from sora_fast.ops.unpatchify import unpatchify
+
+__all__ = [
+    "FactorisedPosition",
+    "Rope3D",
+    "adaln",
+    "gated_residual",
+    "gated_residual_adaln",
+    "packed_attention",
+    "patch_embed",
+    "qk_norm_rope",
+    "segment_mean",
+    "unpatchify",
+]

@@ -50,8 +50,6 @@ def explain() -> str:
     return "\n".join(lines) or "no op has been called"
 
 
-# A graph keeps the choice made while it was traced: Dynamo must neither trace this bookkeeping nor guard on it.
-@torch.compiler.assume_constant_result
 def choose(op: str, backend: str | None, device_type: str, offered: tuple[str, ...] = ("torch", "triton")) -> str:
     """The backend to run `op` with.
 
@@ -75,6 +73,11 @@ def choose(op: str, backend: str | None, device_type: str, offered: tuple[str, .
             return _record(op, name, refused)
         refused[name] = reason
     raise ValueError(f"backend: none of {offered} can run {op} on {device_type}: {refused}")
+
+
+# A graph keeps the choice made while it was traced: Dynamo must neither trace this bookkeeping nor guard on it. This is
+# all that torch.compiler.assume_constant_result does, which would import the whole of Dynamo first: over a second.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _record(op: str, backend: str, refused: dict[str, str]) -> str:
