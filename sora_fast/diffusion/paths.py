@@ -1,7 +1,8 @@
 """Noise paths: how data turns into noise as sigma goes from 0 to 1, and what a model is trained to say about it.
 
 Sigma is the noise level outside this file, always: 0 clean data, 1 the noisiest state. What a path makes of it, its
-coefficients and the time that its models are told, is the path's own affair.
+coefficients and its discrete steps, is the path's own affair. (SoraDiT embeds 1000·σ, or with `discrete_time` the raw
+timestep of DDPM, round(1000·σ) − 1.)
 """
 
 from abc import ABC, abstractmethod
@@ -22,10 +23,6 @@ class NoisePath(ABC):
     @abstractmethod
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b), with the shape and dtype of `sigma`."""
-
-    @abstractmethod
-    def timestep(self, sigma: Tensor) -> Tensor:
-        """The time that a model embeds, float32."""
 
     @abstractmethod
     def sample_sigma(self, layout: PackedLayout, generator: torch.Generator | None = None) -> Tensor:
@@ -55,7 +52,7 @@ class NoisePath(ABC):
 
 @dataclass(frozen=True)
 class RectifiedFlow(NoisePath):
-    """x = (1 − σ)·clean + σ·noise; a sampler follows the velocity dx/dσ = noise − clean; the timestep is 1000·σ.
+    """x = (1 − σ)·clean + σ·noise; a sampler follows the velocity dx/dσ = noise − clean.
 
     prediction: "velocity", or "clean" data, from which the velocity follows as (x − clean) / σ. Data of few degrees of
         freedom in large patches are far easier to predict than noise, which has as many as there are pixels. The loss
@@ -85,9 +82,6 @@ class RectifiedFlow(NoisePath):
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - sigma, sigma
-
-    def timestep(self, sigma: Tensor) -> Tensor:
-        return sigma.float() * 1000
 
     def shift(self, sigma: Tensor, layout: PackedLayout) -> Tensor:
         """Move the levels [..., S] according to the segments' sizes; 0 and 1 stay exactly."""
@@ -126,7 +120,7 @@ class RectifiedFlow(NoisePath):
 class DDPM(NoisePath):
     """x = √ᾱ·clean + √(1 − ᾱ)·noise in discrete steps with a linear β; σ = (t + 1) / steps for the raw timestep t.
 
-    So t = 0 … steps − 1 as in DiT and its ancestors, σ = 0 is "before the first step": ᾱ = 1, timestep −1. A σ between
+    So t = 0 … steps − 1 as in DiT and its ancestors, and σ = 0 is "before the first step": ᾱ = 1. A σ between
     two steps counts as the nearest.
 
     prediction: "epsilon" (the noise) or "velocity" (a·noise − b·clean, arXiv 2202.00512).
@@ -171,9 +165,6 @@ class DDPM(NoisePath):
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         table, step = self.alpha_bar(sigma.device), self.step(sigma)
         return table.sqrt().to(sigma.dtype)[step], (1 - table).sqrt().to(sigma.dtype)[step]
-
-    def timestep(self, sigma: Tensor) -> Tensor:
-        return (self.step(sigma) - 1).float()
 
     def sample_sigma(self, layout: PackedLayout, generator: torch.Generator | None = None) -> Tensor:
         shape = (layout.max_segments,)

@@ -97,12 +97,6 @@ def test_posterior_to_clean_data_is_the_clean_data():
     assert (posterior.x == 0).all() and posterior.log_variance.isfinite().all()
 
 
-def test_timesteps_are_the_raw_ones():
-    assert DDPM().timestep(at_timestep(np.arange(1000)).float()).tolist() == list(range(1000))
-    assert DDPM().timestep(torch.zeros(1)).item() == -1
-    assert RectifiedFlow().timestep(torch.tensor([0.0, 0.25, 1.0])).tolist() == [0, 250, 1000]
-
-
 def test_flow_shift_depends_on_the_token_count():
     path = RectifiedFlow(base_tokens=64)
     s = np.array([2, 1, 0.25])
@@ -140,7 +134,7 @@ def test_training_levels_are_shifted_too():
 def test_training_levels_of_ddpm_are_its_steps():
     layout = PackedLayout.from_grids([(1, 1, 1)] * 1000)
     path = DDPM(steps=20)
-    timesteps = path.timestep(path.sample_sigma(layout, torch.Generator().manual_seed(0)))
+    timesteps = path.step(path.sample_sigma(layout, torch.Generator().manual_seed(0))) - 1
     assert set(timesteps.tolist()) == set(range(20))
 
 
@@ -157,7 +151,7 @@ def test_levels_fall_from_the_start_to_zero():
 def test_ddpm_spacings_are_the_published_ones(steps):
     def timesteps(spacing: str) -> list[int]:
         sigmas = DDPM().sigmas(steps, LAYOUT, spacing=spacing)
-        return DDPM().timestep(sigmas[:-1, 0]).int().tolist()
+        return (DDPM().step(sigmas[:-1, 0]) - 1).tolist()
 
     # Lin et al., section 3.3 ("trailing"), and `space_timesteps` of improved-diffusion for one section.
     assert timesteps("trailing") == [round(1000 * (1 - i / steps)) - 1 for i in range(steps)]
