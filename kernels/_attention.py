@@ -5,6 +5,7 @@ tiles that its tile meets in **one flat loop** over (tile, block of the tile): a
 the software pipeline at every tile.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from sora_fast.kernels._launch import next_power_of_two
 from sora_fast.schedule import GUARD
 
-LOG2E = 1.4426950408889634
-LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
 _GUARD = tl.constexpr(GUARD)
 
 
@@ -45,25 +46,8 @@ class Boxes(NamedTuple):
     raster: Tensor
 
 
-_LONGEST_BLOCK = 128
-
-
 # Rows of the largest block that a launch configuration may ask for.
 _LONGEST_BLOCK = 128
-
-
-@dataclass(frozen=True)
-class BlockSizes:
-    """Launch configuration. own, other: tokens in a program's block and in each block that it walks over."""
-
-    own: int
-    other: int
-    num_warps: int
-    num_stages: int
-
-    def fitted(self, own_tile: int, other_tile: int) -> "BlockSizes":
-        """Blocks no larger than a tile: more would only be masked away."""
-        return BlockSizes(min(self.own, own_tile), min(self.other, other_tile), self.num_warps, self.num_stages)
 
 
 class Rows(NamedTuple):
@@ -101,6 +85,11 @@ class Head:
         dim = tensors[0].shape[2]
         return Head(dim, *split_head_dim(dim), unit, reach >= 1 << 31)
 
+    @property
+    def width(self) -> int:
+        """Columns that the kernels compute with."""
+        return self.main + self.rest
+
     def rows(self, x: Tensor) -> Rows:
         """x [N, H, D] as a kernel takes it."""
         return Rows(x, x.stride(0) // self.unit, x.stride(1) // self.unit, x.stride(2))
@@ -128,7 +117,7 @@ def _place(x, token, head, exists, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEA
         rows = rows.to(tl.int64)
     cols = FIRST + tl.arange(0, WIDTH)
     mask = exists[:, None]
-    if FIRST + WIDTH > HEAD.dim:
+    if HEAD.dim < FIRST + WIDTH:
         mask = mask & (cols < HEAD.dim)[None, :]
     return start + (rows * x.token_stride * HEAD.unit)[:, None] + (cols * x.dim_stride)[None, :], mask
 
@@ -192,7 +181,27 @@ def step_bounds(walk, first, step, BLOCKS_PER_TILE: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def in_box(low, high, place):
-    """True where a key's packed coordinates lie in a query's box (see `TileSchedule`)."""
+def load_boxes(boxes, query, exists, CAUSAL: tl.constexpr):
+    """First and last packed coordinate of the boxes of queries, and their raster places."""
+    low = tl.load(boxes.low + query, mask=exists, other=0)
+    high = tl.load(boxes.high + query, mask=exists, other=0)
+    raster = tl.load(boxes.raster + query, mask=exists, other=0) if CAUSAL else low
+    return low, high, raster
+
+
+@triton.jit
+def load_places(boxes, key, exists, CAUSAL: tl.constexpr):
+    """Packed coordinates of keys (0, which lies in no box, where there is none), and their raster places."""
+    place = tl.load(boxes.place + key, mask=exists, other=0)
+    raster = tl.load(boxes.raster + key, mask=exists, other=0) if CAUSAL else place
+    return place, raster
+
+
+@triton.jit
+def is_allowed(low, high, query_raster, place, key_raster, CAUSAL: tl.constexpr):
+    """True where a key's packed coordinates lie in a query's box (see `TileSchedule`) and, if CAUSAL, not after it."""
     inside = ((place | _GUARD) - low) & ((high | _GUARD) - place) & _GUARD
-    return inside == _GUARD
+    allowed = inside == _GUARD
+    if CAUSAL:
+        allowed = allowed & (key_raster <= query_raster)
+    return allowed

@@ -8,13 +8,14 @@ from torch import Tensor
 from sora_fast.kernels._attention import (
     LN2,
     LOG2E,
-    BlockSizes,
     Boxes,
     Head,
     Walk,
     dot_precision,
-    in_box,
+    is_allowed,
+    load_boxes,
     load_main,
+    load_places,
     load_rest,
     own_block,
     padding_bounds,
@@ -22,14 +23,8 @@ from sora_fast.kernels._attention import (
     store_rows,
     zero_block,
 )
+from sora_fast.kernels._attention_config import block_sizes
 from sora_fast.kernels._launch import launch, target_arch
-
-
-def _block_sizes(dtype: torch.dtype, head_dim: int, arch: tuple[int, int]) -> BlockSizes:
-    if dtype is torch.float32:
-        # Products on the ordinary units, and twice the bytes: small blocks, or registers spill.
-        return BlockSizes(32, 32, 4, 2) 
-    return BlockSizes(128, 64, 8, 3)
 
 
 def forward(
@@ -48,18 +43,18 @@ def forward(
     q [N, H, D]; k, v [Nk, H, D]: any strides. walk: from queries to keys. boxes: None if no pair of tiles is partial.
     tile_sizes: most tokens in a tile of queries, of keys. causal: partial pairs compare raster places too.
     """
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, num_heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device)
-    blocks = _block_sizes(q.dtype, head_dim, target_arch()).fitted(*tile_sizes)
-    parts = triton.cdiv(tile_sizes[0], blocks.own)
     head = Head.of(q, k, v, out)
+    blocks = block_sizes("forward", q.dtype, head.width, target_arch()).fitted(*tile_sizes)
+    parts = triton.cdiv(tile_sizes[0], blocks.own)
     launch(
         forward_kernel,
         (walk.order.shape[0] * parts, num_heads),
         lse,
         *(head.rows(x) for x in (q, k, v, out)),
-        *(walk, boxes, scale * LOG2E, num_tokens),
+        *(walk, boxes, scale * LOG2E.value, num_tokens),
         HEAD=head,
         PARTS=parts,
         BLOCK_M=blocks.own,
@@ -125,7 +120,8 @@ def forward_kernel(
         )  # fmt: skip
 
     # A query that met no key has total 0 and top -inf: output 0, lse -inf.
-    inverse = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    total = tl.where(total == 0.0, 1.0, total)
+    inverse = (1.0 / total)[:, None]
     store_rows(out, start, head, exists, acc0 * inverse, acc1 * inverse if HEAD.rest else acc1, HEAD)
     tl.store(lse + start + rows, (top + tl.log2(total)) * LN2, mask=exists)
 
@@ -156,10 +152,8 @@ def _walk_keys(
 ):
     """Online softmax over the key tiles at entries first … last of the walk; boxes: test every pair of tokens."""
     if boxes is not None:
-        query = start + tl.arange(0, q0.shape[0])
-        low = tl.load(boxes.low + query, mask=valid, other=0)[:, None]
-        high = tl.load(boxes.high + query, mask=valid, other=0)[:, None]
-        query_raster = tl.load(boxes.raster + query, mask=valid, other=0)[:, None] if CAUSAL else low
+        low, high, query_raster = load_boxes(boxes, start + tl.arange(0, q0.shape[0]), valid, CAUSAL)
+        low, high, query_raster = low[:, None], high[:, None], query_raster[:, None]
     for step in range(0, (last - first) * BLOCKS_PER_TILE):
         key_start, key_stop = step_bounds(walk, first, step, BLOCKS_PER_TILE, BLOCK_N)
         key = key_start + tl.arange(0, BLOCK_N)
@@ -170,10 +164,8 @@ def _walk_keys(
             scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
         allowed = exists[None, :]
         if boxes is not None:
-            place = tl.load(boxes.place + key, mask=exists, other=0)[None, :]
-            allowed = allowed & in_box(low, high, place)
-            if CAUSAL:
-                allowed = allowed & (tl.load(boxes.raster + key, mask=exists, other=0)[None, :] <= query_raster)
+            place, key_raster = load_places(boxes, key, exists, CAUSAL)
+            allowed = is_allowed(low, high, query_raster, place[None, :], key_raster[None, :], CAUSAL)
         scores = tl.where(allowed, scores * scale, float("-inf"))
 
         new_top = tl.maximum(top, tl.max(scores, 1))

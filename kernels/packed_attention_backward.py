@@ -11,13 +11,14 @@ from torch import Tensor
 
 from sora_fast.kernels._attention import (
     LOG2E,
-    BlockSizes,
     Boxes,
     Head,
     Walk,
     dot_precision,
-    in_box,
+    is_allowed,
+    load_boxes,
     load_main,
+    load_places,
     load_rest,
     own_block,
     padding_bounds,
@@ -25,19 +26,8 @@ from sora_fast.kernels._attention import (
     store_rows,
     zero_block,
 )
+from sora_fast.kernels._attention_config import block_sizes
 from sora_fast.kernels._launch import launch, target_arch
-
-
-def _query_block_sizes(dtype: torch.dtype, head_dim: int, arch: tuple[int, int]) -> BlockSizes:
-    if dtype is torch.float32:
-        return BlockSizes(32, 32, 4, 2)
-    return BlockSizes(128, 64, 8, 2)
-
-
-def _key_block_sizes(dtype: torch.dtype, head_dim: int, arch: tuple[int, int]) -> BlockSizes:
-    if dtype is torch.float32:
-        return BlockSizes(32, 32, 4, 2)
-    return BlockSizes(128, 64, 8, 2)
 
 
 def backward(
@@ -68,14 +58,14 @@ def backward(
     query_tile, key_tile = tile_sizes
     shared = {"HEAD": head, "CAUSAL": causal, "PRECISION": dot_precision(q.dtype)}
 
-    blocks = _query_block_sizes(q.dtype, head.dim, target_arch()).fitted(query_tile, key_tile)
+    blocks = block_sizes("grad_query", q.dtype, head.width, target_arch()).fitted(query_tile, key_tile)
     parts = triton.cdiv(query_tile, blocks.own)
     launch(
         grad_query_kernel,
         (by_query.order.shape[0] * parts, num_heads),
         *(lse, grad_lse, delta),
         *(head.rows(x) for x in (q, k, v, out, grad_out, grad_q)),
-        *(by_query, boxes, scale * LOG2E, scale, q.shape[0]),
+        *(by_query, boxes, scale * LOG2E.value, scale, q.shape[0]),
         PARTS=parts,
         BLOCK_M=blocks.own,
         BLOCK_N=blocks.other,
@@ -84,14 +74,14 @@ def backward(
         num_stages=blocks.num_stages,
         **shared,
     )
-    blocks = _key_block_sizes(q.dtype, head.dim, target_arch()).fitted(key_tile, query_tile)
+    blocks = block_sizes("grad_key_value", q.dtype, head.width, target_arch()).fitted(key_tile, query_tile)
     parts = triton.cdiv(key_tile, blocks.own)
     launch(
         grad_key_value_kernel,
         (by_key.order.shape[0] * parts, num_heads),
         *(lse, delta),
         *(head.rows(x) for x in (q, k, v, grad_out, grad_k, grad_v)),
-        *(by_key, boxes, scale * LOG2E, scale, q.shape[0], k.shape[0]),
+        *(by_key, boxes, scale * LOG2E.value, scale, q.shape[0], k.shape[0]),
         PARTS=parts,
         BLOCK_M=blocks.other,
         BLOCK_N=blocks.own,
@@ -150,7 +140,7 @@ def grad_query_kernel(
     if grad_lse is not None:
         row_delta -= tl.load(grad_lse + place, mask=exists, other=0.0)
     tl.store(delta + place, row_delta, mask=exists)
-    row_lse = _finite_lse(lse, place, exists)
+    row_lse = _load_lse(lse, place, exists)
     q0 = load_main(q, start, head, exists, HEAD)
     q1 = load_rest(q, start, head, exists, HEAD) if HEAD.rest else q0
 
@@ -168,10 +158,10 @@ def grad_query_kernel(
 
 
 @triton.jit
-def _finite_lse(lse, place, exists):
+def _load_lse(lse, place, exists):
     """Base-2 logsumexp of queries; +inf, which makes every weight zero, for those that met no key or do not exist."""
     loaded = tl.load(lse + place, mask=exists, other=float("inf"))
-    return tl.where(loaded == float("-inf"), float("inf"), loaded * 1.4426950408889634)
+    return tl.where(loaded == float("-inf"), float("inf"), loaded * LOG2E)
 
 
 @triton.jit
@@ -202,10 +192,8 @@ def _walk_keys(
 ):
     """Sum dS K over the key tiles at entries first … last of the walk; boxes: test every pair of tokens."""
     if boxes is not None:
-        query = start + tl.arange(0, q0.shape[0])
-        low = tl.load(boxes.low + query, mask=valid, other=0)[:, None]
-        high = tl.load(boxes.high + query, mask=valid, other=0)[:, None]
-        query_raster = tl.load(boxes.raster + query, mask=valid, other=0)[:, None] if CAUSAL else low
+        low, high, query_raster = load_boxes(boxes, start + tl.arange(0, q0.shape[0]), valid, CAUSAL)
+        low, high, query_raster = low[:, None], high[:, None], query_raster[:, None]
     for step in range(0, (last - first) * BLOCKS_PER_TILE):
         key_start, key_stop = step_bounds(walk, first, step, BLOCKS_PER_TILE, BLOCK_N)
         key = key_start + tl.arange(0, BLOCK_N)
@@ -221,10 +209,8 @@ def _walk_keys(
             slopes = tl.dot(do1, tl.trans(v1), slopes, input_precision=PRECISION)
         allowed = exists[None, :]
         if boxes is not None:
-            place = tl.load(boxes.place + key, mask=exists, other=0)[None, :]
-            allowed = allowed & in_box(low, high, place)
-            if CAUSAL:
-                allowed = allowed & (tl.load(boxes.raster + key, mask=exists, other=0)[None, :] <= query_raster)
+            place, key_raster = load_places(boxes, key, exists, CAUSAL)
+            allowed = is_allowed(low, high, query_raster, place[None, :], key_raster[None, :], CAUSAL)
         weights = tl.where(allowed, tl.exp2(scores * scale_log2 - row_lse[:, None]), 0.0)
         slopes = (weights * (slopes - row_delta[:, None])).to(k0.dtype)
         acc0 = tl.dot(slopes, k0, acc0, input_precision=PRECISION)
@@ -327,9 +313,8 @@ def _walk_queries(
     test is needed. Keys that do not exist gather numbers that are never stored.
     """
     if boxes is not None:
-        key = start + tl.arange(0, k0.shape[0])
-        place = tl.load(boxes.place + key, mask=valid, other=0)[:, None]
-        key_raster = tl.load(boxes.raster + key, mask=valid, other=0)[:, None] if CAUSAL else place
+        place, key_raster = load_places(boxes, start + tl.arange(0, k0.shape[0]), valid, CAUSAL)
+        place, key_raster = place[:, None], key_raster[:, None]
     for step in range(0, (last - first) * BLOCKS_PER_TILE):
         query_start, query_stop = step_bounds(walk, first, step, BLOCKS_PER_TILE, BLOCK_M)
         query = query_start + tl.arange(0, BLOCK_M)
@@ -343,15 +328,12 @@ def _walk_queries(
             do1 = load_rest(grad_out, query_start, head, exists, HEAD)
             scores = tl.dot(k1, tl.trans(q1), scores, input_precision=PRECISION)
             slopes = tl.dot(v1, tl.trans(do1), slopes, input_precision=PRECISION)
-        row_lse = _finite_lse(lse, query, exists)
+        row_lse = _load_lse(lse, query, exists)
         row_delta = tl.load(delta + query, mask=exists, other=0.0)
         weights = tl.exp2(scores * scale_log2 - row_lse[None, :])
         if boxes is not None:
-            low = tl.load(boxes.low + query, mask=exists, other=0)[None, :]
-            high = tl.load(boxes.high + query, mask=exists, other=0)[None, :]
-            allowed = in_box(low, high, place)
-            if CAUSAL:
-                allowed = allowed & (key_raster <= tl.load(boxes.raster + query, mask=exists, other=0)[None, :])
+            low, high, query_raster = load_boxes(boxes, query, exists, CAUSAL)
+            allowed = is_allowed(low[None, :], high[None, :], query_raster[None, :], place, key_raster, CAUSAL)
             weights = tl.where(allowed, weights, 0.0)
         slopes = (weights * (slopes - row_delta[None, :])).to(q0.dtype)
         weights = weights.to(q0.dtype)

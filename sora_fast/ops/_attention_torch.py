@@ -1,10 +1,13 @@
-"""Packed attention in plain PyTorch: dense attention of one run of queries after the other, never N × N of the pack.
+"""Packed attention in plain PyTorch: the main path on a CPU, the reference everywhere.
 
-A run is queries that lie together and meet the same key tiles: a whole segment under the full mask, a tile or more
-under any other. It reads the layout's numbers on the host, so on a GPU it waits for the device.
+The pack is cut into blocks: queries that lie together, and the keys that they meet. Every block is one call of dense
+attention; no matrix over the pack is ever built. The layout's numbers are read on the host, so on a GPU this waits for
+the device.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,35 +18,50 @@ from sora_fast.schedule import GUARD
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+# A call costs about as much as so many more pairs of tokens in a block would (0.1 ms at 8 heads of 64 on one core).
+_CALL_PAIRS = 4096
+# Most pairs in a block that holds a number for each of them: 16 MB in fp32 for a bias, or for one head's scores.
+_MOST_PAIRS = 1 << 22
 
-class Run(NamedTuple):
-    """Queries `rows`, the keys that they may meet, and which pairs are allowed [rows, keys] (None: all)."""
 
-    rows: slice
+class Block(NamedTuple):
+    """`count` pieces of equal length side by side: the queries of a piece may attend the keys of the same piece.
+
+    allowed [queries, keys]: which pairs of the one piece; None: all.
+    """
+
+    queries: slice
     keys: slice | Tensor
-    allowed: Tensor | None
+    count: int = 1
+    allowed: Tensor | None = None
 
 
 class Masking(NamedTuple):
-    """What pairs are tested with: packed boxes of the queries, places of the keys, raster places if causal."""
+    """What pairs are tested with: packed boxes of the queries, places of the keys; raster places if causal."""
 
     low: Tensor
     high: Tensor
     place: Tensor
-    query_raster: Tensor | None
-    key_raster: Tensor | None
+    raster: Tensor | None
 
 
-def segment_runs(query_offsets: Tensor, key_offsets: Tensor) -> Iterator[Run]:
-    """The full mask: each segment meets all of its own keys."""
+def segment_blocks(query_offsets: Tensor, key_offsets: Tensor, *, join: bool) -> Iterator[Block]:
+    """The full mask: every segment meets all of its own keys. join: neighbours of equal length make one block."""
     starts, key_starts = query_offsets.tolist(), key_offsets.tolist()
-    for i in range(len(starts) - 1):
-        rows, keys = slice(starts[i], starts[i + 1]), slice(key_starts[i], key_starts[i + 1])
-        if rows.stop > rows.start and keys.stop > keys.start:
-            yield Run(rows, keys, None)
+    pieces = [
+        (start, stop - start, key_start, key_stop - key_start)
+        for start, stop, key_start, key_stop in zip(starts, starts[1:], key_starts, key_starts[1:], strict=False)
+        if stop > start
+    ]
+    for _, group in groupby(pieces, key=lambda piece: (piece[1], piece[3]) if join else piece):
+        run = list(group)
+        start, length, key_start, key_length = run[0]
+        if key_length:
+            queries = slice(start, start + len(run) * length)
+            yield Block(queries, slice(key_start, key_start + len(run) * key_length), len(run))
 
 
-def tile_runs(
+def tile_blocks(
     query_tiles: Tensor,
     key_tiles: Tensor,
     begin: Tensor,
@@ -51,47 +69,90 @@ def tile_runs(
     end: Tensor,
     tiles: Tensor,
     masking: Masking,
-) -> Iterator[Run]:
-    """Any other mask: neighbouring query tiles that meet the same key tiles make a run together."""
-    starts, key_starts = query_tiles.tolist(), key_tiles.tolist()
-    begins, full_ends, ends, met = begin.tolist(), full_end.tolist(), end.tolist(), tiles.tolist()
-    lists = [sorted(met[first:last]) for first, last in zip(begins, ends, strict=True)]
-    tile, count = 0, len(lists)
-    while tile < count:
-        last = tile + 1
-        while last < count and lists[last] == lists[tile]:
-            last += 1
-        rows = slice(starts[tile], starts[last])
-        if lists[tile] and rows.stop > rows.start:
-            keys = torch.cat([torch.arange(key_starts[t], key_starts[t + 1]) for t in lists[tile]]).to(tiles.device)
-            whole = full_ends[tile:last] == ends[tile:last]
-            yield Run(rows, keys, None if whole else _allowed(masking, rows, keys))
-        tile = last
+) -> Iterator[Block]:
+    """Any other mask, from tile boundaries and a `TileLists`: runs of query tiles and the key tiles that they meet."""
+    bounds, key_bounds = query_tiles.tolist(), key_tiles.tolist()
+    begins, full_ends, ends = begin.tolist(), full_end.tolist(), end.tolist()
+    met = tiles[: max(ends, default=0)].tolist()
+    singles = (
+        _Run.of_tile(bounds[tile], bounds[tile + 1], frozenset(met[first:last]), key_bounds, partial=whole < last)
+        for tile, (first, whole, last) in enumerate(zip(begins, full_ends, ends, strict=True))
+        if first < last
+    )
+    for run in _joined(singles, key_bounds):
+        queries = slice(run.start, run.stop)
+        keys = _tokens([(key_bounds[tile], key_bounds[tile + 1]) for tile in sorted(run.keys)], tiles.device)
+        yield Block(queries, keys, allowed=_allowed(masking, queries, keys) if run.partial else None)
 
 
-def _allowed(masking: Masking, rows: slice, keys: Tensor) -> Tensor:
+class _Run(NamedTuple):
+    """Queries start … stop, the key tiles that some of them meet, and how many tokens those have.
+
+    partial: not every query may attend every key.
+    """
+
+    start: int
+    stop: int
+    keys: frozenset[int]
+    columns: int
+    partial: bool
+
+    @staticmethod
+    def of_tile(start: int, stop: int, keys: frozenset[int], key_bounds: list[int], *, partial: bool) -> "_Run":
+        return _Run(start, stop, keys, sum(key_bounds[key + 1] - key_bounds[key] for key in keys), partial)
+
+    @property
+    def pairs(self) -> int:
+        return (self.stop - self.start) * self.columns
+
+    def joined(self, other: "_Run", key_bounds: list[int]) -> "_Run | None":
+        """Both as one run, if that is cheaper than two calls."""
+        # Who shares a key tile is of one segment: the box test, which knows nothing of segments, then suffices.
+        if other.start != self.stop or self.keys.isdisjoint(other.keys):
+            return None
+        partial = self.partial or other.partial or self.keys != other.keys
+        both = _Run.of_tile(self.start, other.stop, self.keys | other.keys, key_bounds, partial=partial)
+        return both if both.pairs <= min(self.pairs + other.pairs + _CALL_PAIRS, _MOST_PAIRS) else None
+
+
+def _joined(singles: Iterable[_Run], key_bounds: list[int]) -> Iterator[_Run]:
+    run: _Run | None = None
+    for single in singles:
+        both = run and run.joined(single, key_bounds)
+        if run and not both:
+            yield run
+        run = both or single
+    if run:
+        yield run
+
+
+def _tokens(ranges: list[tuple[int, int]], device: torch.device) -> slice | Tensor:
+    """The tokens of ascending ranges: a slice if no other lies between them, else their indices."""
+    if all(stop == start for (_, stop), (start, _) in pairwise(ranges)):
+        return slice(ranges[0][0], ranges[-1][1])
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in ranges])
+
+
+def _allowed(masking: Masking, queries: slice, keys: slice | Tensor) -> Tensor:
     place = masking.place[keys]
-    inside = ((place | GUARD) - masking.low[rows, None]) & ((masking.high[rows, None] | GUARD) - place) & GUARD
+    inside = ((place | GUARD) - masking.low[queries, None]) & ((masking.high[queries, None] | GUARD) - place) & GUARD
     allowed = inside == GUARD
-    if masking.query_raster is not None:
-        allowed &= masking.key_raster[keys] <= masking.query_raster[rows, None]
+    if masking.raster is not None:
+        allowed &= masking.raster[keys] <= masking.raster[queries, None]
     return allowed
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, runs: Iterator[Run], scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[Block], scale: float) -> tuple[Tensor, Tensor]:
     """Output [N, H, D] and natural logsumexp [H, N]; zeros and −inf for queries that meet no key."""
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=wide, device=q.device)
-    for rows, keys, allowed in runs:
-        if allowed is None and q.device.type == "cpu":
-            made, found = _flash(_heads(q[rows]), _heads(k[keys]), _heads(v[keys]), scale=scale)
-            out[rows], lse[:, rows] = made[0].transpose(0, 1), found[0]
-            continue
-        scores = _scores(q[rows], k[keys], allowed, scale)
-        lse[:, rows] = scores.logsumexp(dim=2)
-        weights = _weights(scores, lse[:, rows])
-        out[rows] = torch.einsum("hqk,khd->qhd", weights, v[keys].to(wide)).to(out.dtype)
+    lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=_wide(q), device=q.device)
+    flash = has_flash(q)
+    for block in blocks if flash else _bounded(blocks, q.shape[1]):
+        queries, keys, values = (_pieces(x, place, block) for x, place in _paired((q, k, v), block))
+        attend = _attend_flash if flash else _attend
+        result, sums = attend(queries, keys, values, block.allowed, scale)
+        out[block.queries] = _tokens_first(result)
+        lse[:, block.queries] = sums.transpose(0, 1).flatten(1)
     return out, lse
 
 
@@ -103,47 +164,129 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    runs: Iterator[Run],
+    blocks: Iterable[Block],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. grad_lse: [H, N], or None for zero."""
-    wide = lse.dtype
-    grads = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v)]
-    for rows, keys, allowed in runs:
-        if allowed is None and q.device.type == "cpu" and grad_lse is None:
-            inputs = [_heads(x) for x in (grad_out[rows], q[rows], k[keys], v[keys], out[rows])]
-            parts = _flash_backward(*inputs, lse[None, :, rows], 0.0, False, scale=scale)
-            parts = [part[0].transpose(0, 1) for part in parts]
+    grads = [torch.zeros(x.shape, dtype=_wide(x), device=x.device) for x in (q, k, v)]
+    flash = has_flash(q, grad_lse)
+    for block in blocks if flash else _bounded(blocks, q.shape[1]):
+        inputs = [_pieces(x, place, block) for x, place in _paired((q, k, v), block)]
+        grad_result, result = (_pieces(x, block.queries, block) for x in (grad_out, out))
+        sums = _row_pieces(lse, block)
+        if flash:
+            parts = _attend_flash_backward(grad_result, *inputs, result, sums, block.allowed, scale)
         else:
-            row_grad, row_q, row_out = (x[rows].to(wide) for x in (grad_out, q, out))
-            weights = _weights(_scores(q[rows], k[keys], allowed, scale), lse[:, rows])
-            delta = torch.einsum("qhd,qhd->hq", row_grad, row_out)
+            delta = (grad_result.to(lse.dtype) * result.to(lse.dtype)).sum(-1)
             if grad_lse is not None:
-                delta = delta - grad_lse[:, rows]
-            slopes = torch.einsum("qhd,khd->hqk", row_grad, v[keys].to(wide)) - delta[:, :, None]
-            slopes = weights * slopes * scale
-            parts = [
-                torch.einsum("hqk,khd->qhd", slopes, k[keys].to(wide)),
-                torch.einsum("hqk,qhd->khd", slopes, row_q),
-                torch.einsum("hqk,qhd->khd", weights, row_grad),
-            ]
-        for grad, place, part in zip(grads, (rows, keys, keys), parts, strict=True):
-            # Tiles of keys meet several runs; a run names none of its keys twice.
-            grad[place] += part
-    return tuple(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
+                delta -= _row_pieces(grad_lse, block)
+            parts = _attend_backward(grad_result, delta, *inputs, sums, block.allowed, scale)
+        # A key meets the queries of several blocks, but a block names no key twice: the sum has one order.
+        for (grad, place), part in zip(_paired(grads, block), parts, strict=True):
+            grad[place] += _tokens_first(part)
+    return tuple(grad.to(q.dtype) for grad in grads)
 
 
-def _heads(x: Tensor) -> Tensor:
-    """[L, H, D] → [1, H, L, D], a view."""
-    return x.transpose(0, 1)[None]
+def has_flash(q: Tensor, grad_lse: Tensor | None = None) -> bool:
+    """True if PyTorch's kernel for CPUs will do; it knows of no gradient of the logsumexp."""
+    return q.device.type == "cpu" and grad_lse is None
+
+
+def may_join(q: Tensor, grad_lse: Tensor | None = None) -> bool:
+    """Whether segments may share a call: without the kernel each one's scores are large enough, and the 16-bit kernel
+    chooses how it multiplies by the size of the whole call, so that a segment's bits would depend on its neighbours.
+    """
+    return has_flash(q, grad_lse) and q.dtype in (torch.float32, torch.float64)
+
+
+def _bounded(blocks: Iterable[Block], heads: int) -> Iterator[Block]:
+    """Cut blocks of one piece to few enough pairs that the scores of all heads may be held."""
+    for block in blocks:
+        columns = block.keys.stop - block.keys.start if isinstance(block.keys, slice) else len(block.keys)
+        step = max(1, _MOST_PAIRS // (heads * columns))
+        for start in range(block.queries.start, block.queries.stop, step):
+            first = start - block.queries.start
+            allowed = None if block.allowed is None else block.allowed[first : first + step]
+            yield Block(slice(start, min(start + step, block.queries.stop)), block.keys, allowed=allowed)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _paired(tensors: Sequence[Tensor], block: Block) -> Iterator[tuple[Tensor, slice | Tensor]]:
+    """q, k, v, or their gradients, each with its place in the pack."""
+    return zip(tensors, (block.queries, block.keys, block.keys), strict=True)
+
+
+def _pieces(x: Tensor, place: slice | Tensor, block: Block) -> Tensor:
+    """Tokens [N, H, D] → [count, H, L, D]; a view where the place is a slice."""
+    pieces = x[place].unflatten(0, (block.count, -1)).transpose(1, 2)
+    # The kernel takes any strides but this one (an expanded gradient has it).
+    return pieces if pieces.stride(-1) == 1 else pieces.contiguous()
+
+
+def _row_pieces(x: Tensor, block: Block) -> Tensor:
+    """A number a query [H, N] → [count, H, L]."""
+    return x[:, block.queries].unflatten(1, (block.count, -1)).transpose(0, 1)
+
+
+def _tokens_first(pieces: Tensor) -> Tensor:
+    """[count, H, L, D] → tokens [count · L, H, D]."""
+    return pieces.transpose(1, 2).flatten(0, 1)
+
+
+def _attend_flash(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    out, sums = _flash(q, k, v, attn_mask=_bias(allowed, q), scale=scale)
+    # The kernel gives 0 to a query without a key.
+    return out, sums if allowed is None else sums.masked_fill(~allowed.any(dim=1), -math.inf)
+
+
+def _attend_flash_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    allowed: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    finite = sums.masked_fill(sums == -math.inf, 0.0)
+    return _flash_backward(grad_out, q, k, v, out, finite, 0.0, False, attn_mask=_bias(allowed, q), scale=scale)
+
+
+def _bias(allowed: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if allowed is None else q.new_zeros(()).where(allowed, -math.inf)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, allowed, scale)
+    sums = scores.logsumexp(-1)
+    return (_weights(scores, sums) @ v.to(scores.dtype)).to(q.dtype), sums
+
+
+def _attend_backward(
+    grad_out: Tensor,
+    delta: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sums: Tensor,
+    allowed: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = _weights(_scores(q, k, allowed, scale), sums)
+    grad_out, q, k, v = (x.to(weights.dtype) for x in (grad_out, q, k, v))
+    slopes = weights * (grad_out @ v.mT - delta.unsqueeze(-1)) * scale
+    return slopes @ k, slopes.mT @ q, weights.mT @ grad_out
 
 
 def _scores(q: Tensor, k: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("qhd,khd->hqk", q.to(wide), k.to(wide)) * scale
-    return scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))
+    scores = q.to(_wide(q)) @ k.to(_wide(k)).mT * scale
+    return scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
 
 
-def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    # A query without a key has lse −inf: −inf − −inf would be NaN.
-    return (scores - lse.masked_fill(lse == float("-inf"), 0.0)[:, :, None]).exp()
+def _weights(scores: Tensor, sums: Tensor) -> Tensor:
+    # A query without a key: −inf − −inf would be NaN.
+    return (scores - sums.masked_fill(sums == -math.inf, 0.0).unsqueeze(-1)).exp()

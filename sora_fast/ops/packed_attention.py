@@ -1,6 +1,7 @@
 """packed_attention: attention inside every segment of a pack, under any spacetime mask."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _tensors(schedule: TileSchedule) -> list[Tensor]:
 def _plain_attention(
     q: Tensor, k: Tensor, v: Tensor, schedule: list[Tensor], tile_sizes: list[int], kind: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return plain.forward(q, k, v, _runs(schedule, kind), scale)
+    return plain.forward(q, k, v, _blocks(schedule, kind, join=plain.may_join(q)), scale)
 
 
 @torch.library.custom_op("sora_fast::packed_attention_plain_backward", mutates_args=())
@@ -95,15 +96,15 @@ def _plain_attention_backward(
     kind: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return plain.backward(grad_out, grad_lse, q, k, v, out, lse, _runs(schedule, kind), scale)
+    blocks = _blocks(schedule, kind, join=plain.may_join(q, grad_lse))
+    return plain.backward(grad_out, grad_lse, q, k, v, out, lse, blocks, scale)
 
 
-def _runs(schedule: list[Tensor], kind: int) -> Any:
+def _blocks(schedule: list[Tensor], kind: int, *, join: bool) -> Iterator[plain.Block]:
     if kind == _FULL:
-        return plain.segment_runs(*schedule[:2])
-    raster = schedule[-1] if kind == _CAUSAL_BOXES else None
-    masking = plain.Masking(*schedule[-4:-1], raster, raster)
-    return plain.tile_runs(*schedule[2:4], *schedule[4:8], masking)
+        return plain.segment_blocks(*schedule[:2], join=join)
+    masking = plain.Masking(*schedule[-4:-1], schedule[-1] if kind == _CAUSAL_BOXES else None)
+    return plain.tile_blocks(*schedule[2:4], *schedule[4:8], masking)
 
 
 @torch.library.custom_op("sora_fast::packed_attention", mutates_args=())

@@ -1,0 +1,63 @@
+"""Launch configurations of packed attention, apart from the kernels.
+
+Chosen so that no kernel spills a register for any mask (compiled ahead of time with Triton 3.7.1; `benchmarks.aot`
+prints the numbers); none is tuned by measurement yet.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """own, other: tokens in a program's block, and in each of the blocks that it walks over."""
+
+    own: int
+    other: int
+    num_warps: int
+    num_stages: int
+
+    def fitted(self, own_tile: int, other_tile: int) -> "BlockSizes":
+        """Blocks no larger than a tile: more would only be masked away."""
+        return replace(self, own=min(self.own, own_tile), other=min(self.other, other_tile))
+
+
+# Products of float32 run on the ordinary units, whose code holds whole rows in registers: larger blocks spill.
+_FLOAT32 = BlockSizes(16, 16, 8, 1)
+
+# pass → major compute capability → (widest head, configuration), by width. Three stages double-buffer K and V, since
+# the load of the tile's index takes one. Numbers in comments: registers a thread, of 255.
+_TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
+    "forward": {
+        # 128×64 spills at head dim 96, and needs all registers at any other.
+        8: [(128, BlockSizes(128, 32, 8, 3)), (256, BlockSizes(64, 32, 8, 2))],
+        # 128×128: 250 at head dim 64; it spills at 72. 128×64: 232 at 128.
+        9: [(64, BlockSizes(128, 128, 8, 3)), (128, BlockSizes(128, 64, 8, 3)), (256, BlockSizes(128, 32, 8, 2))],
+        # 128×128 spills at every head dim.
+        10: [(128, BlockSizes(128, 64, 8, 3)), (256, BlockSizes(128, 32, 8, 2))],
+    },
+    "grad_query": {
+        8: [(128, BlockSizes(128, 32, 8, 2)), (256, BlockSizes(64, 32, 8, 2))],
+        # 128×64: 244 at head dim 128.
+        9: [(128, BlockSizes(128, 64, 8, 2)), (256, BlockSizes(32, 32, 4, 2))],
+        10: [(128, BlockSizes(128, 64, 8, 2)), (256, BlockSizes(32, 32, 4, 2))],
+    },
+    # Two accumulators: half the room of the other passes.
+    "grad_key_value": {
+        8: [(64, BlockSizes(128, 32, 8, 2)), (128, BlockSizes(64, 32, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
+        # 128×64: 223 at head dim 64, 255 at 72; it spills at 96. 128×32: 243 at 128.
+        9: [(80, BlockSizes(128, 64, 8, 2)), (128, BlockSizes(128, 32, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
+        # 128×64 spills at every head dim.
+        10: [(128, BlockSizes(128, 32, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
+    },
+}
+
+
+def block_sizes(kernel: str, dtype: torch.dtype, width: int, arch: tuple[int, int]) -> BlockSizes:
+    """kernel: "forward", "grad_query" or "grad_key_value"; width: columns that the head dim takes; arch: (9, 0)."""
+    if dtype is torch.float32:
+        return _FLOAT32
+    # Other GPUs have less shared memory: Ampere's configurations need the least.
+    table = _TABLES[kernel].get(arch[0], _TABLES[kernel][8])
+    return next(blocks for widest, blocks in table if width <= widest)
