@@ -45,8 +45,8 @@ def time_variants(
 ) -> dict[str, Timing]:
     """Time every variant in turn, round after round, so that a drift of the clocks meets them all alike.
 
-    Each variant is called at least 3 times after a warm-up of 2, however long it takes; rounds go on until
-    `seconds` have passed (all variants together) or `max_samples` rounds are done.
+    After a warm-up of 2 calls each, rounds go on until `seconds` have passed (all variants together), but at
+    least 3 times, or until `max_samples` rounds are done.
     """
     if not variants:
         raise ValueError("time_variants: variants is empty; give at least one callable")

@@ -20,7 +20,7 @@ DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch
 if torch.cuda.is_available():
     DTYPES += [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
 # Interpreted, a wide row takes seconds; what is compiled for it is looked at ahead of time.
-WIDTHS = (64, 384, 1152, 1536, 3072, 5120, 8192) if torch.cuda.is_available() else (64, 1152)
+WIDTHS = (64, 384, 1152, 1536, 3072, 5120, 8192) if torch.cuda.is_available() else (64, 192)
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -71,7 +71,7 @@ class Case:
 def cases(draw: st.DrawFn) -> Case:
     """Any case; small, since the interpreter is slow, but of more than one chunk of the backward walk."""
     return Case(
-        tokens=draw(st.integers(1, 70)),
+        tokens=draw(st.integers(1, 50)),
         width=draw(st.sampled_from([1, 3, 16, 33, 64, 72, 100])),
         rows=draw(st.integers(1, 5)),
         pattern=draw(st.sampled_from(PATTERNS)),
@@ -157,12 +157,12 @@ def check_compiles_once(op: Op, *, tokens: int, tables: int, device: torch.devic
 
     with no_recompilation():
         compiled = torch.compile(call, fullgraph=True, backend=compiler)
-        for pattern in ("sorted", "random", "all padding"):
-            case = Case(pattern=pattern, tokens=40)
+        for pattern in ("sorted", "random"):
+            case = Case(pattern=pattern, tokens=20)
             rows = RowIndex.from_index(case.index(), case.rows).to(device)
-            inputs = case.tensors(40, tokens, torch.float32) + case.tensors(case.rows, tables, torch.float32)
+            inputs = case.tensors(20, tokens, torch.float32) + case.tensors(case.rows, tables, torch.float32)
             inputs = [t.to(device) for t in inputs]
-            d_outputs = [t.to(device) for t in case.tensors(40, 2, torch.float32)]
+            d_outputs = [t.to(device) for t in case.tensors(20, 2, torch.float32)]
             expected = outputs_and_gradients(lambda *t, rows=rows: call(*t, rows), inputs, d_outputs)
             actual = outputs_and_gradients(lambda *t, rows=rows: compiled(*t, rows), inputs, d_outputs)
             for a, e in zip(actual, expected, strict=True):

@@ -258,9 +258,7 @@ def _first_fit_decreasing(samples: Iterable[int], lengths: Sequence[int], rules:
     return packs
 
 
-def _fill_gaps(
-    packs: Sequence[list[int]], samples: Iterable[int], lengths: Sequence[int], rules: PackRules
-) -> bool:
+def _fill_gaps(packs: Sequence[list[int]], samples: Iterable[int], lengths: Sequence[int], rules: PackRules) -> bool:
     """Put those of the samples that no pack holds wherever they still fit; True if all found a place."""
     placed = {sample for pack in packs for sample in pack}
     shelf = _Shelf((sample for sample in samples if sample not in placed), lengths)
@@ -295,9 +293,7 @@ def _spread(samples: Iterable[int], count: int, lengths: Sequence[int], rules: P
     return packs
 
 
-def _spread_all(
-    samples: Sequence[int], count: int, lengths: Sequence[int], rules: PackRules
-) -> list[list[int]] | None:
+def _spread_all(samples: Sequence[int], count: int, lengths: Sequence[int], rules: PackRules) -> list[list[int]] | None:
     """All samples (longest first) in `count` packs of nearly the same cost; None if that cannot be done."""
     for share in _SHARES_BY_COST:
         packs = _spread(samples[: math.ceil(share * len(samples))], count, lengths, rules)

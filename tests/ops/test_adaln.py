@@ -19,7 +19,7 @@ def formula(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(case=cases())
 def test_random_cases_match_the_oracle(case: Case, backend: str, device: torch.device) -> None:
     check_against_oracle(adaln, formula, case, **SHAPE, device=device, backend=backend)
@@ -63,7 +63,7 @@ def test_large_mean_loses_no_digits(device: torch.device) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeats_to_the_bit(backend: str, device: torch.device) -> None:
-    x, shift, scale, index = arguments(Case(tokens=70), device)
+    x, shift, scale, index = arguments(Case(tokens=40), device)
     runs = []
     for rows in (index, index, RowIndex.from_index(index, len(scale))):
         y = adaln(x, shift, scale, rows, backend=backend)
@@ -78,9 +78,8 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *t: adaln(*t, index), (x, shift, scale))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
-def test_opcheck(layout: str, device: torch.device) -> None:
-    x, shift, scale, index = arguments(Case(tokens=9, width=8, layout=layout), device)
+def test_opcheck(device: torch.device) -> None:
+    x, shift, scale, index = arguments(Case(tokens=9, width=8, layout="permuted"), device)
     rows = RowIndex.from_index(index, len(scale))
     torch.library.opcheck(_adaln, (x, shift, scale, index, rows.offsets, rows.tokens, 1e-6))
     torch.library.opcheck(_adaln, (x, shift, scale, index, None, None, 1e-6))

@@ -18,7 +18,7 @@ def formula(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(case=cases())
 def test_random_cases_match_the_oracle(case: Case, backend: str, device: torch.device) -> None:
     check_against_oracle(gated_residual, formula, case, **SHAPE, device=device, backend=backend)
@@ -46,7 +46,7 @@ def test_product_does_not_overflow_fp16(backend: str, device: torch.device) -> N
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeats_to_the_bit(backend: str, device: torch.device) -> None:
-    residual, branch, gate, index = arguments(Case(tokens=70), device)
+    residual, branch, gate, index = arguments(Case(tokens=40), device)
     runs = []
     for rows in (index, index, RowIndex.from_index(index, len(gate))):
         out = gated_residual(residual, branch, gate, rows, backend=backend)
@@ -61,9 +61,8 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *t: gated_residual(*t, index), inputs)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
-def test_opcheck(layout: str, device: torch.device) -> None:
-    residual, branch, gate, index = arguments(Case(tokens=9, width=8, layout=layout), device)
+def test_opcheck(device: torch.device) -> None:
+    residual, branch, gate, index = arguments(Case(tokens=9, width=8, layout="permuted"), device)
     rows = RowIndex.from_index(index, len(gate))
     torch.library.opcheck(_gated_residual, (residual, branch, gate, index, rows.offsets, rows.tokens))
     torch.library.opcheck(_gated_residual, (residual, branch, gate, index, None, None))

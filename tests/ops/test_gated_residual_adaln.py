@@ -24,7 +24,7 @@ def formula(residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(case=cases())
 def test_random_cases_match_the_oracle(case: Case, backend: str, device: torch.device) -> None:
     check_against_oracle(gated_residual_adaln, formula, case, **SHAPE, device=device, backend=backend)
@@ -56,7 +56,7 @@ def test_gradient_of_one_output_alone(used: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeats_to_the_bit(backend: str, device: torch.device) -> None:
-    *tensors, index = arguments(Case(tokens=70), device)
+    *tensors, index = arguments(Case(tokens=40), device)
     runs = []
     for rows in (index, index, RowIndex.from_index(index, len(tensors[-1]))):
         outputs = gated_residual_adaln(*tensors, rows, backend=backend)
@@ -71,9 +71,8 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *t: gated_residual_adaln(*t, index), inputs)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
-def test_opcheck(layout: str, device: torch.device) -> None:
-    *tensors, index = arguments(Case(tokens=9, width=8, layout=layout), device)
+def test_opcheck(device: torch.device) -> None:
+    *tensors, index = arguments(Case(tokens=9, width=8, layout="permuted"), device)
     rows = RowIndex.from_index(index, len(tensors[-1]))
     torch.library.opcheck(_gated_residual_adaln, (*tensors, index, rows.offsets, rows.tokens, 1e-6))
     torch.library.opcheck(_gated_residual_adaln, (*tensors, index, None, None, 1e-6))
