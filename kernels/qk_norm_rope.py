@@ -35,7 +35,7 @@ class Rotation(NamedTuple):
 
     def meta(self) -> dict[str, Any]:
         """Constants of the kernels, one an axis: pairs before its end; octaves from one pair to the next, of which 14
-        bits of fraction first, so that their product with a pair's number is exact, then the rest; the quarter turns
+        bits of fraction first, so that their product with a pair's number is exact, then the rest; radians
         of its first pair for one step of the coordinate."""
         ends, octaves, rests, speeds = [], [], [], []
         for size, scale in zip(self.split, self.scale, strict=True):
@@ -44,7 +44,7 @@ class Rotation(NamedTuple):
             ends.append((ends[-1] if ends else 0) + size // 2)
             octaves.append(coarse)
             rests.append(exact - coarse)
-            speeds.append(scale * 2 / math.pi)
+            speeds.append(scale)
         tables = {"ENDS": ends, "OCTAVES": octaves, "RESTS": rests, "SPEEDS": speeds}
         return {"INTERLEAVED": self.interleaved, **{name: tuple(values) for name, values in tables.items()}}
 
@@ -277,14 +277,16 @@ def _turns(
 
 
 @triton.jit
-def _cos_sin(quarters):
-    """cos and sin of `quarters` · π/2.
+def _cos_sin(radians):
+    """cos and sin, to one unit in the last place up to some 10⁴ radians.
 
-    In quarter turns the reduction of the range is exact. tl.sin's own, for any argument, takes a stack in memory.
-    Polynomials: Cephes' sinf and cosf on [−π/4, π/4], error below one unit in the last place.
+    tl.sin's own reduction of the range, for any argument, takes a stack in memory. This one takes π/2 off in three
+    parts, so short that their multiples are exact (Cody and Waite); then Cephes' polynomials for [−π/4, π/4].
     """
-    whole = tl.floor(quarters + 0.5)
-    x = (quarters - whole) * 1.5707963267948966
+    whole = tl.floor(radians * 0.6366197723675814 + 0.5)
+    x = radians - whole * 1.5703125
+    x -= whole * 4.837512969970703e-4
+    x -= whole * 7.549789948768648e-8
     xx = x * x
     sin = x + x * xx * (-1.6666654611e-1 + xx * (8.3321608736e-3 - xx * 1.9515295891e-4))
     cos = 1 - 0.5 * xx + xx * xx * (4.166664568298827e-2 + xx * (-1.388731625493765e-3 + xx * 2.443315711809948e-5))

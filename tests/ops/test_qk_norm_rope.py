@@ -1,0 +1,241 @@
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sora_fast.ops.qk_norm_rope import Rope3D, _qk_norm_rope, _qk_norm_rope_backward, _rotation, qk_norm_rope
+from sora_fast.packing import PackedLayout
+from tests.helpers import assert_within_rule, poison_empty
+from tests.layouts import Pack, packs
+from tests.modulated import no_recompilation
+from tests.ragged import DTYPES
+
+BACKENDS = ("torch", "triton")
+HEAD_DIMS = (64, 72, 96, 128)
+ROPES = (
+    None,
+    Rope3D(),
+    Rope3D(interleaved=False),
+    Rope3D(theta=100.0, scale=(2.0, 0.5, -1.0)),
+)
+
+
+def formula(x: Tensor, weight: Tensor | None, layout: PackedLayout, rope: Rope3D | None) -> Tensor:
+    """Pairs of channels as complex numbers, turned by multiplication; in fp32, or in fp64 for such an x."""
+    head_dim, real = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    y = x if weight is None else F.rms_norm(x, (head_dim,), weight, eps=1e-6)
+    if rope is not None:
+        angles = []
+        for axis, size in enumerate(rope.split or default_split(head_dim)):
+            frequency = rope.theta ** (-torch.arange(0, size, 2, dtype=real) / max(size, 1))
+            angles.append(torch.outer(layout.coords[:, axis].to(real) * rope.scale[axis], frequency))
+        turn = torch.polar(torch.ones((), dtype=real), torch.cat(angles, dim=1))[:, None]
+        if rope.interleaved:
+            y = torch.view_as_real(torch.view_as_complex(y.to(real).unflatten(-1, (-1, 2)).contiguous()) * turn)
+            y = y.flatten(-2)
+        else:
+            y = torch.complex(*y.to(real).chunk(2, dim=-1)) * turn
+            y = torch.cat([y.real, y.imag], dim=-1)
+    return torch.where((layout.segment_ids >= 0)[:, None, None], y.to(x.dtype), 0)
+
+
+def default_split(head_dim: int) -> tuple[int, int, int]:
+    return {6: (2, 2, 2), 64: (24, 20, 20), 72: (24, 24, 24), 96: (32, 32, 32), 128: (44, 42, 42)}[head_dim]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q and k as slices of a fused projection, and the gradients that arrive."""
+
+    layout: PackedLayout
+    rope: Rope3D | None
+    head_dim: int
+    heads: int = 2
+    norm: tuple[bool, bool] = (True, True)
+    dtype: torch.dtype = torch.float32
+
+    def tensors(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """[N, 3, H, D] and its gradients' [N, 2, H, D]; weights [D]."""
+        torch.manual_seed(0)
+        shape = (self.layout.capacity, 3, self.heads, self.head_dim)
+        qkv, d_out = torch.randn(shape).to(self.dtype), torch.randn(shape)[:, :2].to(self.dtype)
+        weights = {name: torch.randn(self.head_dim).to(self.dtype) for name in ("q_weight", "k_weight")}
+        return qkv, d_out, {name: w for (name, w), given in zip(weights.items(), self.norm, strict=True) if given}
+
+    def run(self, op: Any, qkv: Tensor, d_out: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs and gradients by name."""
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in {"qkv": qkv, **weights}.items()}
+        q, k, _ = leaves["qkv"].unbind(1)
+        outputs = op(q, k, leaves.get("q_weight"), leaves.get("k_weight"))
+        grads = torch.autograd.grad(outputs, list(leaves.values()), d_out.unbind(1))
+        return {"q": outputs[0], "k": outputs[1], **dict(zip(leaves, grads, strict=True))}
+
+    def run_formula(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        qkv, d_out, weights = self.tensors()
+
+        def op(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+            return formula(q, q_weight, self.layout, self.rope), formula(k, k_weight, self.layout, self.rope)
+
+        return self.run(op, qkv.to(dtype), d_out.to(dtype), {name: w.to(dtype) for name, w in weights.items()})
+
+    def run_op(self, device: torch.device, backend: str) -> dict[str, Tensor]:
+        qkv, d_out, weights = self.tensors()
+        padding = (self.layout.segment_ids < 0)[:, None, None, None]
+        qkv, d_out = (x.masked_fill(padding, float("nan")).to(device) for x in (qkv, d_out))
+        layout = self.layout.to(device)
+
+        def op(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+            return qk_norm_rope(*tensors, layout, self.rope, backend=backend)
+
+        return self.run(op, qkv, d_out, {name: w.to(device) for name, w in weights.items()})
+
+
+def check(inputs: Inputs, backend: str, device: torch.device) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        poison_empty(monkeypatch)
+        actual = inputs.run_op(device, backend)
+    plain, oracle = inputs.run_formula(inputs.dtype), inputs.run_formula(torch.float64)
+    padding = inputs.layout.segment_ids < 0
+    for name, result in actual.items():
+        assert_within_rule(result, plain[name], oracle[name], name=f"{name} of {inputs}")
+        if "weight" not in name:
+            assert not result.cpu()[padding].any(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=12)
+@given(
+    pack=packs(),
+    head_dim=st.sampled_from([6, 64, 72]),
+    rope=st.sampled_from(ROPES),
+    norm=st.tuples(st.booleans(), st.booleans()),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_random_layouts_match_the_oracle(
+    pack: Pack,
+    head_dim: int,
+    rope: Rope3D | None,
+    norm: tuple[bool, bool],
+    dtype: torch.dtype,
+    backend: str,
+    device: torch.device,
+) -> None:
+    check(Inputs(pack.layout, rope, head_dim, norm=norm, dtype=dtype), backend, device)
+
+
+LAYOUT = PackedLayout.from_grids([(2, 3, 2), (1, 1, 4)], order="tiled", capacity=19, max_segments=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rope", ROPES[1:3])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dims_match_the_oracle(head_dim: int, rope: Rope3D, dtype: torch.dtype, device: torch.device) -> None:
+    check(Inputs(LAYOUT, rope, head_dim, heads=3, dtype=dtype), "triton", device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rope", [Rope3D(), Rope3D(split=(64, 0, 0), theta=1e6)])
+def test_far_coordinates(rope: Rope3D, backend: str, device: torch.device) -> None:
+    # Hundreds of radians: the range is reduced over many turns, and all quadrants are met.
+    keep = [torch.arange(0, 1000, 37), torch.arange(0, 500, 23), torch.arange(0, 500, 29)]
+    layout = PackedLayout.from_grids([(1000, 1, 1), (1, 500, 1), (1, 1, 500)], keep=keep)
+    check(Inputs(layout, rope, 64, heads=1), backend, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dot_products_see_distances_alone(backend: str, device: torch.device) -> None:
+    layout = PackedLayout.from_grids([(4, 5, 6)], device=device)
+    q, k = (torch.randn(1, 1, 64, device=device).expand(120, 1, 64) for _ in range(2))
+    q, k = qk_norm_rope(q, k, None, None, layout, Rope3D(), backend=backend)
+    scores = (q[:, 0] @ k[:, 0].T).view(4, 5, 6, 4, 5, 6)
+    torch.testing.assert_close(scores[:-1, 1:, :-2, :-1, 1:, :-2], scores[1:, :-1, 2:, 1:, :-1, 2:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_to_the_bit(backend: str, device: torch.device) -> None:
+    first, second = (Inputs(LAYOUT, Rope3D(), 64).run_op(device, backend) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_gradcheck() -> None:
+    inputs = Inputs(LAYOUT, Rope3D(), 6, heads=1)
+    q, k, *weights = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((19, 1, 6),) * 2 + ((6,),) * 2)
+    assert torch.autograd.gradcheck(lambda *t: qk_norm_rope(*t, LAYOUT, inputs.rope), (q, k, *weights))
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_opcheck(norm: bool, device: torch.device) -> None:
+    layout = LAYOUT.to(device)
+    qkv = torch.randn(19, 2, 3, 8, device=device, requires_grad=True)
+    q, k = qkv[:, :, 0], qkv.detach().permute(1, 0, 2, 3)[..., 1, :].transpose(0, 1)
+    weights = [torch.randn(8, device=device, requires_grad=True) if norm else None for _ in range(2)]
+    rest = (layout.segment_ids, layout.coords, *_rotation(Rope3D() if norm else None, 8), 1e-6)
+    torch.library.opcheck(_qk_norm_rope, (q, k, *weights, *rest))
+    q, weights = q.detach(), [None if weight is None else weight.detach() for weight in weights]
+    torch.library.opcheck(_qk_norm_rope_backward, (q.clone(), k, q, k, *weights, *rest))
+
+
+@pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])
+def test_compiles_once_for_ragged_batches(backend: str, compiler: str, device: torch.device) -> None:
+    def step(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
+        return qk_norm_rope(q, k, q_weight, k_weight, layout, Rope3D(), backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    with no_recompilation():
+        for grids in ([(2, 3, 2)], [(1, 2, 2), (1, 1, 5)], [(1, 1, 1)] * 3):
+            inputs = Inputs(PackedLayout.from_grids(grids, capacity=14, max_segments=3), None, 64)
+            layout = inputs.layout.to(device)
+            qkv, d_out, weights = inputs.tensors()
+            given = (qkv.to(device), d_out.to(device), {name: weight.to(device) for name, weight in weights.items()})
+            expected, actual = (
+                inputs.run(lambda *t, fn=fn, layout=layout: fn(*t, layout), *given) for fn in (step, compiled)
+            )
+            for name in expected:
+                torch.testing.assert_close(actual[name], expected[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_pack(backend: str, device: torch.device) -> None:
+    layout = PackedLayout.from_grids([], max_segments=1).to(device)
+    q = torch.zeros(0, 2, 64, device=device)
+    weight = torch.ones(64, device=device, requires_grad=True)
+    outputs = qk_norm_rope(q, q, weight, weight, layout, Rope3D(), backend=backend)
+    (outputs[0].sum() + outputs[1].sum()).backward()
+    assert outputs[0].shape == (0, 2, 64) and not weight.grad.any()
+
+
+Q, W = torch.zeros(19, 2, 64), torch.zeros(64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((Q[1:], Q, W, W, LAYOUT, None), {}, ValueError, r"q: shape .* it must be \[19, H, D\]"),
+        ((Q[..., 1:], Q, W, W, LAYOUT, None), {}, ValueError, "q: head dim 63; it must be even"),
+        ((Q, Q[:, :1], W, W, LAYOUT, None), {}, ValueError, r"k: shape .* it must be \[19, 2, 64\]"),
+        ((Q, Q.half(), W, W, LAYOUT, None), {}, TypeError, "k: float16; it must be float32"),
+        ((Q, Q, W[1:], W, LAYOUT, None), {}, ValueError, r"q_weight: shape \(63,\); it must be \[64\]"),
+        ((Q, Q, W, W.int(), LAYOUT, None), {}, TypeError, "k_weight: int32"),
+        ((Q, Q, W, W, LAYOUT, Rope3D((2, 2, 2))), {}, ValueError, "rope.split: .* 6 channels, but the head dim is 64"),
+        ((Q, Q, W, W, LAYOUT, None), {"eps": 0.0}, ValueError, "eps: 0.0"),
+    ],
+)
+def test_bad_arguments(
+    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        qk_norm_rope(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"split": (3, 2, 2)}, "split: "), ({"theta": 0.0}, "theta: 0.0"), ({"scale": (1.0,)}, "scale: ")],
+)
+def test_bad_rope(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rope3D(**options)
