@@ -4,7 +4,7 @@
 # and: make lint, make aot (compile every kernel for sm_80, sm_90, sm_100 and inspect it), make clean
 #
 # Everything is installed into ./.venv, once. Other versions:
-#   make test PYTHON=python3.12 TORCH=torch==2.11.0 TRITON=triton==3.6.0 NUMPY='numpy<2.4'
+#   make test PYTHON=python3.12 TORCH=torch==2.12.0 NUMPY='numpy<2.4'
 
 PYTHON ?= python3
 VENV   ?= .venv

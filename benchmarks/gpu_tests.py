@@ -25,6 +25,7 @@ class Counts:
 def run_gpu_tests(folder: Path, seconds: float) -> dict[str, Counts]:
     """Run `pytest -m gpu`, stopped after `seconds`; writes tests.log and tests.xml into `folder`."""
     report = folder / "tests.xml"
+    report.unlink(missing_ok=True)  # of an earlier call, whose passes are not this one's
     command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", f"--junitxml={report}"]
     if torch.cuda.is_available() and find_spec("xdist"):
         # Most of the time goes into compiling kernels, which is work for the host's cores.

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except ModuleNotFoundError as error:
         return _fail(f"{error}; pip install 'sora_fast[demo,text]' brings the optional parts")
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         return _fail(str(error))
 
 
@@ -171,7 +171,11 @@ def _device(name: str | None) -> str:
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: it must be cpu, cuda, or cuda with a number, like cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: there is no usable GPU here")
     return name
 
@@ -188,7 +192,7 @@ def _train(a: argparse.Namespace) -> int:
     if config is not None and config.data is None:
         raise ValueError(f"{a.out} was not made by `sora-fast train`; it cannot be resumed by it")
     channels = 1 if a.grey else 3
-    data = config.data if config else DataConfig(a.data, a.max_frames, a.max_side, a.fps, channels)
+    data = config.data if config else DataConfig(str(Path(a.data).resolve()), a.max_frames, a.max_side, a.fps, channels)
     source = FolderSource(data, progress=True)
     print(f"{len(source)} files to train on, {len(source.skipped)} skipped")
     config = config or _run_config(a, source)
@@ -312,8 +316,8 @@ def _given(file: Path | None, config: "RunConfig") -> "Tensor | None":
 
     if file is None:
         return None
-    limit = None if config.data is None else config.data.max_side
-    return read_media(file, max_side=limit, channels=config.model.in_channels)
+    limits = {} if config.data is None else {"max_side": config.data.max_side, "fps": config.data.fps}
+    return read_media(file, channels=config.model.in_channels, **limits)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ from sora_fast.generation.media import write_media
 from sora_fast.generation.tasks import Request, extend, image_to_video, text_to_video
 from sora_fast.models import SoraDiTConfig
 from sora_fast.training.batches import BatchConfig
-from sora_fast.training.run import CONFIG, LOG, RunConfig, TextConfig, TrainConfig
+from sora_fast.training.run import LOG, RunConfig, TextConfig, TrainConfig, read_run
 from sora_fast.training.trainer import Trainer, read_log
 
 INTERRUPTED = 130
+MARK = ".sora_fast_demo"  # stands in a folder that a demo made, and so may replace
 # Another stream than the one trained on: its clips show scans of the same half in places and pairs not drawn before.
 EVALUATION_SEED = 1
 FPS, SCALE = 8, 6
@@ -66,11 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder, began = arguments.out, time.monotonic()
     if not arguments.resume:
         _clear(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).touch()
     torch.manual_seed(arguments.seed)
     source = MovingDigits(seed=0)
-    trainer = Trainer(run_config(plan, seed=arguments.seed), source, folder / "run", resume=arguments.resume)
-    if not trainer.fit():
-        print(f"Saved at step {trainer.step}. To go on: sora-fast demo --resume --out {folder}")
+    config = read_run(folder / "run") if arguments.resume else run_config(plan, seed=arguments.seed)
+    trainer = Trainer(config, source, folder / "run", resume=arguments.resume)
+    if not trainer.fit(progress=not arguments.quick):
+        quick = " --quick" if arguments.quick else ""
+        print(f"Saved at step {trainer.step}. To go on: make demo ARGS='--resume{quick} --out {folder}'")
         return INTERRUPTED
     results = evaluate(Engine.load(folder / "run"), plan, folder)
     results = {"training": training_record(folder / "run"), **results}
@@ -83,10 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _clear(folder: Path) -> None:
     """Remove an earlier demo, and nothing else."""
-    if (folder / "run" / CONFIG).exists():
+    if (folder / MARK).exists():
         print(f"replacing the earlier demo in {folder}")
         for part in ("run", "clips"):
             shutil.rmtree(folder / part, ignore_errors=True)
+        for file in ("metrics.json", "loss.png", "contact_sheet.png"):
+            (folder / file).unlink(missing_ok=True)
 
 
 def run_config(plan: Plan, *, seed: int = 0) -> RunConfig:
@@ -167,7 +174,7 @@ def _from_prompts(
         seen = [detector(clip) for clip in clips]
         detections += seen
         scores["x".join(map(str, shape))] = prompt_scores(seen, captions)
-        # One clip of each direction, of digits that differ from shape to shape.
+        # Digits and directions that differ from shape to shape.
         strips += [Strip(captions[i], clips[i]) for i in range((9 * len(scores)) % 40, 40, 21)]
         bar.update()
     return prompt_scores(detections, captions * len(shapes)) | {"by_shape": scores}, strips
@@ -181,18 +188,20 @@ def _continued(engine: Engine, source: MovingDigits, task: Continued, plan: Plan
         for index, caption in enumerate(captions)
     ]
     originals = [source.render(scene) for scene in scenes]
-    clips = engine.generate([_request(task, clip, scene, plan) for clip, scene in zip(originals, scenes, strict=True)])
+    requests = [_request(task, clip, scene, plan) for clip, scene in zip(originals, scenes, strict=True)]
+    requests = [replace(request, seed=index) for index, request in enumerate(requests)]
+    clips = engine.generate(requests, steps=plan.steps)
     result = next_position(source, scenes, clips, given=task.given)
     result["given_frames_identical"] = clean_frames_identical(clips, originals, head=task.given)
-    return result, [Strip(captions[i], clips[i], head=task.given) for i in (2, 13)]
+    shown = list(zip(captions, clips, strict=True))[:: max(1, len(clips) // 2)][:2]
+    return result, [Strip(caption, clip, head=task.given) for caption, clip in shown]
 
 
 def _request(task: Continued, original: Tensor, scene: Scene, plan: Plan) -> Request:
-    options = {"guidance": plan.guidance, "seed": 0}
     given = original[:, : task.given]
     if task.given == 1:
-        return image_to_video(given, scene.caption, task.shape[0], **options)
-    return extend(given, scene.caption, task.shape[0] - task.given, **options)
+        return image_to_video(given, scene.caption, task.shape[0], guidance=plan.guidance)
+    return extend(given, scene.caption, task.shape[0] - task.given, guidance=plan.guidance)
 
 
 def _draw(strips: Sequence[Strip], folder: Path) -> None:

@@ -103,7 +103,9 @@ class Engine:
         if bool((scale == 1).all()):
             return lambda latents, layout, conditioning: model(latents, layout, conditioning, text=text)
         null_text = self._text([""] * len(requests))
-        return Guided(model, layout, scale=scale, text=text, null_text=null_text)
+        # Not a learned variance: extrapolated, it would leave its bounds.
+        channels = model.config.in_channels
+        return Guided(model, layout, scale=scale, text=text, null_text=null_text, channels=channels)
 
     def _text(self, prompts: list[str]) -> PackedText:
         ids, layout = self.networks.text.tokenize(prompts)

@@ -153,7 +153,8 @@ def _on_black(image: Image.Image) -> Image.Image:
 def _video_frames(path: Path) -> Iterator[tuple[float, Image.Image]]:
     try:
         # "file:" keeps a colon in a name from being read as a protocol; the whitelist keeps playlists off the network.
-        with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
+        options = {"protocol_whitelist": "file"}
+        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
             yield from _decode(path, container, _picture_stream(path, container))
     except av.error.FFmpegError as error:
         raise UnreadableMedia(path, _ffmpeg_reason(path, error)) from error

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from sora_fast.ops.patch_embed import FactorisedPosition, patch_embed
@@ -20,4 +21,16 @@ class PatchEmbed3D(nn.Module):
         self, latents: RaggedLatents, layout: PackedLayout, position: Tensor | FactorisedPosition | None = None
     ) -> Tensor:
         """→ [N, C] in the layout's order, with `position` added."""
-        return patch_embed(latents, self.proj.weight, self.proj.bias, layout, self.patch_size, position)
+        weight, bias, flat = self.proj.weight, self.proj.bias, latents.flat
+        if torch.is_autocast_enabled(flat.device.type):
+            # The op is not on autocast's list of matrix products: what nn.Linear would be given, it gets from here.
+            dtype = torch.get_autocast_dtype(flat.device.type)
+            weight, bias, flat = weight.to(dtype), bias.to(dtype), flat.to(dtype)
+            position = _cast(position, dtype)
+        return patch_embed(latents.with_flat(flat), weight, bias, layout, self.patch_size, position)
+
+
+def _cast(position: Tensor | FactorisedPosition | None, dtype: torch.dtype) -> Tensor | FactorisedPosition | None:
+    if isinstance(position, FactorisedPosition):
+        return FactorisedPosition(*(table if table is None else table.to(dtype) for table in position.tables))
+    return position if position is None else position.to(dtype)

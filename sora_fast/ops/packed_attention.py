@@ -44,10 +44,12 @@ def packed_attention(
     whatever stands in it. Raises TypeError or ValueError for arguments that do not fit together.
     """
     _check(q, k, v, layout, mask, kv_layout)
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: {scale}; it must be a finite number")
     schedule = mask if isinstance(mask, TileSchedule) else TileSchedule.build(layout, mask, kv_layout=kv_layout)
     chosen = choose("packed_attention", backend, q.device.type, _offered(q))
     op = _plain_attention if chosen == "torch" else _triton_attention
-    scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
     tile_sizes = [schedule.layout.tile_size, schedule.kv_layout.tile_size]
     out, lse = op(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule.mask), scale)
     return (out, lse.transpose(0, 1)) if return_lse else out

@@ -65,6 +65,7 @@ class Trainer:
         if c.compile is not None:
             self._compile(c.compile)
         self.step, self.seconds = 0, 0.0
+        self._saved: tuple[int, Path] | None = None
         self._resume_state = self.batches.state_dict()
         self._log = RunLog(self.folder / LOG)
         if resume:
@@ -102,15 +103,19 @@ class Trainer:
         return done >= 1
 
     def save(self) -> Path:
-        """Write a checkpoint of the state between two steps."""
+        """Write a checkpoint of the state between two steps, unless the newest is of this step already."""
         self._log.flush(self.seconds)
+        if self._saved is not None and self._saved[0] == self.step:
+            return self._saved[1]
         tensors = {
             "model": {name: p.detach() for name, p in self.parameters.items()},
             "ema": self.average.tensors,
             "optimizer": optim.optimizer_tensors(self.optimizers, self.parameters),
         }
         state = {"seconds": self.seconds, "batches": self._resume_state}
-        return checkpoint.save(self.folder / CHECKPOINTS, self.step, tensors, state, keep=self.config.keep)
+        path = checkpoint.save(self.folder / CHECKPOINTS, self.step, tensors, state, keep=self.config.keep)
+        self._saved = self.step, path
+        return path
 
     def _load(self) -> None:
         saved = checkpoint.latest(self.folder / CHECKPOINTS)
