@@ -105,7 +105,7 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How float32 products are computed: exactly, unless the user lets PyTorch use TF32."""
-    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit
@@ -113,9 +113,9 @@ def _place(x, token, head, exists, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEA
     """Pointers [rows, WIDTH] to the columns from FIRST on of the rows from `token` on, and which of them exist."""
     start = x.data + (token.to(tl.int64) * x.token_stride + head.to(tl.int64) * x.head_stride) * HEAD.unit
     rows = tl.arange(0, exists.shape[0])
-    if HEAD.wide:
-        rows = rows.to(tl.int64)
     cols = FIRST + tl.arange(0, WIDTH)
+    if HEAD.wide:
+        rows, cols = rows.to(tl.int64), cols.to(tl.int64)
     mask = exists[:, None]
     if HEAD.dim < FIRST + WIDTH:
         mask = mask & (cols < HEAD.dim)[None, :]

@@ -117,7 +117,7 @@ def _backward(
     last = tl.minimum((chunk + 1) * CHUNK, tokens)
     for position in range(chunk * CHUNK, last):
         token = tl.load(order + position)
-        row = tl.load(index + token)
+        row = tl.maximum(tl.load(index + token), -1)  # any negative row is padding
         used = inside & (row >= 0)
         gradient = load_fp32(dy, dy_strides, token, column, used)
         values = load_fp32(x, x_strides, token, column, used)

@@ -100,7 +100,7 @@ def _backward(
     last = tl.minimum((chunk + 1) * CHUNK, tokens)
     for position in range(chunk * CHUNK, last):
         token = tl.load(order + position)
-        row = tl.load(index + token)
+        row = tl.maximum(tl.load(index + token), -1)  # any negative row is padding
         used = inside & (row >= 0)
         gradient = load_fp32(d_out, d_out_strides, token, column, used)
         d_gate += gradient * load_fp32(branch, branch_strides, token, column, used)

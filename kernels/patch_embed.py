@@ -51,7 +51,7 @@ class Additive:
 
 def embed(flat: Tensor, weight: Tensor, bias: Tensor | None, patches: Patches, position: Additive) -> Tensor:
     """flat [elements], weight [C, K], bias [C] → tokens [N, C], zeros for padding."""
-    config = PatchEmbedConfig.choose(flat.dtype, patches, flat.numel())
+    config = PatchEmbedConfig.choose(flat.dtype, patches, _reach(flat))
     width, num_pixels = weight.shape
     tokens = torch.empty(patches.num_tokens, width, dtype=flat.dtype, device=flat.device)
     table = position.table
@@ -60,7 +60,7 @@ def embed(flat: Tensor, weight: Tensor, bias: Tensor | None, patches: Patches, p
         *(_embed, grid, flat, flat.stride(0), weight, *weight.stride(), bias, 0 if bias is None else bias.stride(0)),
         *(table, *((0, 0) if table is None else table.stride()), *(position.rows or (0, 0, 0))),
         *(tokens, width, *patches.args),
-        **patches.meta(flat.numel()),
+        **patches.meta(_reach(flat)),
         NUM_PIXELS=num_pixels,
         ROW_A_TOKEN=not position.rows,
         BLOCK_N=config.tokens,
@@ -78,7 +78,7 @@ def weight_gradient(grad: Tensor, flat: Tensor, patches: Patches, num_pixels: in
     Bias and position tables are weights too, of features that are one: always, and where the coordinate is the row's.
     Columns: the weight's, then those of the three tables, then the bias's. grad: [N, C]; rows: as in `Additive`.
     """
-    config = PatchEmbedConfig.choose(flat.dtype, patches, flat.numel())
+    config = PatchEmbedConfig.choose(flat.dtype, patches, _reach(flat))
     width, features = grad.shape[1], num_pixels + sum(rows) + 1
     chunks = triton.cdiv(patches.num_tokens, config.chunk)
     partials = torch.empty(chunks, width, features, dtype=torch.float32, device=grad.device)
@@ -98,7 +98,7 @@ def weight_gradient(grad: Tensor, flat: Tensor, patches: Patches, num_pixels: in
             *(rows or (0, 0, 0)),
         ),
         *patches.args,
-        **patches.meta(flat.numel()),
+        **patches.meta(_reach(flat)),
         NUM_PIXELS=num_pixels,
         CHUNK=config.chunk,
         BLOCK_N=config.tokens,
@@ -128,6 +128,11 @@ def pixel_gradient(grad: Tensor, weight: Tensor, patches: Patches, elements: int
         num_stages=config.num_stages,
     )
     return flat
+
+
+def _reach(flat: Tensor) -> int:
+    """How far a kernel's offsets into `flat` go; the buffer may be strided."""
+    return flat.numel() * max(1, flat.stride(0))
 
 
 def _fitted(block: int, size: int) -> int:

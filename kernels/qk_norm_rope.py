@@ -199,6 +199,8 @@ def _pairs(INTERLEAVED: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr):
 @triton.jit
 def _load(x, rows, stride_n, head, stride_h, stride_d, first, second, real):
     x += rows * stride_n + tl.cast(head, tl.int64) * stride_h
+    # 64 bits along the head too: stored as [D, H, N], its channels lie far apart.
+    first, second = first.to(tl.int64), second.to(tl.int64)
     a = tl.load(x + first[None, :] * stride_d, mask=real, other=0.0).to(tl.float32)
     b = tl.load(x + second[None, :] * stride_d, mask=real, other=0.0).to(tl.float32)
     return a, b

@@ -49,8 +49,8 @@ class ByteTextEncoder(nn.Module):
 
     A byte is embedded together with the n-grams that end in it (hashed, as in the Byte Latent Transformer, arXiv
     2412.09871), so that different words are far apart from the first step on. Then residual blocks of dilated depthwise
-    convolution and MLP: with kernel 5 and dilations 1, 2, 4 a token sees 29 bytes, several words. Every prompt begins
-    with a token of its own, which is all that "" consists of.
+    convolution and MLP: with kernel 5 and dilations 1, 2, 4 they reach 14 bytes to each side, several words. Every
+    prompt begins with a token of its own, which is all that "" consists of.
     max_bytes: longer prompts are cut.
     """
 

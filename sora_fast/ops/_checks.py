@@ -49,9 +49,9 @@ def check_index(index: Tensor | RowIndex, tokens: int, rows: int, device: torch.
 
 
 def check_eps(eps: float) -> None:
-    """A positive number. ValueError."""
-    if not eps > 0:
-        raise ValueError(f"eps: {eps}; it must be above 0, or rows of equal values would divide by zero")
+    """A positive number in fp32. ValueError."""
+    if not eps >= torch.finfo(torch.float32).tiny:
+        raise ValueError(f"eps: {eps}; it must be above 0 in fp32, or rows of equal values would divide by zero")
 
 
 def _written(shape: Sequence[int | str]) -> str:

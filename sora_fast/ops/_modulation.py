@@ -47,7 +47,10 @@ def offered(x: Tensor) -> tuple[str, ...]:
 
 def parts(index: Index) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(index, offsets, tokens): what custom ops take; without CSR form for a plain tensor."""
-    return (index.index, index.offsets, index.tokens) if isinstance(index, RowIndex) else (index, None, None)
+    # The kernels read them at stride 1; nothing is copied where they are so, as a RowIndex always is.
+    if isinstance(index, RowIndex):
+        return index.index.contiguous(), index.offsets.contiguous(), index.tokens.contiguous()
+    return index.contiguous(), None, None
 
 
 def csr(index: Tensor, offsets: Tensor | None, tokens: Tensor | None, num_rows: int) -> tuple[Tensor, Tensor]:

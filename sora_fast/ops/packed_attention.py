@@ -137,6 +137,8 @@ def _triton_attention_backward(
     from sora_fast.kernels.packed_attention_backward import backward
 
     walks = _walks(schedule, kind)
+    # The gradient of a transposed or summed logsumexp comes in any strides, expanded ones too.
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     options = {"tile_sizes": tuple(tile_sizes), "scale": scale, "causal": kind == _CAUSAL_BOXES}
     return backward(grad_out, grad_lse, q, k, v, out, lse, *walks, **options)
 

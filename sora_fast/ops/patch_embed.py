@@ -95,7 +95,9 @@ def _torch(
 ) -> Tensor:
     channels = weight.shape[1] // math.prod(patch_size)
     index, exists = pixel_index(latents.offsets, latents.shapes, layout, channels, patch_size)
-    pixels = torch.where(exists, latents.flat[torch.where(exists, index, 0)], 0)
+    # What does not exist reads the first element and drops it; an empty buffer gets one.
+    flat = latents.flat if latents.flat.shape[0] else F.pad(latents.flat, (0, 1))
+    pixels = torch.where(exists, flat[torch.where(exists, index, 0)], 0)
     tokens = F.linear(pixels.flatten(1), weight, bias)
     if isinstance(position, FactorisedPosition):
         for axis, table in enumerate(position.tables):

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,8 @@ import pytest
 from sora_fast.demo import run
 from sora_fast.demo.digits import DigitsConfig
 from sora_fast.demo.run import FULL, QUICK, Plan, run_config
+from sora_fast.models.codecs import IdentityCodec
+from sora_fast.training.batches import token_grid
 
 
 def test_full_and_quick_differ_in_effort_only() -> None:
@@ -16,10 +19,9 @@ def test_full_and_quick_differ_in_effort_only() -> None:
 
 def test_every_shape_of_the_source_fits_a_batch() -> None:
     config = run_config(FULL)
-    largest = max(DigitsConfig().shapes, key=lambda shape: shape[0] * -(-shape[1] // 8) * -(-shape[2] // 8))
-    _, height, width = config.model.patch_size
-    tokens = largest[0] * -(-largest[1] // height) * -(-largest[2] // width)
-    assert tokens <= config.train.batch.capacity
+    codec = IdentityCodec.for_patches(1, config.model.patch_size)
+    shapes = [codec.spec.latent_shape(*shape) for shape in DigitsConfig().shapes]
+    assert max(math.prod(token_grid(shape, config.model.patch_size)) for shape in shapes) <= config.train.batch.capacity
 
 
 @pytest.mark.slow

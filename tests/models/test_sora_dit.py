@@ -149,11 +149,11 @@ def test_the_official_dit_is_a_special_case() -> None:
     output = model(latents, layout, conditioning, labels=labels).to_list()
     for index, image in enumerate(images):
         expected = plain_dit(model, image, float(timesteps[index]), int(labels[index]), 2)
-        torch.testing.assert_close(output[index][:, 0], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(output[index][:, 0], expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
-def test_it_compiles_once_for_every_mix_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_it_compiles_once_for_every_mix_of_shapes() -> None:
     torch._dynamo.reset()
     model = small(mask=SpacetimeMask.frame_causal())
     step = torch.compile(lambda *inputs: model(*inputs).flat.square().mean(), fullgraph=True, backend="aot_eager")
