@@ -14,11 +14,11 @@ from sora_fast.kernels._patches import Patches, patch_origins, patch_pixels
 
 @dataclass(frozen=True)
 class UnpatchifyConfig:
-    """Not measured yet. A block of both is a few elements a thread: pure memory traffic wants many blocks in flight."""
+    """Not measured yet. Pure memory traffic wants many blocks in flight: few addresses a thread, few registers."""
 
     tokens: int = 32  # neighbours in the pack are neighbours in the video: their short runs of pixels share lines
     pixels: int = 64  # at most; a patch of 1x2x2 with 16 channels has 64
-    num_warps: int = 4
+    num_warps: int = 8  # 8 elements a thread
 
 
 def scatter(tokens: Tensor, patches: Patches, capacity: int) -> Tensor:
