@@ -5,7 +5,7 @@ The same cases are compiled ahead of time (benchmarks/aot.py) and timed on a GPU
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,14 +14,18 @@ from torch import Tensor
 from sora_fast import use_backend
 from sora_fast.kernels._launch import recording
 from sora_fast.masks import SpacetimeMask
-from sora_fast.ops.adaln import adaln
-from sora_fast.ops.gated_residual import gated_residual
-from sora_fast.ops.gated_residual_adaln import gated_residual_adaln
-from sora_fast.ops.packed_attention import packed_attention
-from sora_fast.ops.patch_embed import FactorisedPosition, patch_embed
-from sora_fast.ops.qk_norm_rope import Rope3D, qk_norm_rope
-from sora_fast.ops.segment_mean import segment_mean
-from sora_fast.ops.unpatchify import unpatchify
+from sora_fast.ops import (
+    FactorisedPosition,
+    Rope3D,
+    adaln,
+    gated_residual,
+    gated_residual_adaln,
+    packed_attention,
+    patch_embed,
+    qk_norm_rope,
+    segment_mean,
+    unpatchify,
+)
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents, RowIndex
 from sora_fast.schedule import TileSchedule
 
@@ -56,8 +60,8 @@ class Setting:
 
     @staticmethod
     def small(device: torch.device) -> "Setting":
-        """A walk through every case in seconds."""
-        return Setting(device, torch.float32, ((3, 4, 5), (1, 6, 4), (2, 5, 3)), (64,), (64,), 2)
+        """A walk through every case in seconds, even interpreted."""
+        return Setting(device, torch.float32, ((2, 4, 4), (1, 5, 3)), (64,), (64,), 1)
 
     def layout(self, **options: Any) -> PackedLayout:
         """The batch, laid out."""
@@ -103,6 +107,10 @@ class Case:
         tensors = [a.flat if isinstance(a, RaggedLatents) else a for a in self.args]
         return tuple(t for t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad)
 
+    def widened(self) -> "Case":
+        """The same work on the same numbers, in the next wider dtype: fp32, or fp64 for fp32."""
+        return replace(self, args=tuple(_widened(argument) for argument in self.args))
+
     def has_kernels(self) -> bool:
         """True if the op launches Triton kernels here."""
         with recording((9, 0)) as recorder, use_backend("triton"):
@@ -119,6 +127,17 @@ class Case:
     def backward(self, outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Gradients of the inputs; may be called many times for the same outputs."""
         return torch.autograd.grad(outputs, self.inputs, gradients, retain_graph=True)
+
+
+def _widened(argument: Any) -> Any:
+    if isinstance(argument, Tensor) and argument.is_floating_point():
+        wide = torch.float64 if argument.dtype == torch.float32 else torch.float32
+        return argument.detach().to(wide).requires_grad_(argument.requires_grad)
+    if isinstance(argument, RaggedLatents):
+        return argument.with_flat(_widened(argument.flat))
+    if isinstance(argument, FactorisedPosition):
+        return FactorisedPosition(*map(_widened, argument.tables))
+    return argument
 
 
 def all_cases(setting: Setting) -> Iterator[Case]:
@@ -163,7 +182,7 @@ def _attention(s: Setting) -> Iterator[Case]:
             layout = s.layout(order="tiled", for_mask=mask)
             q, k = (s.random(layout.capacity, s.heads, head_dim) for _ in range(2))
             v = s.random(layout.capacity, 3, s.heads, head_dim)[:, 2]  # as it comes out of a fused projection
-            args = (q, k, v, layout, TileSchedule.build(layout, mask))
+            args = (q, k, v, layout, TileSchedule.build(layout, mask))  # shared by a model's layers, so not timed
             pairs = sum(_pairs(mask, grid) for grid in s.grids)
             yield Case(packed_attention, f"{name},D{head_dim}", args, flops=_products(pairs, q))
         k, v = s.random(text.capacity, 2, s.heads, head_dim).unbind(1)

@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 VALIDATED = _checkout.ROOT / "sora_fast" / "ops" / "validated.json"
 # Share of the minutes that the tests may take; the rest is for the timings.
 _TESTS_SHARE = 0.6
-# Relative difference to PyTorch beyond which a timed case is plainly wrong (an offset, an overflow), whatever the
-# rounding. How accurate a kernel is, the tests judge against fp64; they are small, the timed cases are not.
-_GROSS = 0.05
 
 
 def validate(tests: dict[str, Counts], rows: "Sequence[Row]", record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{op: {backend: record}} for every op whose tests passed and whose cases all ran and agreed with PyTorch."""
+    """{op: {backend: record}} for every op whose tests passed and whose cases all ran and agreed with PyTorch.
+
+    The tests are small; the cases are as large as real batches, where a wrong offset or an overflow would show.
+    """
     kept = {name: record[name] for name in ("commit", "torch", "triton", "date", "device")}
     validated: dict[str, dict[str, Any]] = {}
     for op in dict.fromkeys(row.op for row in rows):
         counts, cases = tests.get(op, Counts()), [row for row in rows if row.op == op]
-        if counts.failed or not counts.passed or any(row.error for row in cases):
+        if counts.failed or not counts.passed or any(row.failure for row in cases):
             continue
         for backend in sorted(cases[0].times.keys() - {"torch"}):
-            if all(row.difference.get(backend, float("inf")) < _GROSS for row in cases):
+            if all(row.agrees(backend) for row in cases):
                 validated.setdefault(op, {})[backend] = {**kept, "tests_passed": counts.passed}
     return validated
 
@@ -78,7 +78,7 @@ def run(folder: Path, *, seconds: float, dry: bool, commit: str | None = None) -
     print(f"at best: {ceilings.gigabytes_per_second:.0f} GB/s copy, {ceilings.teraflops:.1f} TFLOP/s product")
     print(f"validated: {', '.join(validated) or 'none'}\n")
     print(table(rows, ceilings))
-    return 1 if failed or any(row.error for row in rows) else 0
+    return 1 if failed or any(row.failure for row in rows) else 0
 
 
 def _write_validated(folder: Path, validated: dict[str, Any], *, dry: bool) -> None:

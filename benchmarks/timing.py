@@ -42,17 +42,18 @@ def time_variants(
     device: torch.device,
     seconds: float = 1.0,
     max_samples: int = 200,
+    warmup: int = 2,
 ) -> dict[str, Timing]:
     """Time every variant in turn, round after round, so that a drift of the clocks meets them all alike.
 
-    After a warm-up of 2 calls each, rounds go on until `seconds` have passed (all variants together), but at
+    After `warmup` calls each, rounds go on until `seconds` have passed (all variants together), but at
     least 3 times, or until `max_samples` rounds are done.
     """
     if not variants:
         raise ValueError("time_variants: variants is empty; give at least one callable")
     sample = _CudaSampler(device) if device.type == "cuda" else _sample_on_host
     for work in variants.values():
-        for _ in range(2):
+        for _ in range(warmup):
             sample(work)
     samples: dict[str, list[float]] = {name: [] for name in variants}
     end = time.perf_counter() + seconds
