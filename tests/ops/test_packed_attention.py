@@ -1,0 +1,399 @@
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sora_fast.masks import SpacetimeMask
+from sora_fast.ops import _attention_torch as plain
+from sora_fast.ops.packed_attention import packed_attention
+from sora_fast.packing import PackedLayout
+from sora_fast.schedule import TileSchedule
+from tests.helpers import assert_within_rule, poison_empty
+from tests.layouts import MASKS, packs
+from tests.modulated import no_recompilation
+
+# The package gives this name to the function.
+module = importlib.import_module("sora_fast.ops.packed_attention")
+
+BACKENDS = ("torch", "triton")
+# The interpreter computes products of bf16 wrongly; a GPU does not.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+WINDOW = SpacetimeMask.window(1, 1, 2)
+NO_KEY_FOR_SOME = SpacetimeMask(t=(1, 2), h=(-3, -1))
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Random q, k, v and gradients of the results, NaN in the padding. strides: how q, k, v lie in memory."""
+
+    layout: PackedLayout
+    mask: SpacetimeMask = WINDOW
+    kv_layout: PackedLayout | None = None
+    heads: int = 1
+    head_dim: int = 24
+    dtype: torch.dtype = torch.float32
+    strides: str = "fused"
+    with_lse: bool = True
+
+    @property
+    def keys(self) -> PackedLayout:
+        return self.kv_layout or self.layout
+
+    def allowed(self) -> Tensor:
+        """[N, Nk] bool."""
+        if self.kv_layout is None:
+            return self.mask.materialize(self.layout)
+        return (self.layout.segment_ids[:, None] == self.keys.segment_ids) & (self.layout.segment_ids >= 0)[:, None]
+
+    def inputs(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """q, k, v; the gradient of the output; that of the logsumexp [N, H]."""
+        torch.manual_seed(0)
+        padding = [layout.segment_ids < 0 for layout in (self.layout, self.keys, self.keys, self.layout)]
+        *qkv, grad_out = (
+            _random(len(is_padding), self.heads, self.head_dim, self.dtype, self.strides).masked_fill_(
+                is_padding[:, None, None], float("nan")
+            )
+            for is_padding in padding
+        )
+        grad_lse = torch.randn(self.layout.capacity, self.heads).masked_fill_(padding[0][:, None], float("nan"))
+        return qkv, grad_out, grad_lse
+
+    def results(self, backend: str, device: torch.device, *, mask: Any = None) -> list[Tensor]:
+        """Output, gradients of q, k, v, and the logsumexp."""
+        qkv, grad_out, grad_lse = self.inputs()
+        q, k, v = (x.to(device).requires_grad_() for x in qkv)
+        kv_layout = self.kv_layout and self.kv_layout.to(device)
+        mask = mask or (None if kv_layout else self.mask)
+        out, lse = packed_attention(
+            q, k, v, self.layout.to(device), mask, kv_layout=kv_layout, return_lse=True, backend=backend
+        )
+        used = 2 if self.with_lse else 1
+        given = (grad_out.to(device), grad_lse.to(lse))[:used]
+        grads = torch.autograd.grad((out, lse)[:used], (q, k, v), given)
+        return [out.detach(), *grads, lse.detach()]
+
+    def dense(self, dtype: torch.dtype) -> list[Tensor]:
+        """The same, by one matrix of scores in `dtype`; 0 instead of a logsumexp of −inf."""
+        qkv, grad_out, grad_lse = self.inputs()
+        q, k, v, grad_out, grad_lse = (x.nan_to_num(0).to(dtype) for x in (*qkv, grad_out, grad_lse))
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        allowed = self.allowed()
+        some = allowed.any(dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * self.head_dim**-0.5
+        scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(~some[:, None], 0)
+        if not self.keys.capacity:
+            return [torch.zeros_like(x) for x in (q, q, k, v, grad_lse)]
+        out = torch.einsum("hqk,khd->qhd", scores.softmax(-1) * some[:, None], v)
+        lse = (scores.logsumexp(-1) * some).mT
+        loss = (out * grad_out).sum() + (lse * grad_lse).sum() * self.with_lse
+        return [out.detach(), *torch.autograd.grad(loss, (q, k, v)), lse.detach()]
+
+    def check(self, backend: str, device: torch.device) -> None:
+        """The error rule for all results; exact zeros for padding and where no key is met."""
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            poison_empty(monkeypatch)
+            *actual, lse = (x.cpu() for x in self.results(backend, device))
+        *expected, plain_lse = self.dense(self.dtype)
+        *oracle, exact_lse = self.dense(torch.float64)
+        for name, a, p, o in zip(("out", "grad_q", "grad_k", "grad_v"), actual, expected, oracle, strict=True):
+            assert_within_rule(a, p, o, name=name)
+        some = self.allowed().any(dim=1)
+        assert (lse[~some] == float("-inf")).all()
+        assert_within_rule(lse[some], plain_lse[some].to(lse.dtype), exact_lse[some], name="lse")
+        for values, idle in zip(actual, (~some, ~some, *[~self.allowed().any(dim=0)] * 2), strict=True):
+            assert (values[idle] == 0).all()
+
+
+def _random(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, strides: str) -> Tensor:
+    """[tokens, heads, head_dim] as one of three in a fused projection, with heads outermost, or channels outermost."""
+    if strides == "fused":
+        return torch.randn(tokens, 3, heads, head_dim).to(dtype)[:, 1]
+    if strides == "heads":
+        return torch.randn(heads, tokens, head_dim).to(dtype).transpose(0, 1)
+    return torch.randn(head_dim, tokens, heads).to(dtype).permute(1, 2, 0)
+
+
+def ragged(tile_size: int = 16, **options: Any) -> PackedLayout:
+    """Segments of several tiles, of one token, of none; padding."""
+    grids = [(2, 3, 5), (1, 1, 1), (0, 2, 2), (3, 2, 4), (1, 2, 2)]
+    return PackedLayout.from_grids(grids, **{"capacity": 67, "max_segments": 6, "tile_size": tile_size, **options})
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    # Of 16 bits only larger cases: over a handful of numbers the largest error of either side is chance.
+    mask = draw(MASKS)
+    return Case(
+        draw(packs(mask=mask, max_grids=3)).layout,
+        mask,
+        heads=draw(st.integers(1, 2)),
+        head_dim=draw(st.sampled_from([8, 20, 24, 40])),
+        strides=draw(st.sampled_from(["fused", "heads", "channels"])),
+        with_lse=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=40)
+@given(case=cases())
+def test_random_cases_match_the_oracle_torch(case: Case, device: torch.device) -> None:
+    case.check("torch", device)
+
+
+@settings(max_examples=8)
+@given(case=cases())
+def test_random_cases_match_the_oracle_triton(case: Case, device: torch.device) -> None:
+    case.check("triton", device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "mask",
+    [SpacetimeMask.full(), WINDOW, SpacetimeMask.frame_causal(), SpacetimeMask.token_causal(), NO_KEY_FOR_SOME],
+)
+def test_masks_match_the_oracle(mask: SpacetimeMask, backend: str, device: torch.device) -> None:
+    Case(ragged(order="tiled"), mask).check(backend, device)
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_dims_match_the_oracle(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    layout = PackedLayout.from_grids([(1, 4, 5)], capacity=21, tile_size=16)
+    Case(layout, SpacetimeMask.frame_causal(), head_dim=head_dim, dtype=dtype).check("triton", device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_tiles_match_the_oracle(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    if dtype not in DTYPES and backend == "triton":
+        pytest.skip("the interpreter computes products of bf16 wrongly")
+    mask = SpacetimeMask.window(1, 3, None)
+    grids = [(2, 9, 12), (3, 5, 7), (1, 4, 5)]
+    layout = PackedLayout.from_grids(grids, order="tiled", for_mask=mask, capacity=350)
+    assert sorted(layout.tile_offsets.diff().tolist())[-4:] == [20, 105, 108, 108]
+    Case(layout, mask, head_dim=72, dtype=dtype).check(backend, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cross_attention_matches_the_oracle(backend: str, device: torch.device) -> None:
+    # Text of another number of tokens, an empty one, one for a video without tokens; tiles of another size.
+    text = PackedLayout.from_grids([(n, 1, 1) for n in (3, 0, 5, 37, 1)], capacity=50, max_segments=6, tile_size=32)
+    Case(ragged(), kv_layout=text, heads=2).check(backend, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_text_at_all(backend: str, device: torch.device) -> None:
+    text = PackedLayout.from_grids([], max_segments=6)
+    Case(ragged(), kv_layout=text).check(backend, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", [SpacetimeMask.full(), WINDOW])
+def test_empty_pack(mask: SpacetimeMask, backend: str, device: torch.device) -> None:
+    out, *grads, lse = Case(PackedLayout.from_grids([]), mask).results(backend, device)
+    assert out.shape == (0, 1, 24) and lse.shape == (0, 1) and all(grad.shape == out.shape for grad in grads)
+
+
+@pytest.mark.parametrize(
+    ("backend", "mask", "dtype"),
+    [
+        ("torch", SpacetimeMask.full(), torch.float32),
+        ("torch", SpacetimeMask.full(), torch.bfloat16),
+        ("torch", WINDOW, torch.float32),
+        ("torch", WINDOW, torch.bfloat16),
+        ("triton", SpacetimeMask.full(), torch.float16),
+        ("triton", WINDOW, torch.float16),
+    ],
+)
+def test_a_sample_does_not_depend_on_the_others(
+    backend: str, mask: SpacetimeMask, dtype: torch.dtype, device: torch.device
+) -> None:
+    mine, other = (2, 3, 4), (1, 3, 5)
+    packs = [[mine], [other, mine, mine], [mine, (2, 4, 4), other]]
+    results = []
+    for grids in packs:
+        layout = PackedLayout.from_grids(grids, capacity=80, max_segments=3, tile_size=16)
+        start = layout.cu_seqlens[grids.index(mine)]
+        case = Case(layout, mask, dtype=dtype)
+        torch.manual_seed(0)
+        q, k, v, grad_out = torch.randn(4, 24, 1, 24)
+        places = slice(start, start + 24)
+        inputs, all_grad_out, _ = case.inputs()
+        for whole, part in zip((*inputs, all_grad_out), (q, k, v, grad_out), strict=True):
+            whole[places] = part
+        leaves = [x.to(device).requires_grad_() for x in inputs]
+        out = packed_attention(*leaves, layout.to(device), mask, backend=backend)
+        results.append([x[places] for x in (out, *torch.autograd.grad(out, leaves, all_grad_out.to(device)))])
+    for other_results in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other_results, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_to_the_bit_and_takes_a_schedule(backend: str, device: torch.device) -> None:
+    case = Case(ragged(order="tiled"))
+    schedule = TileSchedule.build(case.layout.to(device), case.mask)
+    first, *others = (case.results(backend, device, mask=mask) for mask in (None, None, schedule))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_gradient(backend: str, device: torch.device) -> None:
+    layout = ragged().to(device)
+    q, k, v = (torch.randn(layout.capacity, 1, 24, device=device, requires_grad=True) for _ in range(3))
+    out = packed_attention(q, k, v, layout, WINDOW, backend=backend)
+    expanded, given = (
+        torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
+        for gradient in (torch.ones((), device=device).expand(out.shape), torch.ones_like(out))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(expanded, given, strict=True))
+
+
+def test_scale(device: torch.device) -> None:
+    layout = ragged().to(device)
+    q, k, v = (torch.randn(layout.capacity, 1, 24, device=device) for _ in range(3))
+    outs = [packed_attention(2 * q, k, v, layout, scale=0.1, backend=backend) for backend in BACKENDS]
+    for out in outs:
+        torch.testing.assert_close(out, packed_attention(q, k, v, layout, scale=0.2, backend="torch"))
+
+
+def test_strides_past_32_bits(tmp_path: Path) -> None:
+    # A sparse file: only the pages that are touched exist.
+    layout = PackedLayout.from_grids([(1, 3, 6)], tile_size=16)
+    stride = 1 << 28
+    size = layout.capacity * stride
+    file = torch.from_file(str(tmp_path / "keys"), shared=True, size=size, dtype=torch.float16)
+    far = file.as_strided((layout.capacity, 1, 16), (stride, 16, 1))
+    q, k, v = torch.randn(3, layout.capacity, 1, 16).half()
+    near = packed_attention(q, k, v, layout, backend="triton")
+    assert torch.equal(packed_attention(q, far.copy_(k), v, layout, backend="triton"), near)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the most elements of any tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("mask", [SpacetimeMask.full(), SpacetimeMask.window(1, 2, 2), SpacetimeMask.temporal()])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_torch_backend_builds_no_matrix_over_the_pack(mask: SpacetimeMask, with_lse: bool) -> None:
+    layout = PackedLayout.from_grids([(4, 8, 8)] * 8, order="tiled", for_mask=mask)
+    qkv = [torch.randn(layout.capacity, 1, 8) for _ in range(3)]
+    tensors = _tensors(TileSchedule.build(layout, mask))
+
+    def blocks() -> Any:
+        return _blocks(tensors, _kind(mask), join=not with_lse)
+
+    with _Largest() as largest:
+        out, lse = plain.forward(*qkv, blocks(), 0.3)
+        plain.backward(out, lse if with_lse else None, *qkv, out, lse, blocks(), 0.3)
+    assert largest.elements < layout.capacity**2 / 8
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("mask", [SpacetimeMask.full(), WINDOW])
+def test_gradcheck(mask: SpacetimeMask, with_lse: bool) -> None:
+    layout = PackedLayout.from_grids([(2, 2, 2), (1, 3, 1), (1, 3, 1)], tile_size=16)
+    qkv = [torch.randn(layout.capacity, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def call(*qkv: Tensor) -> Any:
+        return packed_attention(*qkv, layout, mask, return_lse=with_lse)
+
+    assert torch.autograd.gradcheck(call, qkv)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strides", ["fused", "channels"])
+def test_opcheck(strides: str, backend: str, device: torch.device) -> None:
+    layout = PackedLayout.from_grids([(1, 3, 4), (1, 1, 2)], capacity=16, tile_size=16, device=device)
+    q, k, v, grad_out = (_random(16, 1, 16, torch.float32, strides).to(device) for _ in range(4))
+    tensors = _tensors(TileSchedule.build(layout, WINDOW))
+    options = ([16, 16], _kind(WINDOW), 0.25)
+    op, op_backward = {
+        "torch": (_plain_attention, _plain_attention_backward),
+        "triton": (_triton_attention, _triton_attention_backward),
+    }[backend]
+    out, lse = op(q, k, v, tensors, *options)
+    torch.library.opcheck(op_backward, (grad_out, torch.rand_like(lse), q, k, v, out, lse, tensors, *options))
+    torch.library.opcheck(op_backward, (grad_out, None, q, k, v, out, lse, tensors, *options))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    torch.library.opcheck(op, (q, k, v, tensors, *options))
+
+
+@pytest.mark.parametrize(
+    ("backend", "compiler", "batches"),
+    [("torch", "inductor", 2), ("torch", "aot_eager", 20), ("triton", "aot_eager", 2)],
+)
+def test_compiles_once_for_ragged_batches(backend: str, compiler: str, batches: int, device: torch.device) -> None:
+    def call(x: Tensor, layout: PackedLayout, schedule: TileSchedule, text: PackedLayout) -> Tensor:
+        q, k, v = x.unbind(1)
+        x = packed_attention(q, k, v, layout, schedule, backend=backend)
+        x = packed_attention(x, k, v, layout, SpacetimeMask.spatial(), backend=backend)
+        return packed_attention(x, k[:9], v[:9], layout, kv_layout=text, backend=backend)
+
+    generator = torch.Generator().manual_seed(0)
+
+    def grid() -> tuple[int, int, int]:
+        return tuple(torch.randint(1, 4, (3,), generator=generator).tolist())
+
+    with no_recompilation():
+        compiled = torch.compile(call, fullgraph=True, backend=compiler)
+        for count in torch.randint(0, 3, (batches,), generator=generator).tolist():
+            sizes = {"capacity": 60, "max_segments": 3, "tile_size": 16, "device": device}
+            layout = PackedLayout.from_grids([grid() for _ in range(count)], order="tiled", **sizes)
+            lengths = [(n, 1, 1) for n in (3, 0, 5)[: count + 1]]
+            text = PackedLayout.from_grids(lengths, **{**sizes, "capacity": 9})
+            schedule = TileSchedule.build(layout, WINDOW)
+            x = torch.randn(60, 3, 1, 16, generator=generator).to(device).requires_grad_()
+            results = []
+            for function in (compiled, call):
+                out = function(x, layout, schedule, text)
+                results.append((out, *torch.autograd.grad(out, x, torch.ones_like(out))))
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+LAYOUT = PackedLayout.from_grids([(1, 2, 3)], capacity=8)
+TEXT = PackedLayout.from_grids([(5, 1, 1)])
+X = torch.zeros(8, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((X[0], X, X, LAYOUT), {}, ValueError, r"q: shape \(2, 16\); it must be \[8, H, D\]"),
+        ((X[:7], X, X, LAYOUT), {}, ValueError, r"q: shape \(7, 2, 16\); it must be \[8, H, D\]"),
+        ((None, X, X, LAYOUT), {}, TypeError, r"q: NoneType; it must be a tensor"),
+        ((X.int(), X, X, LAYOUT), {}, TypeError, "q: int32; it must be float16 or"),
+        ((X, X[:, :1], X, LAYOUT), {}, ValueError, r"k: shape \(8, 1, 16\); it must be \[8, 2, 16\]"),
+        ((X, X, X[:, :, :8], LAYOUT), {}, ValueError, r"v: shape \(8, 2, 8\); it must be \[8, 2, 16\]"),
+        ((X, X.half(), X, LAYOUT), {}, TypeError, "k: float16; it must be float32"),
+        ((X, X, X.to("meta"), LAYOUT), {}, ValueError, "v: on meta, but q is on cpu"),
+        ((X[:, :0], X[:, :0], X[:, :0], LAYOUT), {}, ValueError, r"q: shape \(8, 0, 16\); .* at least one head"),
+        ((X, X, X, LAYOUT), {"kv_layout": TEXT}, ValueError, r"k: shape \(8, 2, 16\); it must be \[5, 2, 16\]"),
+        ((X, X[:5], X[:5], LAYOUT, WINDOW), {"kv_layout": TEXT}, ValueError, "mask: .* with kv_layout"),
+        ((X, X, X, LAYOUT, "full"), {}, TypeError, "mask: str; it must be a SpacetimeMask, a TileSchedule or None"),
+        ((X, X, X, LAYOUT, TileSchedule.build(TEXT)), {}, ValueError, "mask: a schedule of 5 queries"),
+        ((X, X, X, LAYOUT), {"scale": float("nan")}, ValueError, "scale: nan; it must be a finite number"),
+        ((X, X, X, LAYOUT), {"backend": "cuda"}, ValueError, "backend: 'cuda' cannot run packed_attention"),
+        ((X.double(),) * 3 + (LAYOUT,), {"backend": "triton"}, ValueError, "backend: 'triton' cannot run"),
+    ],
+)
+def test_bad_input_is_named(
+    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        packed_attention(*arguments, **options)
