@@ -292,10 +292,10 @@ class _Largest(TorchDispatchMode):
 def test_torch_backend_builds_no_matrix_over_the_pack(mask: SpacetimeMask, with_lse: bool) -> None:
     layout = PackedLayout.from_grids([(4, 8, 8)] * 8, order="tiled", for_mask=mask)
     qkv = [torch.randn(layout.capacity, 1, 8) for _ in range(3)]
-    tensors = _tensors(TileSchedule.build(layout, mask))
+    tensors = module._tensors(TileSchedule.build(layout, mask))
 
     def blocks() -> Any:
-        return _blocks(tensors, _kind(mask), join=not with_lse)
+        return module._blocks(tensors, module._kind(mask), join=not with_lse)
 
     with _Largest() as largest:
         out, lse = plain.forward(*qkv, blocks(), 0.3)
@@ -320,11 +320,11 @@ def test_gradcheck(mask: SpacetimeMask, with_lse: bool) -> None:
 def test_opcheck(strides: str, backend: str, device: torch.device) -> None:
     layout = PackedLayout.from_grids([(1, 3, 4), (1, 1, 2)], capacity=16, tile_size=16, device=device)
     q, k, v, grad_out = (_random(16, 1, 16, torch.float32, strides).to(device) for _ in range(4))
-    tensors = _tensors(TileSchedule.build(layout, WINDOW))
-    options = ([16, 16], _kind(WINDOW), 0.25)
+    tensors = module._tensors(TileSchedule.build(layout, WINDOW))
+    options = ([16, 16], module._kind(WINDOW), 0.25)
     op, op_backward = {
-        "torch": (_plain_attention, _plain_attention_backward),
-        "triton": (_triton_attention, _triton_attention_backward),
+        "torch": (module._plain_attention, module._plain_attention_backward),
+        "triton": (module._triton_attention, module._triton_attention_backward),
     }[backend]
     out, lse = op(q, k, v, tensors, *options)
     torch.library.opcheck(op_backward, (grad_out, torch.rand_like(lse), q, k, v, out, lse, tensors, *options))
