@@ -1,0 +1,1 @@
+"""Generation: tasks, the engine that runs them, videos and images on disk."""
