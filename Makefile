@@ -3,8 +3,9 @@
 #   make test            run the tests (ARGS='-m "not slow" tests/ops' goes to pytest)
 # and: make lint, make aot (compile every kernel for sm_80, sm_90, sm_100 and inspect it), make clean
 #
-# Everything is installed into ./.venv, once. Other versions:
-#   make test PYTHON=python3.12 TORCH=torch==2.12.0 NUMPY='numpy<2.4'
+# Everything is installed into ./.venv, once. Other versions, and options of pip, fit into the variables below:
+#   make test PYTHON=python3.12
+#   make test TORCH=torch==2.11.0 TRITON=triton==3.6.0 NUMPY='numpy<2.4'
 
 PYTHON ?= python3
 VENV   ?= .venv
