@@ -118,6 +118,8 @@ def _backward(
     for position in range(chunk * CHUNK, last):
         token = tl.load(order + position)
         row = tl.maximum(tl.load(index + token), -1)  # any negative row is padding
+        # Padding reads offsets[0] = 0 here, and so never ends.
+        ends = position + 1 == tl.minimum(last, tl.load(offsets + row + 1))
         used = inside & (row >= 0)
         gradient = load_fp32(dy, dy_strides, token, column, used)
         values = load_fp32(x, x_strides, token, column, used)
@@ -128,8 +130,7 @@ def _backward(
         d_normed = gradient * (1.0 + load_fp32(scale, scale_strides, row, column, used))
         result = layer_norm_backward(d_normed, normed, rstd, WIDTH)
         tl.store(dx + token.to(tl.int64) * WIDTH + column, result, mask=inside)
-        # Padding reads offsets[0] = 0 here, and so never ends.
-        if position + 1 == tl.minimum(last, tl.load(offsets + row + 1)):
+        if ends:
             store_partial(partials, chunk + row, 0, column, d_shift, WIDTH, 2)
             store_partial(partials, chunk + row, 1, column, d_scale, WIDTH, 2)
             d_shift = tl.zeros([BLOCK_C], dtype=tl.float32)

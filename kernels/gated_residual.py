@@ -101,13 +101,14 @@ def _backward(
     for position in range(chunk * CHUNK, last):
         token = tl.load(order + position)
         row = tl.maximum(tl.load(index + token), -1)  # any negative row is padding
+        # Padding reads offsets[0] = 0 here, and so never ends.
+        ends = position + 1 == tl.minimum(last, tl.load(offsets + row + 1))
         used = inside & (row >= 0)
         gradient = load_fp32(d_out, d_out_strides, token, column, used)
         d_gate += gradient * load_fp32(branch, branch_strides, token, column, used)
         written = token.to(tl.int64) * WIDTH + column
         tl.store(d_residual + written, gradient, mask=inside)
         tl.store(d_branch + written, gradient * load_fp32(gate, gate_strides, row, column, used), mask=inside)
-        # Padding reads offsets[0] = 0 here, and so never ends.
-        if position + 1 == tl.minimum(last, tl.load(offsets + row + 1)):
+        if ends:
             store_partial(partials, chunk + row, 0, column, d_gate, WIDTH, 1)
             d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)

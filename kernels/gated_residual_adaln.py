@@ -149,6 +149,8 @@ def _backward(
     for position in range(chunk * CHUNK, last):
         token = tl.load(order + position)
         row = tl.maximum(tl.load(index + token), -1)  # any negative row is padding
+        # Padding reads offsets[0] = 0 here, and so never ends.
+        ends = position + 1 == tl.minimum(last, tl.load(offsets + row + 1))
         used = inside & (row >= 0)
         gradient = load_fp32(dy, dy_strides, token, column, used)
         values = load_fp32(h, h_strides, token, column, used)
@@ -164,8 +166,7 @@ def _backward(
         tl.store(d_residual + written, total, mask=inside)
         d_gate += total * load_fp32(branch, branch_strides, token, column, used)
         tl.store(d_branch + written, total * load_fp32(gate, gate_strides, row, column, used), mask=inside)
-        # Padding reads offsets[0] = 0 here, and so never ends.
-        if position + 1 == tl.minimum(last, tl.load(offsets + row + 1)):
+        if ends:
             store_partial(partials, chunk + row, 0, column, d_gate, WIDTH, 3)
             store_partial(partials, chunk + row, 1, column, d_shift, WIDTH, 3)
             store_partial(partials, chunk + row, 2, column, d_scale, WIDTH, 3)
