@@ -245,7 +245,8 @@ def _batch_config(a: argparse.Namespace, source: "FolderSource") -> "BatchConfig
     import math
 
     from sora_fast.models.codecs import IdentityCodec
-    from sora_fast.training.batches import BatchConfig, token_grid
+    from sora_fast.packing import token_grid
+    from sora_fast.training.batches import BatchConfig
 
     spec = IdentityCodec.for_patches(source.config.channels, a.patch).spec
     lengths = [math.prod(token_grid(spec.latent_shape(*shape[1:]), a.patch)) for shape in source.shapes]
@@ -270,7 +271,7 @@ def _sample(a: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from sora_fast.generation.engine import SAMPLERS, Engine
-    from sora_fast.generation.media import write_media
+    from sora_fast.media import write_media
 
     _check_result(a.out, a.frames)
     if a.sampler is not None and a.sampler not in SAMPLERS:
@@ -312,7 +313,7 @@ def _request(a: argparse.Namespace, config: "RunConfig") -> "Request":
 
 def _given(file: Path | None, config: "RunConfig") -> "Tensor | None":
     """An image or clip at the size that the model was trained at."""
-    from sora_fast.generation.media import read_media
+    from sora_fast.media import read_media
 
     if file is None:
         return None

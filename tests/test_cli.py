@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sora_fast.cli import main
-from sora_fast.generation.media import read_media, write_media
+from sora_fast.media import read_media, write_media
 
 _SMALL = "--dim 32 --depth 1 --heads 2 --capacity 256 --max-side 16 --max-frames 3 --no-compile --device cpu"
 SMALL = _SMALL.split()

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sora_fast.generation.media import to_pixels
+from sora_fast.media import to_pixels
 
 PAPER, INK, PALE, GIVEN = "#ffffff", "#222222", "#888888", "#1f77b4"
 GAP = 4  # pixels between frames

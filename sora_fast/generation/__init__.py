@@ -1,1 +1,1 @@
-"""Generation: tasks, the engine that runs them, videos and images on disk."""
+"""Generation: tasks, and the engine that runs them."""

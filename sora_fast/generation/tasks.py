@@ -8,9 +8,8 @@ from torch import Tensor
 
 from sora_fast.diffusion.clean import clean_frames
 from sora_fast.models.codecs import Codec
-from sora_fast.packing import PackedLayout, RaggedLatents
+from sora_fast.packing import PackedLayout, RaggedLatents, token_grid
 from sora_fast.packing._bundle import TensorBundle
-from sora_fast.training.batches import token_grid
 
 
 @dataclass(frozen=True, eq=False)

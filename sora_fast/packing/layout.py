@@ -127,6 +127,12 @@ class PackedLayout(TensorBundle):
         return torch.searchsorted(self.tile_offsets, tokens, right=True, out_int32=True) - 1
 
 
+def token_grid(shape: Sequence[int], patch_size: Grid) -> Grid:
+    """Token grid (T, H, W) of latents (C, T, H, W): sizes that the patch does not divide are rounded up."""
+    frames, height, width = (-(-size // patch) for size, patch in zip(shape[1:], patch_size, strict=True))
+    return frames, height, width
+
+
 def _checked_grid(index: int, grid: Grid) -> Grid:
     sizes = tuple(int(size) for size in grid)
     if len(sizes) != 3 or min(sizes) < 0:

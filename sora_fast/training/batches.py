@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sora_fast.models.codecs import Codec
 from sora_fast.models.text import TextEncoder
-from sora_fast.packing import PackedLayout, RaggedLatents
+from sora_fast.packing import PackedLayout, RaggedLatents, token_grid
 from sora_fast.packing._bundle import TensorBundle
 from sora_fast.packing.packer import PackRules, StreamingPacker
 from sora_fast.training.data import Sample, Source
@@ -164,12 +164,6 @@ class Batches:
                 f"all {len(self.source)} samples are longer than the capacity of {self.config.capacity} tokens; "
                 "raise the capacity, or make the samples smaller"
             )
-
-
-def token_grid(shape: Sequence[int], patch_size: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Token grid (T, H, W) of latents (C, T, H, W)."""
-    frames, height, width = (-(-size // patch) for size, patch in zip(shape[1:], patch_size, strict=True))
-    return frames, height, width
 
 
 def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:

@@ -100,15 +100,13 @@ class FolderSource:
         return self.shapes[index]
 
     def _read(self, path: Path) -> Tensor:
-        from sora_fast.generation.media import (
-            read_media,
-        )  # needs PyAV, which only those who read files have to have
+        from sora_fast.media import read_media  # needs PyAV, which only those who read files have to have
 
         c = self.config
         return read_media(path, max_frames=c.max_frames, fps=c.fps, max_side=c.max_side, channels=c.channels)
 
     def _take(self, path: Path) -> None:
-        from sora_fast.generation.media import UnreadableMedia
+        from sora_fast.media import UnreadableMedia
 
         try:
             caption, video = read_caption(path), self._read(path)

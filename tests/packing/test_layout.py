@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 
 from sora_fast.masks import SpacetimeMask
-from sora_fast.packing import PackedLayout
+from sora_fast.packing import PackedLayout, token_grid
 from sora_fast.packing.order import choose_box
 from tests.layouts import Pack, packs
 
@@ -112,3 +112,8 @@ def test_moves_as_one() -> None:
     moved = layout.to("meta")
     assert moved.device.type == "meta" and moved.tile_offsets.device.type == "meta"
     assert moved.tile_size == 16
+
+
+def test_token_grid_counts_patches_that_are_not_full() -> None:
+    assert token_grid((3, 5, 8, 9), (2, 4, 4)) == (3, 2, 3)
+    assert token_grid((16, 1, 4, 1), (4, 4, 4)) == (1, 1, 1)

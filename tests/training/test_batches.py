@@ -9,7 +9,8 @@ import torch
 
 from sora_fast.models.codecs import IdentityCodec
 from sora_fast.models.text import ByteTextEncoder
-from sora_fast.training.batches import Batch, BatchConfig, Batches, prefetch, token_grid
+from sora_fast.packing import token_grid
+from sora_fast.training.batches import Batch, BatchConfig, Batches, prefetch
 from sora_fast.training.data import Sample
 
 PATCH = (1, 4, 4)

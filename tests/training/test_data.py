@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sora_fast.generation.media import write_media
+from sora_fast.media import write_media
 from sora_fast.training.data import DataConfig, FolderSource
 
 pytestmark = pytest.mark.filterwarnings("error")

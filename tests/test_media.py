@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from sora_fast.generation.media import UnreadableMedia, read_media, to_pixels, write_media
+from sora_fast.media import UnreadableMedia, read_media, to_pixels, write_media
 
 HALF_LEVEL = 0.51 / 127.5
 
