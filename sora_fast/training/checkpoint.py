@@ -43,7 +43,9 @@ def save(
     *,
     keep: int = 3,
 ) -> Path:
-    """Write checkpoint `step` under `root`, atomically, and delete all but the `keep` newest.
+    """Write checkpoint `step` under `root`, atomically, and delete all but it and the `keep` - 1 before it.
+
+    Those of later steps go too: they are what a run passed over, being damaged, when it went on from an older one.
 
     tensors: per file name (without suffix), the named tensors in it, on any device. state: what JSON takes.
     Returns the checkpoint's directory.
@@ -65,8 +67,10 @@ def save(
         _discard(final)
     partial.rename(final)
     _flush(root)
-    for old in _directories(root)[keep:]:
-        _discard(old)
+    kept = [path for number, path in _found(root) if number <= step][:keep]
+    for _, path in _found(root):
+        if path not in kept:
+            _discard(path)
     return final
 
 
@@ -82,19 +86,26 @@ def load(directory: Path, groups: Collection[str] | None = None) -> Checkpoint:
 
 
 def latest(root: Path, groups: Collection[str] | None = None) -> Checkpoint | None:
-    """The newest readable checkpoint under `root`, or None. A damaged one is passed over, with a warning."""
-    for directory in _directories(root):
+    """The newest readable checkpoint under `root`; a damaged one is passed over, with a warning.
+
+    None if there is none at all. ValueError if there are some and all of them are damaged: that is no fresh start.
+    """
+    damaged = []
+    for _, directory in _found(root):
         try:
             return load(directory, groups)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("passing over the damaged checkpoint %s: %s", directory, error)
+            damaged.append(f"{directory.name}: {error}")
+    if damaged:
+        raise ValueError(f"{root} holds no checkpoint that can be read ({'; '.join(damaged)})")
     return None
 
 
-def _directories(root: Path) -> list[Path]:
-    """Checkpoint directories, newest first."""
+def _found(root: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of every checkpoint, newest first."""
     found = [(int(match[1]), path) for path in root.glob("step-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted(found, reverse=True)
 
 
 def _flush(path: Path) -> None:

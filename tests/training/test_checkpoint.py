@@ -38,9 +38,21 @@ def test_transposed_tensors_come_back_equal(tmp_path: Path) -> None:
 
 
 def test_keeps_the_newest(tmp_path: Path) -> None:
-    for step in (1, 2, 10, 9):
+    for step in (1, 2, 9, 10):
         checkpoint.save(tmp_path, step, _tensors(step), {}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000009", "step-00000010"]
+
+
+def test_damaged_ones_of_later_steps_do_not_push_out_what_is_written(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        damaged = checkpoint.save(tmp_path, step, _tensors(step), {})
+        if step > 4:
+            (damaged / "state.json").unlink()
+    checkpoint.save(tmp_path, 6, _tensors(6.0), {}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
+    back = checkpoint.latest(tmp_path)
+    assert back is not None
+    assert back.step == 6
 
 
 def test_same_step_is_replaced(tmp_path: Path) -> None:
@@ -76,6 +88,13 @@ def test_damaged_one_is_passed_over(
     assert back is not None
     assert back.step == 1
     assert "step-00000002" in caplog.text
+
+
+def test_nothing_but_damaged_ones_is_an_error(tmp_path: Path) -> None:
+    for step in (1, 2):
+        os.truncate(checkpoint.save(tmp_path, step, _tensors(step), {}) / "state.json", 0)
+    with pytest.raises(ValueError, match=r"no checkpoint that can be read \(step-00000002: .*; step-00000001: "):
+        checkpoint.latest(tmp_path)
 
 
 _SAVE_FOREVER = """

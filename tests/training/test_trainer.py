@@ -125,6 +125,15 @@ def test_resumed_from_an_older_checkpoint(tmp_path: Path, optimizer: str) -> Non
     _assert_same_run(one, other)
 
 
+def test_nothing_but_damaged_checkpoints_is_no_fresh_start(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    Trainer(tiny(steps=2), Gradients(), folder).fit(progress=False)
+    (folder / CHECKPOINTS / "step-00000002" / "state.json").unlink()
+    with pytest.raises(ValueError, match="no checkpoint that can be read"):
+        Trainer(tiny(steps=2), Gradients(), folder, resume=True)
+    assert len(read_log(folder / LOG)) == 2
+
+
 _TRAIN = """
 import sys
 from pathlib import Path
