@@ -8,7 +8,6 @@ what bears a `step-` name is complete. Nothing is ever unpickled.
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -19,6 +18,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from sora_fast.training import files
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +60,14 @@ def save(
     for group, named in tensors.items():
         file = partial / f"{group}.safetensors"
         save_file({name: t.detach().cpu().contiguous() for name, t in named.items()}, file)
-        _flush(file)
+        files.flush(file)
     (partial / "state.json").write_text(json.dumps({"step": step, "groups": list(tensors), "state": state}))
-    _flush(partial / "state.json")
-    _flush(partial)
+    files.flush(partial / "state.json")
+    files.flush(partial)
     if final.exists():
         _discard(final)
     partial.rename(final)
-    _flush(root)
+    files.flush(root)
     kept = [path for number, path in _found(root) if number <= step][:keep]
     for _, path in _found(root):
         if path not in kept:
@@ -106,14 +107,6 @@ def _found(root: Path) -> list[tuple[int, Path]]:
     """(step, directory) of every checkpoint, newest first."""
     found = [(int(match[1]), path) for path in root.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return sorted(found, reverse=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _discard(directory: Path) -> None:

@@ -6,18 +6,20 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from sora_fast.training import files
+
 Config = TypeVar("Config")
 
 
 def write_config(path: Path, config: Any) -> None:
-    """Write a dataclass as indented JSON."""
-    path.write_text(json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n")
+    """Write a dataclass as indented JSON, in place of what is there."""
+    files.write_text(path, json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_config(path: Path, cls: type[Config]) -> Config:
     """Read what `write_config` wrote. ValueError names the file and the field that does not fit."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it does not hold a JSON object")
         return _build(cls, values)

@@ -17,7 +17,7 @@ from sora_fast.diffusion.clean import clean_frames, random_clean_ends
 from sora_fast.diffusion.losses import training_loss
 from sora_fast.diffusion.noise import noise_like
 from sora_fast.packing import PackedLayout, RaggedLatents
-from sora_fast.training import checkpoint, optim
+from sora_fast.training import checkpoint, files, optim
 from sora_fast.training.batches import Batch, Batches, Prompts, prefetch
 from sora_fast.training.data import Source
 from sora_fast.training.run import CHECKPOINTS, LOG, Networks, RunConfig, create_run
@@ -244,7 +244,7 @@ class RunLog:
     def cut(self, step: int) -> None:
         """Drop what was logged after `step`: a resumed run writes it anew."""
         rows = [row for row in read_log(self.path) if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

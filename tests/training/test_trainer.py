@@ -48,12 +48,6 @@ def tiny(**options: object) -> RunConfig:
     )
 
 
-def wide() -> RunConfig:
-    """So many weights that saving them takes longer than a step; saved at every step."""
-    config = tiny(steps=6, save_every=1)
-    return replace(config, model=replace(config.model, dim=256, depth=2))
-
-
 def _losses(folder: Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["norm"]) for row in read_log(folder / LOG)]
 
@@ -135,31 +129,40 @@ def test_nothing_but_damaged_checkpoints_is_no_fresh_start(tmp_path: Path) -> No
 
 
 _TRAIN = """
-import sys
+import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
 import torch
 torch.set_num_threads(1)
-from tests.training.test_trainer import Gradients, Trainer, wide
-Trainer(wide(), Gradients(), Path(sys.argv[1])).fit(progress=False)
+from sora_fast.training import files
+from tests.training.test_trainer import Gradients, Trainer, tiny
+
+flush, written = files.flush, []
+
+def flush_or_die(path):
+    if path.match(sys.argv[2]) and path.name in written:
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(path.name)
+    flush(path)
+
+files.flush = flush_or_die
+Trainer(tiny(), Gradients(), Path(sys.argv[1])).fit(progress=False)
 """
 
 
-def test_killed_while_saving_then_resumed_to_the_bit(tmp_path: Path) -> None:
-    one, other = tmp_path / "one", tmp_path / "other"
-    assert Trainer(wide(), Gradients(), one).fit(progress=False)
-    process = subprocess.Popen([sys.executable, "-c", _TRAIN.format(path=sys.path), str(other)])
-    root, deadline = other / CHECKPOINTS, time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(root.glob("step-*")) and any(root.glob(".partial-*/*")):
-            break
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was over before it was killed"
-    assert any(root.glob(".partial-*")), "the kill did not fall into a save"
-    resumed = Trainer(wide(), Gradients(), other, resume=True)
-    assert 0 < resumed.step < 6
+@pytest.mark.parametrize(
+    ("moment", "step"), [(".partial-8/model.safetensors", 4), (".partial-8/state.json", 4), ("checkpoints", 8)]
+)
+def test_killed_while_saving_then_resumed_to_the_bit(whole: Path, tmp_path: Path, moment: str, step: int) -> None:
+    """Killed in the middle of the second save: at its first file, at its last one, and after its renaming."""
+    folder = tmp_path / "run"
+    process = subprocess.run([sys.executable, "-c", _TRAIN.format(path=sys.path), str(folder), moment], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert any((folder / CHECKPOINTS).glob(".partial-*")) == moment.startswith(".partial")
+    resumed = Trainer(tiny(), Gradients(), folder, resume=True)
+    assert resumed.step == step
     assert resumed.fit(progress=False)
-    _assert_same_run(one, other)
+    _assert_same_run(whole, folder)
 
 
 def test_limited_by_time(tmp_path: Path) -> None:
