@@ -94,13 +94,20 @@ class Batches:
         rules = PackRules(config.capacity, config.max_segments, oversized=config.oversized)
         self.packer = StreamingPacker(rules, look_ahead=config.look_ahead)
         self.position = 0
+        self._fingerprint: str | None = getattr(source, "fingerprint", None)
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the stream and what waits in the packer; JSON-able."""
-        return {"position": self.position, "packer": self.packer.state_dict()}
+        """Position in the stream, what waits in the packer, and of which source that is true; JSON-able."""
+        return {"position": self.position, "packer": self.packer.state_dict(), "source": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken. ValueError if the source has another fingerprint now."""
+        if state.get("source") != self._fingerprint:
+            raise ValueError(
+                f"source: {self._fingerprint}, but it was {state.get('source')}; files, their sizes or their captions "
+                "have changed. Put back what was there, or start a new run"
+            )
         self.position = state["position"]
         self.packer.load_state_dict(state["packer"])
 

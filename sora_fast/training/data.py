@@ -2,8 +2,10 @@
 
 A *source* is anything with `__getitem__(index) -> Sample`, deterministic in `index`. With `__len__` it is a
 data set, gone through in a new random order every epoch; without, it is an endless stream: any index ≥ 0 will do.
+With a text `fingerprint` that changes whenever its samples do, a run refuses to go on with other data.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -94,6 +96,13 @@ class FolderSource:
         pixels = self._cache.get(index)
         video = self._read(self.files[index]) if pixels is None else pixels.float().div(127.5).sub(1)
         return Sample(video, self.captions[index])
+
+    @property
+    def fingerprint(self) -> str:
+        """How many files, and a hash of their names below the folder, shapes and captions."""
+        names = [path.relative_to(self.config.folder).as_posix() for path in self.files]
+        content = json.dumps(list(zip(names, self.shapes, self.captions, strict=True)))
+        return f"{len(self)} files, {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def shape(self, index: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of a sample, without reading it."""

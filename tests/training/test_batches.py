@@ -87,6 +87,16 @@ def test_resumes_from_json(source: _Stream) -> None:
         assert _equal(before, after)
 
 
+def test_other_data_is_not_gone_on_with() -> None:
+    source = _DataSet(11)
+    source.fingerprint = "11 files, abc"
+    (batch,) = _take(_batches(source), 1)
+    other = _DataSet(11)
+    other.fingerprint = "11 files, abd"
+    with pytest.raises(ValueError, match=r"source: 11 files, abd, but it was 11 files, abc; .* start a new run"):
+        _batches(other).load_state_dict(batch.resume)
+
+
 def test_epochs_are_complete_and_in_different_orders() -> None:
     batches = _batches(_DataSet(10), look_ahead=1)
     orders = [[batches._index(epoch * 10 + place) for place in range(10)] for epoch in range(3)]

@@ -44,6 +44,26 @@ def test_the_cache_changes_nothing(tmp_path: Path) -> None:
     assert torch.equal(cached[0].video, read[0].video)
 
 
+def test_fingerprint_changes_with_names_sizes_and_captions(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        for name in ("a", "b"):
+            write_media(folder / f"{name}.png", _video(frames=1))
+    seen = [_source(one).fingerprint]
+    assert _source(other).fingerprint == seen[0]
+    for change in (
+        lambda: (one / "a.txt").write_text("a ramp"),
+        lambda: (one / "a.txt").write_text("the ramp"),
+        lambda: (one / "b.png").rename(one / "c.png"),
+        lambda: write_media(one / "c.png", _video(frames=1, width=16)),
+        lambda: write_media(one / "deep" / "d.png", _video(frames=1)),
+        lambda: (one / "a.png").unlink(),
+    ):
+        change()
+        seen.append(_source(one).fingerprint)
+    assert len(set(seen)) == len(seen)
+
+
 def test_limits(tmp_path: Path) -> None:
     write_media(tmp_path / "a.mp4", _video(frames=6, height=32, width=64))
     source = _source(tmp_path, max_frames=3, max_side=32, channels=1)
