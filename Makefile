@@ -4,7 +4,7 @@
 # and: make lint, make aot (compile every kernel for sm_80, sm_90, sm_100 and inspect it), make clean
 #
 # Everything is installed into ./.venv, once. Other versions, and options of pip, fit into the variables below:
-#   make test PYTHON=python3.12
+#   make test PYTHON=python3.12 VENV=.venv-3.12
 #   make test TORCH=torch==2.11.0 TRITON=triton==3.6.0 NUMPY='numpy<2.4'
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 PINS := $(VENV)/.pins-$(shell printf '%s' '$(TORCH) $(TRITON) $(NUMPY)' | cksum | cut -d ' ' -f 1)
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint aot clean
+.PHONY: demo test lint aot clean same-python
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -44,8 +44,15 @@ $(BIN)/python:
 	  ", but sora_fast needs Python 3.10 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
+# A PYTHON that was asked for is not passed over in silence because an environment is there already.
+same-python: | $(BIN)/python
+	@says='import sys; print("Python", *sys.version.split()[:1], "of", sys.base_prefix)'; \
+	there=$$($(BIN)/python -c "$$says") && asked=$$($(PYTHON) -c "$$says") || exit 1; \
+	test "$$there" = "$$asked" || { echo "$(VENV) holds $$there, but PYTHON=$(PYTHON) is $$asked: 'make clean' first," \
+	  "or give it a folder of its own, as in VENV=.venv-other" >&2; exit 1; }
+
 # torch comes first: whatever is built against it must see the torch it will run with.
-$(PINS): | $(BIN)/python
+$(PINS): | $(BIN)/python $(if $(filter file,$(origin PYTHON)),,same-python)
 	$(PIP) 'setuptools>=77' wheel
 	$(PIP) $(TORCH)
 	$(PIP) $(TRITON) '$(NUMPY)'
