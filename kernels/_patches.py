@@ -67,11 +67,12 @@ def patch_pixels(
 ):  # fmt: skip
     """Elements [n, p] of the `pixels` [p] of each token's patch, numbered in the order (c, pt, ph, pw), and which
     exist: not those beyond the video's edge, and none of padding."""
-    used, start, frames, height, width, frames_left, height_left, width_left = origins
+    _, start, frames, height, width, frames_left, height_left, width_left = origins
     w = (pixels % PW)[None, :]
     h = (pixels // PW % PH)[None, :]
     t = (pixels // (PW * PH) % PT)[None, :]
     c = (pixels // (PW * PH * PT))[None, :]
     elements = start[:, None] + ((c * frames[:, None] + t) * height[:, None] + h) * width[:, None] + w
     inside = (t < frames_left[:, None]) & (h < height_left[:, None]) & (w < width_left[:, None])
-    return elements, inside & used[:, None] & (pixels < NUM_PIXELS)[None, :]
+    # A padding token's video has no frames, so none of its pixels is inside.
+    return elements, inside & (pixels < NUM_PIXELS)[None, :]

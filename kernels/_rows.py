@@ -58,8 +58,8 @@ class RowBlock:
 def load_fp32(pointer, strides, row, column, mask):
     """Elements (row, column) of a strided matrix; zero where `mask` is false, whatever stands there."""
     # 64 bits: a token times the stride of a fused projection passes 2³¹ at 100k tokens.
-    offset = row.to(tl.int64) * strides[0] + column.to(tl.int64) * strides[1]
-    return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
+    pointer += row.to(tl.int64) * strides[0]
+    return tl.load(pointer + column.to(tl.int64) * strides[1], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -82,10 +82,27 @@ def layer_norm_backward(d_normed, normed, rstd, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def walk(offsets, rows, tokens, CHUNK: tl.constexpr):
+    """This program's places in the order of tokens: [begin, middle) are tokens of rows, [middle, end) is padding."""
+    begin = tl.program_id(0) * CHUNK
+    end = tl.minimum(begin + CHUNK, tokens)
+    middle = tl.minimum(tl.maximum(begin, tl.load(offsets + rows)), end)
+    return begin, middle, end
+
+
+@triton.jit
+def store_zeros(matrix, order, begin, end, column, WIDTH: tl.constexpr):
+    """Zero the rows order[begin:end] of a contiguous matrix: the gradient of padding."""
+    for position in range(begin, end):
+        row = tl.load(order + position).to(tl.int64)
+        tl.store(matrix + row * WIDTH + column, tl.zeros_like(column), mask=column < WIDTH)
+
+
+@triton.jit
 def store_partial(partials, slot, table, column, value, WIDTH: tl.constexpr, TABLES: tl.constexpr):
     """Store the sum of a (chunk, row) pair for one of the op's tables."""
-    offset = (slot * TABLES + table).to(tl.int64) * WIDTH + column
-    tl.store(partials + offset, value, mask=column < WIDTH)
+    partials += (slot * TABLES + table).to(tl.int64) * WIDTH
+    tl.store(partials + column, value, mask=column < WIDTH)
 
 
 def empty_partials(tokens: int, rows: int, tables: int, like: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from sora_fast.kernels._rows import (
     layer_norm_backward,
     load_fp32,
     store_partial,
+    store_zeros,
+    walk,
 )
 
 
@@ -43,13 +45,14 @@ def adaln_backward(
     offsets [M+1], order [N]: the tokens sorted by row, with padding past offsets[M].
     """
     tokens, width = x.shape
+    rows = scale.shape[0]
     dx = x.new_empty(tokens, width)
-    partials = empty_partials(tokens, scale.shape[0], 2, x)
+    partials = empty_partials(tokens, rows, 2, x)
     block = RowBlock.backward(width)
     launch(
         _backward,
         (triton.cdiv(tokens, CHUNK),),
-        *(dy, x, scale, stats, index, offsets, order, dx, partials, tokens),
+        *(dy, x, scale, stats, index, offsets, order, dx, partials, tokens, rows),
         *(dy.stride(), x.stride(), scale.stride()),
         **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": CHUNK},
         num_warps=block.num_warps,
@@ -102,6 +105,7 @@ def _backward(
     dx,
     partials,
     tokens,
+    rows,
     dy_strides,
     x_strides,
     scale_strides,
@@ -114,20 +118,18 @@ def _backward(
     inside = column < WIDTH
     d_shift = tl.zeros([BLOCK_C], dtype=tl.float32)
     d_scale = tl.zeros([BLOCK_C], dtype=tl.float32)
-    last = tl.minimum((chunk + 1) * CHUNK, tokens)
-    for position in range(chunk * CHUNK, last):
+    begin, middle, end = walk(offsets, rows, tokens, CHUNK)
+    for position in range(begin, middle):
         token = tl.load(order + position)
-        row = tl.maximum(tl.load(index + token), -1)  # any negative row is padding
-        # Padding reads offsets[0] = 0 here, and so never ends.
-        ends = position + 1 == tl.minimum(last, tl.load(offsets + row + 1))
-        used = inside & (row >= 0)
-        gradient = load_fp32(dy, dy_strides, token, column, used)
-        values = load_fp32(x, x_strides, token, column, used)
+        row = tl.load(index + token)
+        ends = position + 1 == tl.minimum(middle, tl.load(offsets + row + 1))
+        gradient = load_fp32(dy, dy_strides, token, column, inside)
+        values = load_fp32(x, x_strides, token, column, inside)
         mean, rstd = tl.load(stats + token), tl.load(stats + tokens + token)
-        normed = tl.where(used, (values - mean) * rstd, 0.0)
+        normed = (values - mean) * rstd
         d_shift += gradient
         d_scale += gradient * normed
-        d_normed = gradient * (1.0 + load_fp32(scale, scale_strides, row, column, used))
+        d_normed = gradient * (1.0 + load_fp32(scale, scale_strides, row, column, inside))
         result = layer_norm_backward(d_normed, normed, rstd, WIDTH)
         tl.store(dx + token.to(tl.int64) * WIDTH + column, result, mask=inside)
         if ends:
@@ -135,3 +137,4 @@ def _backward(
             store_partial(partials, chunk + row, 1, column, d_scale, WIDTH, 2)
             d_shift = tl.zeros([BLOCK_C], dtype=tl.float32)
             d_scale = tl.zeros([BLOCK_C], dtype=tl.float32)
+    store_zeros(dx, order, middle, end, column, WIDTH)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._launch import launch
-from sora_fast.kernels._rows import CHUNK, RowBlock, empty_partials, fold, load_fp32, store_partial
+from sora_fast.kernels._rows import CHUNK, RowBlock, empty_partials, fold, load_fp32, store_partial, store_zeros, walk
 
 
 def gated_residual_forward(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor) -> Tensor:
@@ -32,14 +32,15 @@ def gated_residual_backward(
     offsets [M+1], order [N]: the tokens sorted by row, with padding past offsets[M].
     """
     tokens, width = branch.shape
+    rows = gate.shape[0]
     # d_residual is d_out but for the padding, which may hold anything there and must be zero here.
     d_residual, d_branch = d_out.new_empty(tokens, width), branch.new_empty(tokens, width)
-    partials = empty_partials(tokens, gate.shape[0], 1, branch)
+    partials = empty_partials(tokens, rows, 1, branch)
     block = RowBlock.pointwise(width)
     launch(
         _backward,
         (triton.cdiv(tokens, CHUNK), triton.cdiv(width, block.columns)),
-        *(d_out, branch, gate, index, offsets, order, d_residual, d_branch, partials, tokens),
+        *(d_out, branch, gate, index, offsets, order, d_residual, d_branch, partials, tokens, rows),
         *(d_out.stride(), branch.stride(), gate.stride()),
         **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": CHUNK},
         num_warps=block.num_warps,
@@ -86,6 +87,7 @@ def _backward(
     d_branch,
     partials,
     tokens,
+    rows,
     d_out_strides,
     branch_strides,
     gate_strides,
@@ -97,18 +99,18 @@ def _backward(
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < WIDTH
     d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)
-    last = tl.minimum((chunk + 1) * CHUNK, tokens)
-    for position in range(chunk * CHUNK, last):
+    begin, middle, end = walk(offsets, rows, tokens, CHUNK)
+    for position in range(begin, middle):
         token = tl.load(order + position)
-        row = tl.maximum(tl.load(index + token), -1)  # any negative row is padding
-        # Padding reads offsets[0] = 0 here, and so never ends.
-        ends = position + 1 == tl.minimum(last, tl.load(offsets + row + 1))
-        used = inside & (row >= 0)
-        gradient = load_fp32(d_out, d_out_strides, token, column, used)
-        d_gate += gradient * load_fp32(branch, branch_strides, token, column, used)
+        row = tl.load(index + token)
+        ends = position + 1 == tl.minimum(middle, tl.load(offsets + row + 1))
+        gradient = load_fp32(d_out, d_out_strides, token, column, inside)
+        d_gate += gradient * load_fp32(branch, branch_strides, token, column, inside)
         written = token.to(tl.int64) * WIDTH + column
         tl.store(d_residual + written, gradient, mask=inside)
-        tl.store(d_branch + written, gradient * load_fp32(gate, gate_strides, row, column, used), mask=inside)
+        tl.store(d_branch + written, gradient * load_fp32(gate, gate_strides, row, column, inside), mask=inside)
         if ends:
             store_partial(partials, chunk + row, 0, column, d_gate, WIDTH, 1)
             d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)
+    store_zeros(d_residual, order, middle, end, column, WIDTH)
+    store_zeros(d_branch, order, middle, end, column, WIDTH)

@@ -15,6 +15,8 @@ from sora_fast.kernels._rows import (
     layer_norm_backward,
     load_fp32,
     store_partial,
+    store_zeros,
+    walk,
 )
 
 
@@ -55,13 +57,14 @@ def gated_residual_adaln_backward(
     offsets[M].
     """
     tokens, width = h.shape
+    rows = gate.shape[0]
     d_residual, d_branch = h.new_empty(tokens, width), branch.new_empty(tokens, width)
-    partials = empty_partials(tokens, gate.shape[0], 3, h)
+    partials = empty_partials(tokens, rows, 3, h)
     block = RowBlock.backward(width)
     launch(
         _backward,
         (triton.cdiv(tokens, CHUNK),),
-        *(dh, dy, h, branch, gate, scale, stats, index, offsets, order, d_residual, d_branch, partials, tokens),
+        *(dh, dy, h, branch, gate, scale, stats, index, offsets, order, d_residual, d_branch, partials, tokens, rows),
         *((dy if dh is None else dh).stride(), dy.stride(), h.stride()),
         *(branch.stride(), gate.stride(), scale.stride()),
         **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": CHUNK},
@@ -129,6 +132,7 @@ def _backward(
     d_branch,
     partials,
     tokens,
+    rows,
     dh_strides,
     dy_strides,
     h_strides,
@@ -145,27 +149,25 @@ def _backward(
     d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)
     d_shift = tl.zeros([BLOCK_C], dtype=tl.float32)
     d_scale = tl.zeros([BLOCK_C], dtype=tl.float32)
-    last = tl.minimum((chunk + 1) * CHUNK, tokens)
-    for position in range(chunk * CHUNK, last):
+    begin, middle, end = walk(offsets, rows, tokens, CHUNK)
+    for position in range(begin, middle):
         token = tl.load(order + position)
-        row = tl.maximum(tl.load(index + token), -1)  # any negative row is padding
-        # Padding reads offsets[0] = 0 here, and so never ends.
-        ends = position + 1 == tl.minimum(last, tl.load(offsets + row + 1))
-        used = inside & (row >= 0)
-        gradient = load_fp32(dy, dy_strides, token, column, used)
-        values = load_fp32(h, h_strides, token, column, used)
+        row = tl.load(index + token)
+        ends = position + 1 == tl.minimum(middle, tl.load(offsets + row + 1))
+        gradient = load_fp32(dy, dy_strides, token, column, inside)
+        values = load_fp32(h, h_strides, token, column, inside)
         mean, rstd = tl.load(stats + token), tl.load(stats + tokens + token)
-        normed = tl.where(used, (values - mean) * rstd, 0.0)
+        normed = (values - mean) * rstd
         d_shift += gradient
         d_scale += gradient * normed
-        d_normed = gradient * (1.0 + load_fp32(scale, scale_strides, row, column, used))
+        d_normed = gradient * (1.0 + load_fp32(scale, scale_strides, row, column, inside))
         total = layer_norm_backward(d_normed, normed, rstd, WIDTH)
         if dh is not None:
-            total += load_fp32(dh, dh_strides, token, column, used)
-        written = token.to(tl.int64) * WIDTH + column
-        tl.store(d_residual + written, total, mask=inside)
-        d_gate += total * load_fp32(branch, branch_strides, token, column, used)
-        tl.store(d_branch + written, total * load_fp32(gate, gate_strides, row, column, used), mask=inside)
+            total += load_fp32(dh, dh_strides, token, column, inside)
+        start = token.to(tl.int64) * WIDTH
+        tl.store(d_residual + start + column, total, mask=inside)
+        d_gate += total * load_fp32(branch, branch_strides, token, column, inside)
+        tl.store(d_branch + start + column, total * load_fp32(gate, gate_strides, row, column, inside), mask=inside)
         if ends:
             store_partial(partials, chunk + row, 0, column, d_gate, WIDTH, 3)
             store_partial(partials, chunk + row, 1, column, d_shift, WIDTH, 3)
@@ -173,3 +175,5 @@ def _backward(
             d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)
             d_shift = tl.zeros([BLOCK_C], dtype=tl.float32)
             d_scale = tl.zeros([BLOCK_C], dtype=tl.float32)
+    store_zeros(d_residual, order, middle, end, column, WIDTH)
+    store_zeros(d_branch, order, middle, end, column, WIDTH)
