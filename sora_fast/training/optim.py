@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sora_fast.training.muon import Muon
+
 OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("cosine", "linear", "constant")
 
@@ -47,14 +49,13 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything; or Muon for the blocks' matrices and AdamW for the rest.
 
-    parameters: by qualified name; a matrix below a module list `blocks` counts as hidden, which is what Muon
-    is made for (https://kellerjordan.github.io/posts/muon). Muon's updates are scaled to the size of AdamW's
-    (https://arxiv.org/abs/2502.16982), so that one learning rate serves both.
+    parameters: by qualified name; a matrix below a module list `blocks` counts as hidden, which is what Muon is made
+    for. Not so the modulation's, which starts at zero: its rows are scales and gates, with no orthogonality to gain.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     trained = {key: p for key, p in parameters.items() if p.requires_grad}
-    hidden = [p for key, p in trained.items() if name == "muon" and p.ndim == 2 and "blocks." in key]
+    hidden = [p for key, p in trained.items() if name == "muon" and p.ndim == 2 and _is_hidden(key)]
     hidden_ids = {id(p) for p in hidden}
     rest = [p for p in trained.values() if id(p) not in hidden_ids]
     # Vectors (biases, norm weights) are not shrunk: decay is meant for matrices.
@@ -64,9 +65,12 @@ def build_optimizers(
     ]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
     if hidden:
-        muon = torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon)
+        optimizers.append(Muon(hidden, lr, weight_decay=weight_decay))
     return optimizers
+
+
+def _is_hidden(name: str) -> bool:
+    return "blocks." in name and "adaLN" not in name
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:

@@ -1,0 +1,62 @@
+"""Muon: momentum whose steps are made orthogonal (https://kellerjordan.github.io/posts/muon)."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+# A quintic whose repeated application sends every singular value of a matrix near 1 (same source).
+A, B, C = 3.4445, -4.7750, 2.0315
+STEPS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, with the updates scaled to the size of AdamW's (arXiv 2502.16982), so that one lr serves both.
+
+    torch.optim.Muon does the same, one matrix at a time and always in bfloat16, which a CPU has to emulate: 0.22 s a
+    step for 4 blocks of width 128 on one core, as long as the step itself. This one orthogonalises matrices of equal
+    shape together, on a CPU in float32.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, *, weight_decay: float = 0.0, momentum: float = 0.95
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for group in self.param_groups:
+            if wrong := [tuple(p.shape) for p in group["params"] if p.ndim != 2]:
+                raise ValueError(f"parameters: shapes {wrong}; Muon takes matrices only")
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike[parameter.shape].append(parameter)
+            for parameters in alike.values():
+                self._update(parameters, group["lr"], group["weight_decay"], group["momentum"])
+
+    def _update(self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float, momentum: float) -> None:
+        gradients = [p.grad for p in parameters]
+        buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        looking_ahead = torch._foreach_lerp(gradients, buffers, momentum)
+        directions = orthogonal(torch.stack(looking_ahead)).to(gradients[0].dtype)
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        # An orthogonal matrix has entries of size 1/√max(shape); AdamW's updates have about 0.2.
+        size = 0.2 * max(parameters[0].shape) ** 0.5
+        torch._foreach_add_(parameters, list(directions.unbind()), alpha=-lr * size)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """[B, n, m] → the same with singular values near 1 (0.7 to 1.2, if they were not tiny), by Newton–Schulz steps."""
+    x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+    return x.mT if tall else x
