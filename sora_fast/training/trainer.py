@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -19,8 +20,11 @@ from sora_fast.diffusion.noise import noise_like
 from sora_fast.packing import PackedLayout, RaggedLatents
 from sora_fast.training import checkpoint, files, optim
 from sora_fast.training.batches import Batch, Batches, Prompts, prefetch
+from sora_fast.training.compiler import cpp_problem
 from sora_fast.training.data import Source
 from sora_fast.training.run import CHECKPOINTS, LOG, Networks, RunConfig, create_run
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -136,7 +140,11 @@ class Trainer:
         """Compile the blocks, where the time goes: they share one graph, so the depth costs no compilation.
 
         (On 2 cores, 4 blocks of width 128: 40 s, where the whole loss in one graph took more than 150 s.)
+        Where that cannot work they stay as they are, with a warning.
         """
+        if backend == "inductor" and self.device.type == "cpu" and (problem := cpp_problem()):
+            log.warning("training without torch.compile, which is slower: it needs a C++ compiler, but %s", problem)
+            return
         for block in self.networks.model.blocks:
             block.compile(fullgraph=True, dynamic=False, backend=backend)
 
