@@ -4,7 +4,7 @@ Needs PyAV and Pillow: `pip install sora-fast[video]`.
 Everywhere in this file a video is a float tensor (C, T, H, W) with values in [-1, 1]; an image has T = 1.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import islice
 from os import PathLike
@@ -55,7 +55,8 @@ def read_media(
         (channels, T, H, W) float32 in [-1, 1]. Rotation stored in the file is applied; transparency lies on black.
 
     Raises:
-        UnreadableMedia: an empty, corrupt, truncated or audio-only file, and whatever is no video or image at all.
+        UnreadableMedia: an empty, corrupt, truncated or audio-only file, whatever is no video or image at all, and
+            whatever else a decoder fails on, memory included.
             Frames behind the last one asked for are not decoded, hence not checked.
         FileNotFoundError, ValueError: no such file; an option out of range.
     """
@@ -68,15 +69,14 @@ def read_media(
     if path.stat().st_size == 0:
         raise UnreadableMedia(path, "empty file (0 bytes)")
 
-    timed = _timed_frames(path)
-    frames = (image for _, image in timed) if fps is None else _at_rate(timed, fps)
-    arrays = [_to_array(image, max_side, channels) for image in islice(frames, max_frames)]
-    if not arrays:
-        raise UnreadableMedia(path, "no frame could be decoded")
-    if any(array.shape != arrays[0].shape for array in arrays):
-        raise UnreadableMedia(path, "frames change their size on the way")
-    pixels = torch.from_numpy(np.stack(arrays)).permute(3, 0, 1, 2)
-    return pixels.to(torch.float32).div(127.5).sub(1)
+    try:
+        timed = _timed_frames(path)
+        frames = (image for _, image in timed) if fps is None else _at_rate(timed, fps)
+        return _to_tensor(path, [_to_array(image, max_side, channels) for image in islice(frames, max_frames)])
+    except UnreadableMedia:
+        raise
+    except Exception as error:  # a decoder meets what its author did not think of, or sizes that no memory holds
+        raise UnreadableMedia(path, f"cannot be decoded: {error!r}") from error
 
 
 def write_media(path: str | PathLike[str], video: Tensor, *, fps: float = 8, scale: int = 1) -> Path:
@@ -124,7 +124,7 @@ def _timed_frames(path: Path) -> Iterator[tuple[float, Image.Image]]:
     except UnidentifiedImageError:
         return _video_frames(path)
     except Exception as error:  # Pillow's parsers raise whatever they stumble over: IndexError, struct.error, …
-        raise UnreadableMedia(path, f"corrupt or truncated image: {error}") from error
+        raise UnreadableMedia(path, _image_reason(error)) from error
     return _image_frames(path, image)
 
 
@@ -138,7 +138,15 @@ def _image_frames(path: Path, image: Image.Image) -> Iterator[tuple[float, Image
                 yield seconds, _on_black(ImageOps.exif_transpose(page))
                 seconds += page.info.get("duration", 0) / 1000 or GIF_DEFAULT_SECONDS
     except Exception as error:
-        raise UnreadableMedia(path, f"corrupt or truncated image: {error}") from error
+        raise UnreadableMedia(path, _image_reason(error)) from error
+
+
+def _image_reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:  # Pillow's own have no number
+        return f"cannot be read: {error.strerror}"
+    if isinstance(error, MemoryError | Image.DecompressionBombError):
+        return f"too large an image: {error}"
+    return f"corrupt or truncated image: {error}"
 
 
 def _on_black(image: Image.Image) -> Image.Image:
@@ -229,6 +237,15 @@ def _to_array(image: Image.Image, max_side: int | None, channels: int) -> np.nda
         size = (max(1, round(image.width * ratio)), max(1, round(image.height * ratio)))
         image = image.resize(size, Image.Resampling.LANCZOS)
     return np.asarray(image) if channels == 3 else np.asarray(image.convert("L"))[..., None]
+
+
+def _to_tensor(path: Path, arrays: Sequence[np.ndarray]) -> Tensor:
+    if not arrays:
+        raise UnreadableMedia(path, "no frame could be decoded")
+    if any(array.shape != arrays[0].shape for array in arrays):
+        raise UnreadableMedia(path, "frames change their size on the way")
+    pixels = torch.from_numpy(np.stack(arrays)).permute(3, 0, 1, 2)
+    return pixels.to(torch.float32).div(127.5).sub(1)
 
 
 # Writing. `frames` is (T, H, W, C) uint8.

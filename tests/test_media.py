@@ -1,5 +1,6 @@
 import io
 import struct
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from sora_fast import media
 from sora_fast.media import UnreadableMedia, read_media, to_pixels, write_media
 
 HALF_LEVEL = 0.51 / 127.5
@@ -252,6 +254,48 @@ def test_a_sound_track_longer_than_the_pictures_is_no_truncation(tmp_path: Path)
             container.mux(sound.encode(frame))
         container.mux(sound.encode())
     assert read_media(tmp_path / "a.mkv").shape == (3, 4, 48, 64)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("odd"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text"),
+        OSError("gone"),
+        MemoryError(),
+        KeyError(3),
+    ],
+)
+def test_whatever_a_decoder_fails_on_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    path = _encode(tmp_path / "a.mp4", frames=2)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(media, "_decode", fail)
+    with pytest.raises(UnreadableMedia) as raised:
+        read_media(path)
+    assert raised.value.reason == f"cannot be decoded: {error!r}"
+
+
+def test_an_image_of_absurd_size_and_a_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(absurd_png())
+    with pytest.raises(UnreadableMedia, match=r"too large an image: .*10000000000 pixels"):
+        read_media(tmp_path / "a.png")
+    with pytest.raises(UnreadableMedia, match="cannot be read: Is a directory"):
+        read_media(tmp_path)
+
+
+def absurd_png() -> bytes:
+    """The beginning of a PNG of 100,000 × 100,000 pixels."""
+
+    def chunk(content: bytes) -> bytes:
+        return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(header) + chunk(b"IDAT" + bytes(64))
 
 
 def test_pixels_are_clamped_and_rounded() -> None:

@@ -148,7 +148,7 @@ def read_caption(media: Path) -> str:
             caption = text if suffix == ".txt" else json.loads(text)["caption"]
         except (KeyError, TypeError) as error:
             raise CaptionError(f'its caption file {sidecar.name} has no "caption"') from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CaptionError(f"its caption file {sidecar.name} cannot be read: {error}") from error
         if not isinstance(caption, str):
             raise CaptionError(f'"caption" in {sidecar.name} is {caption!r}, not a text')

@@ -7,6 +7,7 @@ import torch
 
 from sora_fast.media import write_media
 from sora_fast.training.data import DataConfig, FolderSource
+from tests.test_media import absurd_png
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -78,7 +79,10 @@ def test_bad_files_are_named_and_skipped(tmp_path: Path, caplog: pytest.LogCaptu
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:-30])
     (tmp_path / "zero.mp4").touch()
     (tmp_path / "noise.mkv").write_bytes(bytes(range(256)) * 8)
+    (tmp_path / "absurd.png").write_bytes(absurd_png())
     (tmp_path / ".hidden.mp4").touch()
+    (tmp_path / "deep.png").write_bytes(good.read_bytes())
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     for name, text in {"list": "[]", "number": '{"caption": 3}', "broken": "{"}.items():
         (tmp_path / f"{name}.png").write_bytes(good.read_bytes())
         (tmp_path / f"{name}.json").write_text(text)
@@ -87,12 +91,14 @@ def test_bad_files_are_named_and_skipped(tmp_path: Path, caplog: pytest.LogCaptu
     assert [path.name for path in source.files] == ["good.png", "kept.mp4"]
     skipped = {path.name: reason for path, reason in source.skipped.items()}
     assert set(skipped) == {
+        "absurd.png",
         "cut.mp4",
         "cut.png",
         "zero.mp4",
         "noise.mkv",
         "list.png",
         "number.png",
+        "deep.png",
         "broken.png",
     }
     assert "0 bytes" in skipped["zero.mp4"]
