@@ -1,5 +1,7 @@
 """The package as a user gets it: a light import, a complete wheel, and both ways to install it."""
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +62,28 @@ def test_import_is_light(tmp_path: Path) -> None:
     seconds, heavy = float(report[0]), report[1]
     assert not heavy, f"importing sora_fast also imports {heavy}"
     assert seconds < 2, f"importing sora_fast takes {seconds:.1f} s beyond torch"
+
+
+def test_what_is_imported_is_declared_and_what_must_be_installed_is_imported() -> None:
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {"pillow": "PIL", "scikit-learn": "sklearn"}  # modules that are not called like their packages
+
+    def modules(requirements: list[str]) -> set[str]:
+        packages = {re.split(r"[^\w-]", requirement)[0] for requirement in requirements}
+        return {names.get(package, package) for package in packages}
+
+    needed = modules(project["dependencies"])
+    extras = modules([item for extra in ("text", "video", "demo") for item in project["optional-dependencies"][extra]])
+    imported = set()
+    for folder in ("sora_fast", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                    imported.add(node.module.split(".")[0])
+    assert needed <= imported
+    assert imported - sys.stdlib_module_names - {"sora_fast"} <= needed | extras
 
 
 @pytest.mark.slow
