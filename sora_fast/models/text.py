@@ -129,20 +129,26 @@ class TransformersTextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         folder = _checked_folder(folder)
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        local = {"local_files_only": True, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(folder, **local)
+        config = _library_config(folder)
         self.is_clip = config.model_type in ("clip", "clip_text_model")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
         self.encoder, report = _encoder_class(config.model_type).from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
         )
         if report["missing_keys"]:  # the library would go on with random values
             raise ValueError(f"folder: {folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}, …")
         self.encoder.eval().requires_grad_(False)
         self.dim: int = self.encoder.config.hidden_size
         self.max_tokens = max_tokens or (self.encoder.config.max_position_embeddings if self.is_clip else 226)
+
+    @staticmethod
+    def width(folder: str | Path) -> int:
+        """The `dim` of the encoder in a folder, from its config.json alone."""
+        config = _library_config(_checked_folder(folder))
+        _encoder_class(config.model_type)
+        return config.get_text_config().hidden_size
 
     def train(self, mode: bool = True) -> "TransformersTextEncoder":
         """Stays in evaluation mode: it is frozen, dropout included."""
@@ -174,6 +180,15 @@ class TransformersTextEncoder(nn.Module):
     @property
     def _padding_id(self) -> int:
         return self.tokenizer.pad_token_id or 0
+
+
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
+def _library_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, **_LOCAL)
 
 
 def _encoder_class(model_type: str) -> Any:

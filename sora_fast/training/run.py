@@ -37,7 +37,7 @@ class TextConfig:
     @property
     def width(self) -> int:
         """Width of its tokens and pooled vectors."""
-        return self.dim if self.folder is None else self.build().dim
+        return self.dim if self.folder is None else TransformersTextEncoder.width(self.folder)
 
     def build(self) -> ByteTextEncoder | TransformersTextEncoder:
         if self.folder is not None:

@@ -163,6 +163,18 @@ def test_transformers_encoders_give_what_the_library_gives_each_prompt_alone(kin
         torch.testing.assert_close(packed.pooled[i], pooled[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["clip", "t5", "whole clip"])
+def test_the_width_is_known_from_the_configuration_alone(kind, request, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if kind == "whole clip":  # the text encoder's part of its configuration holds what differs from the default only
+        transformers.CLIPConfig(text_config={"num_hidden_layers": 2}, projection_dim=24).save_pretrained(tmp_path)
+    else:
+        folder = request.getfixturevalue(f"{kind}_folder")
+        (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "model.safetensors").touch()
+    assert TransformersTextEncoder.width(tmp_path) == (512 if kind == "whole clip" else 16)
+
+
 def test_transformers_encoders_are_frozen(t5_folder):
     encoder = TransformersTextEncoder(t5_folder).train()
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
@@ -202,5 +214,6 @@ def test_folders_that_hold_no_text_encoder_are_refused(clip_folder, tmp_path):
     for file in clip_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match="it holds a 'bert' model"):
-        TransformersTextEncoder(tmp_path)
+    for read in (TransformersTextEncoder, TransformersTextEncoder.width):
+        with pytest.raises(ValueError, match="it holds a 'bert' model"):
+            read(tmp_path)
