@@ -5,8 +5,12 @@ Heavy imports happen inside the commands, so that --help and --version answer at
 
 import argparse
 import logging
+import math
+import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +26,33 @@ BAD_INPUT, INTERRUPTED = 2, 130
 RESULTS = (".mp4", ".gif", ".png")
 # Static sizes of a batch that cost time even where they are not used: enough for small images, not for the worst case.
 MOST_SEGMENTS, MOST_TEXT = 256, 8192
+# What `train` is asked for where it is not said.
+NEW_RUN = {
+    "data": None,
+    "resume": False,
+    "device": None,
+    "minutes": None,
+    "steps": None,
+    "max_frames": 16,
+    "max_side": 64,
+    "fps": None,
+    "grey": False,
+    "dim": 256,
+    "depth": 6,
+    "heads": 4,
+    "patch": (1, 4, 4),
+    "text_encoder": None,
+    "capacity": 8192,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "ema_decay": 0.999,
+    "caption_dropout": 0.1,
+    "save_every": 500,
+    "seed": 0,
+    "bf16": False,
+    "no_compile": False,
+}
+CHANGEABLE = ("lr", "minutes", "steps", "save_every", "no_compile")  # when a run goes on
 
 TRAIN_HELP = """\
 Train a video model on a folder of your own videos and images.
@@ -32,7 +63,9 @@ clip.mp4 with clip.txt, or clip.json as {"caption": "..."}. Files that cannot be
   sora-fast train --data clips --out runs/first --minutes 30
   sora-fast sample runs/first --prompt "a red ball" --frames 16 --size 64x64 --out ball.mp4
 
-Ctrl-C saves; the run goes on with: sora-fast train --resume --out runs/first
+Ctrl-C saves; the run goes on, here for longer, with:
+
+  sora-fast train --resume --out runs/first --minutes 60
 """
 
 SAMPLE_HELP = """\
@@ -93,35 +126,41 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         help="train on a folder of videos and images",
         description=TRAIN_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # so that --resume knows what was asked for
     )
     parser.set_defaults(command=_train)
+    defaults = argparse.Namespace(**NEW_RUN)
     add = parser.add_argument_group("what and where").add_argument
     add("--data", metavar="FOLDER", help="videos, images and their captions")
     add("--out", metavar="RUN", required=True, type=Path, help="folder of the run: configuration, log, checkpoints")
-    add("--resume", action="store_true", help="go on with the run in --out; all other options come from it")
-    add("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
-    add = parser.add_argument_group("how long (one of the two)").add_argument
-    add("--minutes", type=float, help="train for so long (default: 30)")
-    add("--steps", type=int, help="train for so many steps; resuming then gives the same bits as never stopping")
+    add(
+        "--resume",
+        action="store_true",
+        help=f"go on with the run in --out as it was, except for {_options(CHANGEABLE)}",
+    )
+    add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    add = parser.add_argument_group("how long, in all (one of the two)").add_argument
+    add("--minutes", type=_POSITIVE, help="train for so long (default: 30)")
+    add("--steps", type=_COUNT, help="train for so many steps; resuming then gives the same bits as never stopping")
     add = parser.add_argument_group("data").add_argument
-    add("--max-frames", type=int, default=16, help="frames taken from the start of a video (default: %(default)s)")
-    add("--max-side", type=int, default=64, help="longer sides are scaled down to this (default: %(default)s pixels)")
-    add("--fps", type=float, help="sample videos at this rate (default: every frame)")
+    add("--max-frames", type=_COUNT, help=f"frames taken from the start of a video (default: {defaults.max_frames})")
+    add("--max-side", type=_COUNT, help=f"longer sides are scaled down to this (default: {defaults.max_side} pixels)")
+    add("--fps", type=_POSITIVE, help="sample videos at this rate (default: every frame)")
     add("--grey", action="store_true", help="one grey channel in place of RGB")
     add = parser.add_argument_group("model").add_argument
-    add("--dim", type=int, default=256, help="width (default: %(default)s)")
-    add("--depth", type=int, default=6, help="transformer blocks (default: %(default)s)")
-    add("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
-    add("--patch", type=_sizes(3), default=(1, 4, 4), metavar="TxHxW", help="pixels in a token (default: 1x4x4)")
+    add("--dim", type=_COUNT, help=f"width (default: {defaults.dim})")
+    add("--depth", type=_COUNT, help=f"transformer blocks (default: {defaults.depth})")
+    add("--heads", type=_COUNT, help=f"attention heads (default: {defaults.heads})")
+    add("--patch", type=_sizes(3), metavar="TxHxW", help="pixels in a token (default: 1x4x4)")
     add("--text-encoder", metavar="FOLDER", help="a CLIP or T5 saved there (default: a small one, trained along)")
     add = parser.add_argument_group("training").add_argument
-    add("--capacity", type=int, default=8192, help="tokens in a batch (default: %(default)s)")
-    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="default: %(default)s")
-    add("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
-    add("--ema-decay", type=float, default=0.999, help="of the averaged weights (default: %(default)s)")
-    add("--caption-dropout", type=float, default=0.1, help="share of captions left out (default: %(default)s)")
-    add("--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--capacity", type=_COUNT, help=f"tokens in a batch (default: {defaults.capacity})")
+    add("--optimizer", choices=("adamw", "muon"), help=f"default: {defaults.optimizer}")
+    add("--lr", type=_POSITIVE, help=f"peak learning rate (default: {defaults.lr})")
+    add("--ema-decay", type=_DECAY, help=f"of the averaged weights (default: {defaults.ema_decay})")
+    add("--caption-dropout", type=_SHARE, help=f"share of captions left out (default: {defaults.caption_dropout})")
+    add("--save-every", type=_COUNT, help=f"steps between checkpoints (default: {defaults.save_every})")
+    add("--seed", type=_SEED, help=f"default: {defaults.seed}")
     add("--bf16", action="store_true", help="compute in bfloat16 (for GPUs)")
     add("--no-compile", action="store_true", help="without torch.compile: starts sooner, runs slower")
 
@@ -138,17 +177,43 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
     add("run", metavar="RUN", type=Path, help="folder of a run: what `sora-fast train --out` made")
     add("--out", type=Path, required=True, help="file to write: .mp4, .gif, or .png for one frame")
     add("--prompt", default="", help="what is to be seen")
-    add("--frames", type=int, default=16, help="frames of the whole result (default: %(default)s)")
+    add("--frames", type=_COUNT, default=16, help="frames of the whole result (default: %(default)s)")
     add("--size", type=_sizes(2), metavar="HxW", help="height x width in pixels (default: 64x64, or the image's)")
     add("--image", type=Path, metavar="FILE", help="image or clip to begin with; its frames stay as they are")
     add("--end", type=Path, metavar="FILE", help="image or clip to end with")
-    add("--guidance", type=float, default=3.0, help="1: none; more follows the prompt closer (default: %(default)s)")
-    add("--steps", type=int, default=30, help="steps of the sampler (default: %(default)s)")
+    add("--guidance", type=_FINITE, default=3.0, help="1: none; more follows the prompt closer (default: %(default)s)")
+    add("--steps", type=_COUNT, default=30, help="steps of the sampler (default: %(default)s)")
     add("--sampler", help="euler, heun, ddim, dpm++ or ddpm (default: what suits the run)")
-    add("--seed", type=int, default=0, help="another seed, another video (default: %(default)s)")
-    add("--fps", type=float, help="frames per second of the result (default: those of the run)")
-    add("--scale", type=int, default=1, help="enlarge every pixel so many times (default: %(default)s)")
+    add("--seed", type=_SEED, default=0, help="another seed, another video (default: %(default)s)")
+    add("--fps", type=_POSITIVE, help="frames per second of the result (default: those of the run)")
+    add("--scale", type=_COUNT, default=1, help="enlarge every pixel so many times (default: %(default)s)")
     add("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+
+
+def _options(names: Sequence[str]) -> str:
+    """As they are typed: --a, --b."""
+    return ", ".join("--" + name.replace("_", "-") for name in names)
+
+
+def _number(kind: type, rule: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
+        return value
+
+    return parse
+
+
+_COUNT = _number(int, "a whole number of at least 1", lambda value: value >= 1)
+_SEED = _number(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+_POSITIVE = _number(float, "a positive number", lambda value: 0 < value < math.inf)
+_FINITE = _number(float, "a finite number", math.isfinite)
+_SHARE = _number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+_DECAY = _number(float, "a number of at least 0 and less than 1", lambda value: 0 <= value < 1)
 
 
 def _sizes(count: int) -> "argparse._ActionType":
@@ -181,43 +246,70 @@ def _device(name: str | None) -> str:
 
 
 def _train(a: argparse.Namespace) -> int:
-    from sora_fast.training.data import DataConfig, FolderSource
-    from sora_fast.training.run import read_run
+    from sora_fast.training.data import FolderSource
     from sora_fast.training.trainer import Trainer
 
+    given = (vars(a).keys() & NEW_RUN.keys()) - {"resume", "device"}
+    a = argparse.Namespace(**(NEW_RUN | vars(a)))
     if a.resume == (a.data is not None):
         raise ValueError("train needs either --data FOLDER, for a new run, or --resume")
     device = _device(a.device)
-    config = read_run(a.out) if a.resume else None
-    if config is not None and config.data is None:
-        raise ValueError(f"{a.out} was not made by `sora-fast train`; it cannot be resumed by it")
-    channels = 1 if a.grey else 3
-    data = config.data if config else DataConfig(str(Path(a.data).resolve()), a.max_frames, a.max_side, a.fps, channels)
-    source = FolderSource(data, progress=True)
+    config = _resumed_config(a, given) if a.resume else _new_config(a)
+    source = FolderSource(config.data, progress=True)
     print(f"{len(source)} files to train on, {len(source.skipped)} skipped")
-    config = config or _run_config(a, source)
+    if not a.resume:
+        config = replace(config, train=replace(config.train, batch=_batch_config(a, source)))
     trainer = Trainer(config, source, a.out, device=device, resume=a.resume)
     if a.resume:
         print(f"going on from step {trainer.step}")
-    finished = trainer.fit()
+    resume = f"sora-fast train --resume --out {a.out}"
+    try:
+        finished = trainer.fit()
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}: {resume} --lr {config.train.lr / 3:.1g}") from error
     if not finished:
-        print(f"Saved at step {trainer.step}. To go on: sora-fast train --resume --out {a.out}")
+        print(f"Saved at step {trainer.step}. To go on: {resume}")
         return INTERRUPTED
     print(f"Done: {trainer.step} steps. To sample: sora-fast sample {a.out} --prompt … --out clip.mp4")
     return 0
 
 
-def _run_config(a: argparse.Namespace, source: "FolderSource") -> "RunConfig":
-    from sora_fast.models import SoraDiTConfig
-    from sora_fast.training.run import RunConfig, TextConfig, TrainConfig
+def _resumed_config(a: argparse.Namespace, given: Set[str]) -> "RunConfig":
+    """What the run was made with, changed as far as it can be."""
+    from sora_fast.training.run import read_run
 
-    text = TextConfig(folder=a.text_encoder)
+    if fixed := sorted(given - set(CHANGEABLE)):
+        raise ValueError(
+            f"{_options(fixed)}: a run keeps what it was made with; beside --resume there can be {_options(CHANGEABLE)}"
+        )
+    config = read_run(a.out)
+    if config.data is None:
+        raise ValueError(f"{a.out} was not made by `sora-fast train`; it cannot be resumed by it")
+    changes = {name: getattr(a, name) for name in given & {"lr", "save_every"}}
+    if given & {"steps", "minutes"}:  # either takes the place of what limited the run
+        changes |= {"steps": a.steps, "minutes": a.minutes}
+    if a.no_compile:
+        changes["compile"] = None
+    return replace(config, train=replace(config.train, **changes))
+
+
+def _new_config(a: argparse.Namespace) -> "RunConfig":
+    """All but the sizes of a batch, which depend on the files."""
+    from sora_fast.models import SoraDiTConfig
+    from sora_fast.training.data import DataConfig
+    from sora_fast.training.run import RunConfig, TextConfig, TrainConfig, check_new
+
+    check_new(a.out)
+    _check_writable(a.out, a.out)
+    if a.dim % (2 * a.heads):
+        raise ValueError(f"--heads {a.heads}: it must divide --dim {a.dim} into parts of an even width")
+    text, channels = TextConfig(folder=a.text_encoder), 1 if a.grey else 3
     return RunConfig(
         model=SoraDiTConfig(
             dim=a.dim,
             depth=a.depth,
             heads=a.heads,
-            in_channels=source.config.channels,
+            in_channels=channels,
             patch_size=a.patch,
             text_dim=text.width,
             pooled_dim=text.width,
@@ -225,7 +317,6 @@ def _run_config(a: argparse.Namespace, source: "FolderSource") -> "RunConfig":
         train=TrainConfig(
             steps=a.steps,
             minutes=30.0 if a.minutes is None and a.steps is None else a.minutes,
-            batch=_batch_config(a, source),
             optimizer=a.optimizer,
             lr=a.lr,
             ema_decay=a.ema_decay,
@@ -235,7 +326,7 @@ def _run_config(a: argparse.Namespace, source: "FolderSource") -> "RunConfig":
             save_every=a.save_every,
         ),
         text=text,
-        data=source.config,
+        data=DataConfig(str(Path(a.data).resolve()), a.max_frames, a.max_side, a.fps, channels),
         fps=a.fps or 8.0,
     )
 
@@ -297,6 +388,21 @@ def _check_result(path: Path, frames: int) -> None:
         raise ValueError(f"--out {path}: it must end in {', '.join(RESULTS)}")
     if path.suffix.lower() == ".png" and frames != 1:
         raise ValueError(f"--out {path}: a .png holds one frame, not {frames}; write an .mp4, or pass --frames 1")
+    if path.is_dir():
+        raise ValueError(f"--out {path}: it is a folder; name a file in it")
+    _check_writable(path, path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"--out {path}: it exists and cannot be written to")
+
+
+def _check_writable(out: Path, folder: Path) -> None:
+    """The folder, or the one that it would be made in, must take files."""
+    present = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=present):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out}: nothing can be written to {present}: {error.strerror}") from error
 
 
 def _request(a: argparse.Namespace, config: "RunConfig") -> "Request":

@@ -1,5 +1,7 @@
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,9 @@ import torch
 
 from sora_fast.cli import main
 from sora_fast.media import read_media, write_media
+from sora_fast.training.config import write_config
+from sora_fast.training.run import CONFIG, LOG, read_run
+from sora_fast.training.trainer import read_log
 
 _SMALL = "--dim 32 --depth 1 --heads 2 --capacity 256 --max-side 16 --max-frames 3 --no-compile --device cpu"
 SMALL = _SMALL.split()
@@ -55,20 +60,67 @@ def test_resume(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert "going on from step 3" in capsys.readouterr().out
 
 
+def test_resume_with_changes(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    before = read_run(run)
+    compiled = replace(before, train=replace(before.train, compile="inductor"))
+    write_config(tmp_path / "run" / CONFIG, compiled)
+    options = ["--steps", "5", "--lr", "1e-4", "--save-every", "2", "--no-compile", "--device", "cpu"]
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), *options]) == 0
+    changed = replace(before.train, steps=5, lr=1e-4, save_every=2, compile=None)
+    assert read_run(tmp_path / "run") == replace(before, train=changed)
+    rows = read_log(tmp_path / "run" / LOG)
+    assert len(rows) == 5
+    assert rows[-1]["lr"] < 1e-4
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--minutes", "1e-9", "--device", "cpu"]) == 0
+    assert (read_run(tmp_path / "run").train.steps, read_run(tmp_path / "run").train.minutes) == (None, 1e-9)
+
+
+def test_a_diverged_run_goes_on_with_a_smaller_learning_rate(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--data", str(folder), "--out", str(run), "--steps", "4", "--lr", "1e30", *SMALL]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "not finite at step 2;" in error
+    command = error[error.index("train --resume") :].split()
+    assert command == ["train", "--resume", "--out", str(run), "--lr", "3e+29"]
+    assert main([*command[:-1], "1e-3", "--device", "cpu"]) == 0
+    assert len(read_log(run / LOG)) == 4
+
+
+def test_other_data_is_not_gone_on_with(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data, run = tmp_path / "data", str(tmp_path / "run")
+    shutil.copytree(folder, data)
+    assert main(["train", "--data", str(data), "--out", run, "--steps", "1", *SMALL]) == 0
+    (data / "left.txt").write_text("brighter to the left")
+    assert main(["train", "--resume", "--out", run, "--device", "cpu"]) == 2
+    assert "files, their sizes or their captions have changed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("train --out {tmp}/new", "either --data FOLDER"),
+        ("train --data {data} --resume --out {run}", "either --data FOLDER"),
+        ("train --resume --out {run} --seed 0 --dim 32", "--dim, --seed: a run keeps what it was made with"),
+        ("train --resume --out {run} --steps 5 --minutes 1 --device cpu", "exactly one"),
+        ("train --data {tmp}/absent --out {tmp}/new --steps 1 --minutes 1", "exactly one"),
+        ("train --data {tmp}/absent --out {tmp}/new --heads 3", "--heads 3: it must divide --dim 256"),
+        ("train --data {tmp}/absent --out {tmp}/new --heads 2 --dim 6", "--heads 2: it must divide --dim 6"),
+        ("train --data {tmp}/absent --out {run}", "already holds a run"),
+        ("train --data {tmp}/absent --out {data}/left.png/new", "left.png: Not a directory"),
+        ("train --data {tmp}/absent --out /proc/new", "nothing can be written to /proc"),
         ("train --data {tmp}/absent --out {tmp}/new", "is not a folder"),
         ("train --data {tmp} --out {tmp}/new", "no usable video or image"),
-        ("train --data {data} --out {run} --device cpu", "already holds a run"),
-        ("train --data {data} --out {tmp}/new --steps 1 --minutes 1", "exactly one"),
         ("train --data {data} --out {tmp}/new --capacity 9 --max-side 24", "left.png has 24 tokens"),
-        ("train --data {data} --out {tmp}/new --heads 3", "heads: 3"),
         ("train --resume --out {tmp}", "holds no run"),
         ("sample {tmp} --out {tmp}/a.mp4", "holds no run"),
-        ("sample {run} --out {tmp}/a.txt --steps 1 --device cpu", "must end in"),
-        ("sample {run} --out {tmp}/a.png --frames 2", "a .png holds one frame"),
+        ("sample {tmp} --out {tmp}/a.txt", "must end in"),
+        ("sample {tmp} --out {tmp}/a.png --frames 2", "a .png holds one frame"),
+        ("sample {tmp} --out {tmp}/folder.mp4", "folder.mp4: it is a folder"),
+        ("sample {tmp} --out {data}/left.png/a.mp4", "left.png: Not a directory"),
+        ("sample {tmp} --out /proc/a.mp4", "nothing can be written to /proc"),
         ("sample {run} --out {tmp}/a.mp4 --image {data}/empty.mp4", "empty file"),
         ("sample {run} --out {tmp}/a.mp4 --image {data}/absent.mp4", "absent.mp4"),
         ("sample {run} --out {tmp}/a.mp4 --image {data}/left.png --size 8x8", "must agree"),
@@ -79,6 +131,7 @@ def test_resume(run: Path, capsys: pytest.CaptureFixture) -> None:
 def test_bad_input_is_one_line_and_exit_code_2(
     arguments: str, message: str, run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    (tmp_path / "folder.mp4").mkdir()
     command = arguments.format(tmp=tmp_path, data=folder, run=run).split()
     assert main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -92,6 +145,36 @@ def test_argparse_errors(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("sample --scale", "0 -1 2.5"),
+        ("sample --steps", "0"),
+        ("sample --frames", "0"),
+        ("sample --fps", "0 -8 inf nan fast"),
+        ("sample --guidance", "nan"),
+        ("sample --seed", "-1 9223372036854775808"),
+        ("train --dim", "0"),
+        ("train --depth", "0"),
+        ("train --heads", "0"),
+        ("train --capacity", "0"),
+        ("train --max-frames", "0"),
+        ("train --lr", "0"),
+        ("train --ema-decay", "1"),
+        ("train --caption-dropout", "1.1"),
+        ("train --seed", "-1"),
+    ],
+)
+def test_numbers_out_of_range_are_named(option: str, values: str, capsys: pytest.CaptureFixture) -> None:
+    command, name = option.split()
+    arguments = {"sample": ["run", "--out", "a.mp4"], "train": ["--data", "absent", "--out", "run"]}[command]
+    for value in values.split():
+        with pytest.raises(SystemExit) as stop:
+            main([command, *arguments, name, value])
+        assert stop.value.code == 2
+        assert f"argument {name}: '{value}' is not a" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["sample"]])

@@ -147,12 +147,28 @@ class Networks(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
-def create_run(folder: Path, config: RunConfig) -> None:
-    """Make a run's folder. ValueError if there is a run in it already."""
+def check_new(folder: Path) -> None:
+    """ValueError if there is a run in a folder already."""
     if (folder / CONFIG).exists():
         raise ValueError(f"{folder} already holds a run; resume it, or choose another folder")
+
+
+def create_run(folder: Path, config: RunConfig) -> None:
+    """Make a run's folder. ValueError if there is a run in it already."""
+    check_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder / CONFIG, config)
+
+
+def check_resumable(folder: Path, config: RunConfig) -> None:
+    """ValueError if the run in a folder cannot go on with `config`: only how it is trained may change, and not all."""
+    before = read_run(folder)
+    changed = [name for name in ("model", "text", "path", "data") if getattr(config, name) != getattr(before, name)]
+    changed += [
+        name for name in ("batch", "optimizer", "seed") if getattr(config.train, name) != getattr(before.train, name)
+    ]
+    if changed:
+        raise ValueError(f"{', '.join(changed)}: changed since {folder} was begun; its checkpoints do not fit")
 
 
 def read_run(folder: Path) -> RunConfig:

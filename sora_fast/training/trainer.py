@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -21,8 +22,9 @@ from sora_fast.packing import PackedLayout, RaggedLatents
 from sora_fast.training import checkpoint, files, optim
 from sora_fast.training.batches import Batch, Batches, Prompts, prefetch
 from sora_fast.training.compiler import cpp_problem
+from sora_fast.training.config import write_config
 from sora_fast.training.data import Source
-from sora_fast.training.run import CHECKPOINTS, LOG, Networks, RunConfig, create_run
+from sora_fast.training.run import CHECKPOINTS, CONFIG, LOG, Networks, RunConfig, check_resumable, create_run
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +35,8 @@ class Trainer:
     Every random number is a function of the seed and of the step or sample that it is for; so a checkpoint needs no
     generator states, and a resumed run continues the loss curve to the bit (on a CPU, limited by steps).
 
-    folder: made, with config.json in it; with resume=True it holds a run of this configuration, which goes on from
-    its newest checkpoint.
+    folder: made, with config.json in it; with resume=True it holds a run, which goes on from its newest checkpoint.
+    config: of a resumed run, a changed one takes the place of config.json; ValueError if its checkpoints do not fit.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class Trainer:
         resume: bool = False,
     ) -> None:
         self.config, self.folder, self.device = config.train, Path(folder), torch.device(device)
+        if resume:
+            check_resumable(self.folder, config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             self.networks = Networks(config).to(self.device)
@@ -74,6 +78,7 @@ class Trainer:
         self._log = RunLog(self.folder / LOG)
         if resume:
             self._load()
+            write_config(self.folder / CONFIG, config)
         else:
             create_run(self.folder, config)
 
@@ -238,10 +243,9 @@ class RunLog:
         with self.path.open("a") as file:
             file.writelines(json.dumps(row | {"seconds": seconds, "tokens_per_s": rate}) + "\n" for row in rows)
         self._rows, self._values = [], []
-        if not np.isfinite(values).all():
-            raise FloatingPointError(
-                f"the loss is not finite at step {rows[-1]['step']}; resume with a smaller learning rate"
-            )
+        for row in rows:
+            if not math.isfinite(row["loss"] + row["norm"]):
+                raise FloatingPointError(f"the loss is not finite at step {row['step']}; resume with a smaller lr")
         mean = {name: sum(row[name] for row in rows) / len(rows) for name in ("loss", "padding")}
         self._summary = (
             f"step {rows[-1]['step']}, loss {mean['loss']:.4f}, {rate:,.0f} useful tokens/s, "
