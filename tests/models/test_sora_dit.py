@@ -45,6 +45,26 @@ def videos() -> list[Tensor]:
     return [torch.randn(shape) for shape in SHAPES]
 
 
+@pytest.mark.parametrize(("size", "millions"), [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
+def test_sizes_have_the_parameters_of_dit(size: str, millions: int) -> None:
+    """As published for patches of 2 (Peebles & Xie 2023, Table 4); fixed positions count there, and not here."""
+    dit = {"position": "sincos", "qk_norm": False, "num_classes": 1000, "learned_sigma": True}
+    config = SoraDiTConfig.of_size(size, in_channels=4, **dit)
+    c = config.dim
+    block = (3 * c * c + 3 * c) + (c * c + c) + (8 * c * c + 5 * c) + (6 * c * c + 6 * c)
+    ends = (16 * c + c) + (256 * c + c) + (c * c + c) + 1001 * c + (2 * c * c + 2 * c) + (32 * c + 32)
+    assert config.depth * block + ends == pytest.approx(1e6 * millions, rel=0.01)
+    assert c // config.heads == (72 if size == "XL" else 64)
+    if size == "S":
+        assert sum(parameter.numel() for parameter in SoraDiT(config).parameters()) == config.depth * block + ends
+
+
+def test_sizes_take_other_fields_and_bad_ones_are_named() -> None:
+    assert SoraDiTConfig.of_size("B", in_channels=16, patch_size=(2, 2, 2)).patch_size == (2, 2, 2)
+    with pytest.raises(ValueError, match="size: 'XXL'; it must be one of"):
+        SoraDiTConfig.of_size("XXL", in_channels=4)
+
+
 @pytest.mark.parametrize("position", ["rope", "factorised", "fractional", "sincos"])
 @pytest.mark.parametrize("mask", [SpacetimeMask.full(), SpacetimeMask.window(1, 1, 1, causal=True)], ids=str)
 def test_a_pack_gives_what_each_video_gives_alone(position: str, mask: SpacetimeMask) -> None:

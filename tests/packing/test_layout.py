@@ -5,9 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from sora_fast.masks import SpacetimeMask
 from sora_fast.packing import PackedLayout, token_grid
-from sora_fast.packing.order import choose_box
 from tests.layouts import Pack, packs
 
 
@@ -59,30 +57,6 @@ def test_tiled_order_lays_out_boxes() -> None:
     for tile in range(8):
         coords = layout.coords[16 * tile : 16 * tile + 16]
         assert (coords.amax(0) - coords.amin(0)).tolist() == [1, 1, 3]
-
-
-def test_box_choice_without_a_mask_is_full_and_compact() -> None:
-    assert choose_box((21, 45, 80), 128, None) == (3, 5, 8)
-    assert choose_box((1, 1, 300), 128, None) in [(1, 1, 100), (1, 1, 128)]
-
-
-def test_box_choice_for_a_window_visits_the_fewest_tiles() -> None:
-    from sora_fast.schedule import TileSchedule
-
-    mask = SpacetimeMask.window(1, 2, 2)
-    grid = (6, 9, 10)
-
-    def visited(**options: object) -> int:
-        layout = PackedLayout.from_grids([grid], order="tiled", tile_size=16, **options)
-        return int(TileSchedule.build(layout, mask).by_query.end.max())
-
-    chosen = visited(for_mask=mask)
-    # Only boxes that are a tile each: smaller ones share a tile, which the choice does not count.
-    boxes = [(t, h, w) for t in (1, 2, 3) for h in (1, 3, 9) for w in (1, 2, 5, 10) if 8 < t * h * w <= 16]
-    assert len(boxes) > 5
-    assert chosen <= min(visited(box=box) for box in boxes)
-    raster = PackedLayout.from_grids([grid], tile_size=16)
-    assert chosen < int(TileSchedule.build(raster, mask).by_query.end.max())
 
 
 @pytest.mark.parametrize(
