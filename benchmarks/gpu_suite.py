@@ -53,6 +53,7 @@ def validate(tests: dict[str, Counts], rows: "Sequence[Row]", record: dict[str, 
 def run(folder: Path, *, seconds: float, dry: bool, commit: str | None = None) -> int:
     """The whole suite; 0 if every test passed and every case ran."""
     from benchmarks.rows import measure_all, table
+    from sora_fast.ops._dispatch import device_class
 
     deadline = time.monotonic() + seconds
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +72,7 @@ def run(folder: Path, *, seconds: float, dry: bool, commit: str | None = None) -
         "rows": [asdict(row) for row in rows],
     }
     (folder / "suite.json").write_text(json.dumps(suite, indent=1) + "\n")
-    _write_validated(folder, validated, dry=dry)
+    _write_validated(folder, validated, "dry" if dry else device_class(device))
 
     failed = sorted(name for name, counts in tests.items() if counts.failed)
     print(f"\ntests: {sum(t.passed for t in tests.values())} passed; failures in: {', '.join(failed) or 'none'}")
@@ -81,15 +82,13 @@ def run(folder: Path, *, seconds: float, dry: bool, commit: str | None = None) -
     return 1 if failed or any(row.failure for row in rows) else 0
 
 
-def _write_validated(folder: Path, validated: dict[str, Any], *, dry: bool) -> None:
-    """Replace this kind of device's records, and keep the other kinds'."""
-    from sora_fast.ops._dispatch import device_class
-
+def _write_validated(folder: Path, validated: dict[str, Any], kind: str) -> None:
+    """Replace the records of this kind of device ("dry" touches nothing outside `folder`), and keep the others'."""
     known = json.loads(VALIDATED.read_text()) if VALIDATED.exists() else {}
-    merged = {**known, "dry" if dry else device_class(): validated}
+    merged = {**known, kind: validated}
     text = json.dumps(merged, indent=1, sort_keys=True) + "\n"
     (folder / "validated.json").write_text(text)
-    if not dry:
+    if kind != "dry":
         VALIDATED.write_text(text)
 
 

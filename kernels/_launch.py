@@ -32,12 +32,12 @@ def recording(arch: tuple[int, int]) -> Iterator[Recorder]:
         _recorder.reset(token)
 
 
-def target_arch() -> tuple[int, int]:
-    """Compute capability that launch configurations are chosen for. Without a GPU: that of Hopper."""
+def target_arch(device: torch.device) -> tuple[int, int]:
+    """Compute capability that launches on tensors of `device` are configured for. On a CPU: that of Hopper."""
     recorder = _recorder.get()
     if recorder is not None:
         return recorder.arch
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:

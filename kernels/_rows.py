@@ -100,9 +100,10 @@ def store_zeros(matrix, order, begin, end, column, WIDTH: tl.constexpr):
 
 @triton.jit
 def store_partial(partials, slot, table, column, value, WIDTH: tl.constexpr, TABLES: tl.constexpr):
-    """Store the sum of a (chunk, row) pair for one of the op's tables."""
-    partials += (slot * TABLES + table).to(tl.int64) * WIDTH
-    tl.store(partials + column, value, mask=column < WIDTH)
+    """Store the sum of a (chunk, row) pair for one of the op's tables. partials None: nobody asked for it."""
+    if partials is not None:
+        partials += (slot * TABLES + table).to(tl.int64) * WIDTH
+        tl.store(partials + column, value, mask=column < WIDTH)
 
 
 def empty_partials(tokens: int, rows: int, tables: int, like: Tensor) -> Tensor:
@@ -111,10 +112,15 @@ def empty_partials(tokens: int, rows: int, tables: int, like: Tensor) -> Tensor:
     return torch.empty(slots, tables, like.shape[1], dtype=torch.float32, device=like.device)
 
 
-def fold(partials: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum the slots of every row: [tables, M, C] in `dtype`; zeros for rows without a token."""
+def fold(partials: Tensor | None, offsets: Tensor, like: Tensor) -> Tensor:
+    """Sum the slots of every row: [tables, M, C] in the dtype of the table `like`; zeros for rows without a token.
+
+    partials None, which nobody asked for: [0, M, C].
+    """
+    if partials is None:
+        return like.new_empty(0, *like.shape)
     rows, (_, tables, width) = offsets.shape[0] - 1, partials.shape
-    sums = torch.empty(tables, rows, width, dtype=dtype, device=partials.device)
+    sums = like.new_empty(tables, rows, width)
     # 32 slots of 64 columns at a time, 16 elements a thread: a row's slots may be hundreds, and the programs of a
     # table with few rows are few, so each must keep many bytes in flight.
     grid = (rows, triton.cdiv(width, 64), tables)

@@ -38,16 +38,25 @@ def adaln_forward(x: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: f
 
 
 def adaln_backward(
-    dy: Tensor, x: Tensor, scale: Tensor, stats: Tensor, index: Tensor, offsets: Tensor, order: Tensor
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    stats: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    order: Tensor,
+    *,
+    tables: bool,
 ) -> tuple[Tensor, Tensor]:
     """d_x [N, C], and d_shift and d_scale as one [2, M, C] in the table's dtype.
 
-    offsets [M+1], order [N]: the tokens sorted by row, with padding past offsets[M].
+    offsets [M+1], order [N]: the tokens sorted by row, with padding past offsets[M]. tables: False: [0, M, C] in place
+    of the tables' gradients.
     """
     tokens, width = x.shape
     rows = scale.shape[0]
     dx = x.new_empty(tokens, width)
-    partials = empty_partials(tokens, rows, 2, x)
+    partials = empty_partials(tokens, rows, 2, x) if tables else None
     block = RowBlock.backward(width)
     launch(
         _backward,
@@ -57,7 +66,7 @@ def adaln_backward(
         **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": CHUNK},
         num_warps=block.num_warps,
     )
-    return dx, fold(partials, offsets, scale.dtype)
+    return dx, fold(partials, offsets, scale)
 
 
 @triton.jit

@@ -25,17 +25,18 @@ def gated_residual_forward(residual: Tensor, branch: Tensor, gate: Tensor, index
 
 
 def gated_residual_backward(
-    d_out: Tensor, branch: Tensor, gate: Tensor, index: Tensor, offsets: Tensor, order: Tensor
+    d_out: Tensor, branch: Tensor, gate: Tensor, index: Tensor, offsets: Tensor, order: Tensor, *, tables: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_residual, d_branch [N, C], and d_gate as [1, M, C] in the table's dtype.
 
-    offsets [M+1], order [N]: the tokens sorted by row, with padding past offsets[M].
+    offsets [M+1], order [N]: the tokens sorted by row, with padding past offsets[M]. tables: False: [0, M, C] in place
+    of d_gate, and the branch is not read.
     """
     tokens, width = branch.shape
     rows = gate.shape[0]
     # d_residual is d_out but for the padding, which may hold anything there and must be zero here.
     d_residual, d_branch = d_out.new_empty(tokens, width), branch.new_empty(tokens, width)
-    partials = empty_partials(tokens, rows, 1, branch)
+    partials = empty_partials(tokens, rows, 1, branch) if tables else None
     block = RowBlock.pointwise(width)
     launch(
         _backward,
@@ -45,7 +46,7 @@ def gated_residual_backward(
         **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": CHUNK},
         num_warps=block.num_warps,
     )
-    return d_residual, d_branch, fold(partials, offsets, gate.dtype)
+    return d_residual, d_branch, fold(partials, offsets, gate)
 
 
 @triton.jit
@@ -105,7 +106,8 @@ def _backward(
         row = tl.load(index + token)
         ends = position + 1 == tl.minimum(middle, tl.load(offsets + row + 1))
         gradient = load_fp32(d_out, d_out_strides, token, column, inside)
-        d_gate += gradient * load_fp32(branch, branch_strides, token, column, inside)
+        if partials is not None:
+            d_gate += gradient * load_fp32(branch, branch_strides, token, column, inside)
         written = token.to(tl.int64) * WIDTH + column
         tl.store(d_residual + written, gradient, mask=inside)
         tl.store(d_branch + written, gradient * load_fp32(gate, gate_strides, row, column, inside), mask=inside)

@@ -50,16 +50,18 @@ def gated_residual_adaln_backward(
     index: Tensor,
     offsets: Tensor,
     order: Tensor,
+    *,
+    tables: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_residual, d_branch [N, C], and d_gate, d_shift, d_scale as one [3, M, C] in the tables' dtype.
 
     dh: None where nothing but the norm uses h. offsets [M+1], order [N]: the tokens sorted by row, with padding past
-    offsets[M].
+    offsets[M]. tables: False: [0, M, C] in place of the tables' gradients, and the branch is not read.
     """
     tokens, width = h.shape
     rows = gate.shape[0]
     d_residual, d_branch = h.new_empty(tokens, width), branch.new_empty(tokens, width)
-    partials = empty_partials(tokens, rows, 3, h)
+    partials = empty_partials(tokens, rows, 3, h) if tables else None
     block = RowBlock.backward(width)
     launch(
         _backward,
@@ -70,7 +72,7 @@ def gated_residual_adaln_backward(
         **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": CHUNK},
         num_warps=block.num_warps,
     )
-    return d_residual, d_branch, fold(partials, offsets, gate.dtype)
+    return d_residual, d_branch, fold(partials, offsets, gate)
 
 
 @triton.jit
@@ -166,7 +168,8 @@ def _backward(
             total += load_fp32(dh, dh_strides, token, column, inside)
         start = token.to(tl.int64) * WIDTH
         tl.store(d_residual + start + column, total, mask=inside)
-        d_gate += total * load_fp32(branch, branch_strides, token, column, inside)
+        if partials is not None:
+            d_gate += total * load_fp32(branch, branch_strides, token, column, inside)
         tl.store(d_branch + start + column, total * load_fp32(gate, gate_strides, row, column, inside), mask=inside)
         if ends:
             store_partial(partials, chunk + row, 0, column, d_gate, WIDTH, 3)

@@ -45,26 +45,27 @@ def backward(
     tile_sizes: tuple[int, int],
     scale: float,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v. grad_out [N, H, D], grad_lse [H, N] (None: zero); the rest as `forward` took and gave it.
+    keys: bool,
+) -> list[Tensor]:
+    """Gradients of q, k, v; keys: False: of q alone, which saves more than half of the work.
 
-    by_query: the walk from queries to keys; by_key: from keys to queries.
+    grad_out [N, H, D], grad_lse [H, N] (None: zero); the rest as `forward` took and gave it. by_query: the walk from
+    queries to keys; by_key: from keys to queries.
     """
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    grad_q, grad_k, grad_v = grads
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in ((q, k, v) if keys else (q,))]
     delta = torch.empty_like(lse)
     head = Head.of(q, k, v, out, grad_out, *grads)
     num_heads = q.shape[1]
     query_tile, key_tile = tile_sizes
     shared = {"HEAD": head, "CAUSAL": causal, "PRECISION": dot_precision(q.dtype)}
 
-    blocks = block_sizes("grad_query", q.dtype, head.width, target_arch()).fitted(query_tile, key_tile)
+    blocks = block_sizes("grad_query", q.dtype, head.width, target_arch(q.device)).fitted(query_tile, key_tile)
     parts = triton.cdiv(query_tile, blocks.own)
     launch(
         grad_query_kernel,
         (by_query.order.shape[0] * parts, num_heads),
         *(lse, grad_lse, delta),
-        *(head.rows(x) for x in (q, k, v, out, grad_out, grad_q)),
+        *(head.rows(x) for x in (q, k, v, out, grad_out, grads[0])),
         *(by_query, boxes, scale * LOG2E.value, scale, q.shape[0]),
         PARTS=parts,
         BLOCK_M=blocks.own,
@@ -74,13 +75,15 @@ def backward(
         num_stages=blocks.num_stages,
         **shared,
     )
-    blocks = block_sizes("grad_key_value", q.dtype, head.width, target_arch()).fitted(key_tile, query_tile)
+    if not keys:
+        return grads
+    blocks = block_sizes("grad_key_value", q.dtype, head.width, target_arch(q.device)).fitted(key_tile, query_tile)
     parts = triton.cdiv(key_tile, blocks.own)
     launch(
         grad_key_value_kernel,
         (by_key.order.shape[0] * parts, num_heads),
         *(lse, delta),
-        *(head.rows(x) for x in (q, k, v, grad_out, grad_k, grad_v)),
+        *(head.rows(x) for x in (q, k, v, grad_out, *grads[1:])),
         *(by_key, boxes, scale * LOG2E.value, scale, q.shape[0], k.shape[0]),
         PARTS=parts,
         BLOCK_M=blocks.other,
@@ -90,7 +93,7 @@ def backward(
         num_stages=blocks.num_stages,
         **shared,
     )
-    return grad_q, grad_k, grad_v
+    return grads
 
 
 @triton.jit

@@ -23,8 +23,11 @@ class PatchEmbedConfig:
     inner: int = 32
     features: int = 64  # columns of both gradients
     # Tokens in one partial sum of the weights' gradient: long enough that the partials are small beside the tokens,
-    # short enough that 32k tokens give 8 of them. Fixed, so that the bits do not depend on the GPU.
+    # short enough that 32k tokens give 8 of them. The bits do not depend on the GPU.
     chunk: int = 4096
+    # Numbers in all partial sums together, 64 MB: with position tables, which are many columns and so many programs,
+    # chunks are longer.
+    most_partials: int = 1 << 24
     num_warps: int = 8  # with 4, the addresses spill
     num_stages: int = 2  # pixels come through registers, only the weights are copied ahead
 
@@ -36,6 +39,13 @@ class PatchEmbedConfig:
         if patches.is_wide(elements):
             return PatchEmbedConfig(tokens=32, width=64, features=32, num_warps=4)
         return PatchEmbedConfig()
+
+    def chunk_for(self, num_tokens: int, numbers: int) -> int:
+        """Tokens in one partial sum of so many numbers: `chunk`, or its first double that keeps to `most_partials`."""
+        chunk = self.chunk
+        while chunk < num_tokens and triton.cdiv(num_tokens, chunk) * numbers > self.most_partials:
+            chunk *= 2
+        return chunk
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,8 @@ def embed(flat: Tensor, weight: Tensor, bias: Tensor | None, patches: Patches, p
     width, num_pixels = weight.shape
     tokens = torch.empty(patches.num_tokens, width, dtype=flat.dtype, device=flat.device)
     table = position.table
-    grid = (triton.cdiv(width, config.width), triton.cdiv(patches.num_tokens, config.tokens))
+    # One axis: only the first one of a grid is longer than 65,535.
+    grid = (triton.cdiv(width, config.width) * triton.cdiv(patches.num_tokens, config.tokens),)
     launch(
         *(_embed, grid, flat, flat.stride(0), weight, *weight.stride(), bias, 0 if bias is None else bias.stride(0)),
         *(table, *((0, 0) if table is None else table.stride()), *(position.rows or (0, 0, 0))),
@@ -80,7 +91,8 @@ def weight_gradient(grad: Tensor, flat: Tensor, patches: Patches, num_pixels: in
     """
     config = PatchEmbedConfig.choose(flat.dtype, patches, _reach(flat))
     width, features = grad.shape[1], num_pixels + sum(rows) + 1
-    chunks = triton.cdiv(patches.num_tokens, config.chunk)
+    chunk = config.chunk_for(patches.num_tokens, width * features)
+    chunks = triton.cdiv(patches.num_tokens, chunk)
     partials = torch.empty(chunks, width, features, dtype=torch.float32, device=grad.device)
     block = _fitted(config.features, features)
     grid = (triton.cdiv(width, config.features), triton.cdiv(features, block), chunks)
@@ -100,7 +112,7 @@ def weight_gradient(grad: Tensor, flat: Tensor, patches: Patches, num_pixels: in
         *patches.args,
         **patches.meta(_reach(flat)),
         NUM_PIXELS=num_pixels,
-        CHUNK=config.chunk,
+        CHUNK=chunk,
         BLOCK_N=config.tokens,
         BLOCK_C=config.features,
         BLOCK_F=block,
@@ -116,7 +128,7 @@ def pixel_gradient(grad: Tensor, weight: Tensor, patches: Patches, elements: int
     width, num_pixels = weight.shape
     flat = torch.zeros(elements, dtype=grad.dtype, device=grad.device)
     block = _fitted(config.features, num_pixels)
-    grid = (triton.cdiv(num_pixels, block), triton.cdiv(patches.num_tokens, config.tokens))
+    grid = (triton.cdiv(num_pixels, block) * triton.cdiv(patches.num_tokens, config.tokens),)
     launch(
         *(_pixel_gradient, grid, grad, *grad.stride(), weight, *weight.stride(), flat, width, *patches.args),
         **patches.meta(elements),
@@ -150,8 +162,9 @@ def _embed(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs differ in the channels: they find the same pixels in the L2.
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks = tl.cdiv(width, BLOCK_C)
+    n = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     held = c < width
     columns = c.to(tl.int64)
     origins = patch_origins(n, offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE)
@@ -242,8 +255,9 @@ def _pixel_gradient(
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr,
     NUM_PIXELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    pixels = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    blocks: tl.constexpr = tl.cdiv(NUM_PIXELS, BLOCK_P)
+    n = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    pixels = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     origins = patch_origins(n, offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE)
     used = origins[0]
     sums = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)

@@ -91,18 +91,30 @@ def forward(heads: Heads, segment_ids: Tensor, coords: Tensor, rotation: Rotatio
 
 
 def backward(
-    grads: tuple[Tensor, Tensor], heads: Heads, segment_ids: Tensor, coords: Tensor, rotation: Rotation, eps: float
+    grads: tuple[Tensor, Tensor],
+    heads: Heads,
+    segment_ids: Tensor,
+    coords: Tensor,
+    rotation: Rotation,
+    eps: float,
+    *,
+    weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q and k, [N, H, D] contiguous, and of both weights, [2, D] fp32 (zeros for one that is None)."""
+    """Gradients of q and k, [N, H, D] contiguous, and of both weights, [2, D] fp32 (zeros for one that is None).
+
+    weights: False: [0, D] in place of the weights' gradients.
+    """
     config = QkNormRopeConfig()
     num_tokens, num_heads, head_dim = heads.q.shape
     results = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (heads.q, heads.k))
     block = next_power_of_two(head_dim // 2)
     tokens = max(1, config.pairs // block)
     programs = triton.cdiv(num_tokens, tokens)
-    partials = torch.empty(programs, 2, head_dim, dtype=torch.float32, device=heads.q.device)
+    shape = (programs, 2, head_dim) if weights else (0, head_dim)
+    partials = torch.empty(shape, dtype=torch.float32, device=heads.q.device)
     launch(
-        *(_backward, (programs,), *_strided(grads[0]), *_strided(grads[1]), *heads.args, *results, partials),
+        *(_backward, (programs,), *_strided(grads[0]), *_strided(grads[1]), *heads.args, *results),
+        partials if weights else None,
         *(segment_ids, coords, num_tokens, num_heads),
         **rotation.meta(),
         D=head_dim,
@@ -111,7 +123,7 @@ def backward(
         BLOCK_P=block,
         num_warps=config.num_warps,
     )
-    return *results, fold(partials)
+    return *results, fold(partials) if weights else partials
 
 
 @triton.jit
@@ -181,11 +193,12 @@ def _backward(
             k_sum_a += wa
             k_sum_b += wb
         _store(k_grad + out, da, db, first, second, written)
-    partials += tl.program_id(0).to(tl.int64) * 2 * D
-    tl.store(partials + first, tl.sum(q_sum_a, axis=0), mask=held)
-    tl.store(partials + second, tl.sum(q_sum_b, axis=0), mask=held)
-    tl.store(partials + D + first, tl.sum(k_sum_a, axis=0), mask=held)
-    tl.store(partials + D + second, tl.sum(k_sum_b, axis=0), mask=held)
+    if partials is not None:
+        partials += tl.program_id(0).to(tl.int64) * 2 * D
+        tl.store(partials + first, tl.sum(q_sum_a, axis=0), mask=held)
+        tl.store(partials + second, tl.sum(q_sum_b, axis=0), mask=held)
+        tl.store(partials + D + first, tl.sum(k_sum_a, axis=0), mask=held)
+        tl.store(partials + D + second, tl.sum(k_sum_b, axis=0), mask=held)
 
 
 @triton.jit

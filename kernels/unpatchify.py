@@ -39,7 +39,8 @@ def _launch(kernel: Any, tokens: Tensor, flat: Tensor, patches: Patches) -> None
     config = UnpatchifyConfig()
     num_pixels = tokens.shape[1]
     block = min(config.pixels, next_power_of_two(num_pixels))
-    grid = (triton.cdiv(num_pixels, block), triton.cdiv(patches.num_tokens, config.tokens))
+    # One axis: only the first one of a grid is longer than 65,535.
+    grid = (triton.cdiv(num_pixels, block) * triton.cdiv(patches.num_tokens, config.tokens),)
     launch(
         *(kernel, grid, tokens, *tokens.stride(), flat, flat.stride(0), flat.numel(), *patches.args),
         **patches.meta(flat.numel()),
@@ -91,8 +92,9 @@ def _block(
 
     Pixels are taken in the buffer's order (c, pt, ph, pw): the reads of a row meet in the cache, writes cannot.
     """
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    pixels = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    blocks: tl.constexpr = tl.cdiv(NUM_PIXELS, BLOCK_P)
+    n = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    pixels = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     origins = patch_origins(n, offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE)
     elements, exists = patch_pixels(origins, pixels, NUM_PIXELS, PT, PH, PW)
     volume: tl.constexpr = PT * PH * PW

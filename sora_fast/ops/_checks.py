@@ -54,5 +54,10 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps: {eps}; it must be above 0 in fp32, or rows of equal values would divide by zero")
 
 
+def may_read(tensor: Tensor) -> bool:
+    """True if looking at the values costs nothing: on a CPU, outside a compiled graph. Anywhere else it would wait."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _written(shape: Sequence[int | str]) -> str:
     return f"[{', '.join(str(size) for size in shape)}]"

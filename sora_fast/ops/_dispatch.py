@@ -50,10 +50,10 @@ def explain() -> str:
     return "\n".join(lines) or "no op has been called"
 
 
-def choose(op: str, backend: str | None, device_type: str, offered: tuple[str, ...] = ("torch", "triton")) -> str:
-    """The backend to run `op` with.
+def choose(op: str, backend: str | None, device: torch.device, offered: tuple[str, ...] = ("torch", "triton")) -> str:
+    """The backend to run `op` with on tensors of `device`.
 
-    backend: what the caller asked for (None: automatic); offered: what the op has at all.
+    backend: what the caller asked for (None: automatic); offered: what the op has for such tensors.
     Raises ValueError if the backend asked for cannot run here.
     """
     _check_name(backend, "backend")
@@ -61,18 +61,18 @@ def choose(op: str, backend: str | None, device_type: str, offered: tuple[str, .
     _check_name(asked, "SORA_FAST_BACKEND")
     refused: dict[str, str] = {}
     if asked is not None:
-        reason = _unavailable(op, asked, device_type, offered)
+        reason = _unavailable(op, asked, device.type, offered)
         if reason is None:
             return _record(op, asked, refused)
         if backend is not None:
             raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
         refused[asked] = reason
     for name in _PREFERENCE:
-        reason = _unavailable(op, name, device_type, offered) or _unproved(op, name, device_type)
+        reason = _unavailable(op, name, device.type, offered) or _unproved(op, name, device)
         if reason is None:
             return _record(op, name, refused)
         refused[name] = reason
-    raise ValueError(f"backend: none of {offered} can run {op} on {device_type}: {refused}")
+    raise ValueError(f"backend: none of {offered} can run {op} on {device}: {refused}")
 
 
 # A graph keeps the choice made while it was traced: Dynamo must neither trace this bookkeeping nor guard on it. This is
@@ -94,7 +94,7 @@ def _check_name(backend: str | None, argument: str) -> None:
 
 def _unavailable(op: str, backend: str, device_type: str, offered: tuple[str, ...]) -> str | None:
     if backend not in offered:
-        return f"{op} has no {backend} backend"
+        return f"{op} has no {backend} backend for such tensors"
     if backend == "triton":
         if find_spec("triton") is None:
             return "the package triton is not installed"
@@ -105,15 +105,15 @@ def _unavailable(op: str, backend: str, device_type: str, offered: tuple[str, ..
     return None
 
 
-def _unproved(op: str, backend: str, device_type: str) -> str | None:
+def _unproved(op: str, backend: str, device: torch.device) -> str | None:
     if backend == "torch":
         return None
-    if device_type != "cuda":
+    if device.type != "cuda":
         return "the interpreter is for tests: ask for it by name"
-    device = device_class()
-    if backend in validated().get(device, {}).get(op, {}):
+    kind = device_class(device)
+    if backend in validated().get(kind, {}).get(op, {}):
         return None
-    return f"no recorded pass on {device}: opt-in (validated.json, written by benchmarks.gpu_suite)"
+    return f"no recorded pass on {kind}: opt-in (validated.json, written by benchmarks.gpu_suite)"
 
 
 def interpreting() -> bool:
@@ -122,9 +122,9 @@ def interpreting() -> bool:
 
 
 @cache
-def device_class() -> str:
-    """The kind of GPU at hand, as validated.json names it: sm_90 for an H100 or H200."""
-    major, minor = torch.cuda.get_device_capability()
+def device_class(device: torch.device) -> str:
+    """The kind of GPU that `device` is, as validated.json names it: sm_90 for an H100 or H200."""
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
 

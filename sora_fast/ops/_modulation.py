@@ -18,6 +18,9 @@ from sora_fast.packing import RowIndex
 
 Index = Tensor | RowIndex
 
+# A program of a kernel that norms rows holds a whole one: with 32 warps, the most there are, 16 elements a thread.
+MAX_KERNEL_WIDTH = 16384
+
 
 def check_modulated(tokens: dict[str, Tensor], tables: dict[str, Tensor], index: Index) -> None:
     """tokens: [N, C], all alike; tables: [M, C] in fp32 or the tokens' dtype, all alike. By their names."""
@@ -45,6 +48,11 @@ def offered(x: Tensor) -> tuple[str, ...]:
     return ("torch", "triton") if x.dtype in KERNEL_DTYPES else ("torch",)
 
 
+def offered_rows(x: Tensor) -> tuple[str, ...]:
+    """The backends that take `x` [N, C], for the ops that norm its rows."""
+    return offered(x) if x.shape[1] <= MAX_KERNEL_WIDTH else ("torch",)
+
+
 def parts(index: Index) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(index, offsets, tokens): what custom ops take; without CSR form for a plain tensor."""
     # The kernels read them at stride 1; nothing is copied where they are so, as a RowIndex always is.
@@ -59,6 +67,11 @@ def csr(index: Tensor, offsets: Tensor | None, tokens: Tensor | None, num_rows: 
         rows = RowIndex.from_index(index, num_rows)
         return rows.offsets, rows.tokens
     return offsets, tokens
+
+
+def table_gradients(grads: Tensor, count: int) -> tuple[Tensor | None, ...]:
+    """[count, M, C] as one gradient a table; None for all if there are none, [0, M, C]."""
+    return grads.unbind() if len(grads) else (None,) * count
 
 
 def without_padding(x: Tensor, index: Index) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sora_fast.ops._checks import check_device, check_shape
+from sora_fast.ops._checks import check_device, check_shape, may_read
 from sora_fast.packing import PackedLayout
 
 PatchSize = tuple[int, int, int]
@@ -35,11 +35,6 @@ def check_patch_size(patch_size: PatchSize) -> None:
     """Raise ValueError unless it is three sizes ≥ 1."""
     if len(patch_size) != 3 or not all(isinstance(size, int) and size >= 1 for size in patch_size):
         raise ValueError(f"patch_size: {patch_size!r}; it must be three ints (pt, ph, pw) ≥ 1")
-
-
-def may_read(tensor: Tensor) -> bool:
-    """True if looking at the values costs nothing: on a CPU, outside a compiled graph. Anywhere else it would wait."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_grids(shapes: Tensor, layout: PackedLayout, patch_size: PatchSize) -> None:

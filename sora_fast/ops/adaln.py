@@ -8,7 +8,16 @@ from torch import Tensor
 
 from sora_fast.ops._checks import check_eps
 from sora_fast.ops._dispatch import choose
-from sora_fast.ops._modulation import Index, check_modulated, csr, gather_rows, offered, parts, without_padding
+from sora_fast.ops._modulation import (
+    Index,
+    check_modulated,
+    csr,
+    gather_rows,
+    offered_rows,
+    parts,
+    table_gradients,
+    without_padding,
+)
 
 
 def adaln(
@@ -26,7 +35,7 @@ def adaln(
     """
     check_modulated({"x": x}, {"shift": shift, "scale": scale}, index)
     check_eps(eps)
-    if choose("adaln", backend, x.device.type, offered(x)) == "torch":
+    if choose("adaln", backend, x.device, offered_rows(x)) == "torch":
         return plain_adaln(x, shift, scale, index, eps)
     return _adaln(x, shift, scale, *parts(index), eps)[0]
 
@@ -54,11 +63,18 @@ def _adaln(
 
 @torch.library.custom_op("sora_fast::adaln_backward", mutates_args=())
 def _adaln_backward(
-    dy: Tensor, x: Tensor, scale: Tensor, stats: Tensor, index: Tensor, offsets: Tensor, tokens: Tensor
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    stats: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    tokens: Tensor,
+    tables: bool,  # whether anybody asks for the tables' gradients
 ) -> tuple[Tensor, Tensor]:
     from sora_fast.kernels.adaln import adaln_backward
 
-    return adaln_backward(dy, x, scale, stats, index, offsets, tokens)
+    return adaln_backward(dy, x, scale, stats, index, offsets, tokens, tables=tables)
 
 
 @_adaln.register_fake
@@ -67,8 +83,8 @@ def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @_adaln_backward.register_fake
-def _(dy: Tensor, x: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), scale.new_empty(2, *scale.shape)
+def _(dy: Tensor, x: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), scale.new_empty(2 * rest[-1], *scale.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -82,8 +98,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     x, scale, stats, index, offsets, tokens = ctx.saved_tensors
     offsets, tokens = csr(index, offsets, tokens, scale.shape[0])
-    dx, (d_shift, d_scale) = _adaln_backward(dy, x, scale, stats, index, offsets, tokens)
-    return dx, d_shift, d_scale, None, None, None, None
+    dx, d_tables = _adaln_backward(dy, x, scale, stats, index, offsets, tokens, any(ctx.needs_input_grad[1:3]))
+    return dx, *table_gradients(d_tables, 2), None, None, None, None
 
 
 _adaln.register_autograd(_backward, setup_context=_save)

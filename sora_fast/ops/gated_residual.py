@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from sora_fast.ops._dispatch import choose
-from sora_fast.ops._modulation import Index, check_modulated, csr, gather_rows, offered, parts, without_padding
+from sora_fast.ops._modulation import (
+    Index,
+    check_modulated,
+    csr,
+    gather_rows,
+    offered,
+    parts,
+    table_gradients,
+    without_padding,
+)
 
 
 def gated_residual(
@@ -23,7 +32,7 @@ def gated_residual(
     whatever stands there. Raises TypeError or ValueError for arguments that do not fit together.
     """
     check_modulated({"residual": residual, "branch": branch}, {"gate": gate}, index)
-    if choose("gated_residual", backend, residual.device.type, offered(residual)) == "torch":
+    if choose("gated_residual", backend, residual.device, offered(residual)) == "torch":
         return plain_gated_residual(residual, branch, gate, index)
     return _gated_residual(residual, branch, gate, *parts(index))
 
@@ -50,11 +59,17 @@ def _gated_residual(
 
 @torch.library.custom_op("sora_fast::gated_residual_backward", mutates_args=())
 def _gated_residual_backward(
-    d_out: Tensor, branch: Tensor, gate: Tensor, index: Tensor, offsets: Tensor, tokens: Tensor
+    d_out: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    tokens: Tensor,
+    tables: bool,  # whether anybody asks for the gate's gradient
 ) -> tuple[Tensor, Tensor, Tensor]:
     from sora_fast.kernels.gated_residual import gated_residual_backward
 
-    return gated_residual_backward(d_out, branch, gate, index, offsets, tokens)
+    return gated_residual_backward(d_out, branch, gate, index, offsets, tokens, tables=tables)
 
 
 @_gated_residual.register_fake
@@ -63,8 +78,8 @@ def _(residual: Tensor, *_: Any) -> Tensor:
 
 
 @_gated_residual_backward.register_fake
-def _(d_out: Tensor, branch: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return branch.new_empty(branch.shape), branch.new_empty(branch.shape), gate.new_empty(1, *gate.shape)
+def _(d_out: Tensor, branch: Tensor, gate: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return branch.new_empty(branch.shape), branch.new_empty(branch.shape), gate.new_empty(1 * rest[-1], *gate.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -74,8 +89,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     branch, gate, index, offsets, tokens = ctx.saved_tensors
     offsets, tokens = csr(index, offsets, tokens, gate.shape[0])
-    d_residual, d_branch, (d_gate,) = _gated_residual_backward(d_out, branch, gate, index, offsets, tokens)
-    return d_residual, d_branch, d_gate, None, None, None
+    d_residual, d_branch, d_tables = _gated_residual_backward(
+        d_out, branch, gate, index, offsets, tokens, ctx.needs_input_grad[2]
+    )
+    return d_residual, d_branch, *table_gradients(d_tables, 1), None, None, None
 
 
 _gated_residual.register_autograd(_backward, setup_context=_save)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sora_fast.ops._checks import check_eps
 from sora_fast.ops._dispatch import choose
-from sora_fast.ops._modulation import Index, check_modulated, csr, offered, parts
+from sora_fast.ops._modulation import Index, check_modulated, csr, offered_rows, parts, table_gradients
 from sora_fast.ops.adaln import plain_adaln
 from sora_fast.ops.gated_residual import plain_gated_residual
 
@@ -37,7 +37,7 @@ def gated_residual_adaln(
     tables = {"gate": gate, "shift": shift, "scale": scale}
     check_modulated({"residual": residual, "branch": branch}, tables, index)
     check_eps(eps)
-    if choose("gated_residual_adaln", backend, residual.device.type, offered(residual)) == "torch":
+    if choose("gated_residual_adaln", backend, residual.device, offered_rows(residual)) == "torch":
         h = plain_gated_residual(residual, branch, gate, index)
         return h, plain_adaln(h, shift, scale, index, eps)
     return _gated_residual_adaln(residual, branch, gate, shift, scale, *parts(index), eps)[:2]
@@ -72,10 +72,12 @@ def _gated_residual_adaln_backward(
     index: Tensor,
     offsets: Tensor,
     tokens: Tensor,
+    tables: bool,  # whether anybody asks for the tables' gradients
 ) -> tuple[Tensor, Tensor, Tensor]:
     from sora_fast.kernels.gated_residual_adaln import gated_residual_adaln_backward
 
-    return gated_residual_adaln_backward(dh, dy, h, branch, gate, scale, stats, index, offsets, tokens)
+    rows = (index, offsets, tokens)
+    return gated_residual_adaln_backward(dh, dy, h, branch, gate, scale, stats, *rows, tables=tables)
 
 
 @_gated_residual_adaln.register_fake
@@ -85,8 +87,10 @@ def _(residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_gated_residual_adaln_backward.register_fake
-def _(dh: Tensor | None, dy: Tensor, h: Tensor, branch: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return h.new_empty(h.shape), branch.new_empty(branch.shape), gate.new_empty(3, *gate.shape)
+def _(
+    dh: Tensor | None, dy: Tensor, h: Tensor, branch: Tensor, gate: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return h.new_empty(h.shape), branch.new_empty(branch.shape), gate.new_empty(3 * rest[-1], *gate.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -101,10 +105,10 @@ def _backward(ctx: Any, dh: Tensor | None, dy: Tensor | None, *_: None) -> tuple
     h, branch, gate, scale, stats, index, offsets, tokens = ctx.saved_tensors
     dy = torch.zeros_like(h) if dy is None else dy
     offsets, tokens = csr(index, offsets, tokens, gate.shape[0])
-    d_residual, d_branch, (d_gate, d_shift, d_scale) = _gated_residual_adaln_backward(
-        dh, dy, h, branch, gate, scale, stats, index, offsets, tokens
+    d_residual, d_branch, d_tables = _gated_residual_adaln_backward(
+        dh, dy, h, branch, gate, scale, stats, index, offsets, tokens, any(ctx.needs_input_grad[2:5])
     )
-    return d_residual, d_branch, d_gate, d_shift, d_scale, None, None, None, None
+    return d_residual, d_branch, *table_gradients(d_tables, 3), None, None, None, None
 
 
 _gated_residual_adaln.register_autograd(_backward, setup_context=_save)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import _attention_torch as plain
-from sora_fast.ops._checks import FLOAT_DTYPES, KERNEL_DTYPES, check_device, check_dtype, check_shape
+from sora_fast.ops._checks import FLOAT_DTYPES, KERNEL_DTYPES, check_device, check_dtype, check_shape, may_read
 from sora_fast.ops._dispatch import choose
 from sora_fast.packing import PackedLayout
 from sora_fast.schedule import TileSchedule
@@ -48,7 +48,7 @@ def packed_attention(
     if not math.isfinite(scale):
         raise ValueError(f"scale: {scale}; it must be a finite number")
     schedule = mask if isinstance(mask, TileSchedule) else TileSchedule.build(layout, mask, kv_layout=kv_layout)
-    chosen = choose("packed_attention", backend, q.device.type, _offered(q))
+    chosen = choose("packed_attention", backend, q.device, _offered(q))
     op = _plain_attention if chosen == "torch" else _triton_attention
     tile_sizes = [schedule.layout.tile_size, schedule.kv_layout.tile_size]
     out, lse = op(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule.mask), scale)
@@ -97,9 +97,11 @@ def _plain_attention_backward(
     tile_sizes: list[int],
     kind: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keys: bool,  # whether anybody asks for the gradients of k and v
+) -> list[Tensor]:
     blocks = _blocks(schedule, kind, join=plain.may_join(q, grad_lse))
-    return plain.backward(grad_out, grad_lse, q, k, v, out, lse, blocks, scale)
+    grads = plain.backward(grad_out, grad_lse, q, k, v, out, lse, blocks, scale)
+    return list(grads if keys else grads[:1])
 
 
 def _blocks(schedule: list[Tensor], kind: int, *, join: bool) -> Iterator[plain.Block]:
@@ -133,13 +135,14 @@ def _triton_attention_backward(
     tile_sizes: list[int],
     kind: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keys: bool,  # whether anybody asks for the gradients of k and v
+) -> list[Tensor]:
     from sora_fast.kernels.packed_attention_backward import backward
 
     walks = _walks(schedule, kind)
     # The gradient of a transposed or summed logsumexp comes in any strides, expanded ones too.
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    options = {"tile_sizes": tuple(tile_sizes), "scale": scale, "causal": kind == _CAUSAL_BOXES}
+    options = {"tile_sizes": tuple(tile_sizes), "scale": scale, "causal": kind == _CAUSAL_BOXES, "keys": keys}
     return backward(grad_out, grad_lse, q, k, v, out, lse, *walks, **options)
 
 
@@ -157,8 +160,9 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=wide)
 
 
-def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in inputs[:3])
+def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, *inputs: Any) -> list[Tensor]:
+    keys = inputs[-1]
+    return [x.new_empty(x.shape) for x in inputs[: 3 if keys else 1]]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -171,8 +175,10 @@ def _backward_with(op: Any) -> Any:
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse, *schedule = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = op(grad_out, grad_lse, q, k, v, out, lse, schedule, *ctx.options)
-        return *grads, [None] * len(schedule), None, None, None
+        keys = any(ctx.needs_input_grad[1:3])
+        grads = op(grad_out, grad_lse, q, k, v, out, lse, schedule, *ctx.options, keys)
+        missing = [None] * (3 - len(grads))
+        return *grads, *missing, [None] * len(schedule), None, None, None
 
     return backward
 
@@ -211,11 +217,23 @@ def _check(
         raise ValueError(f"q: shape {tuple(q.shape)}; it must have at least one head and one channel")
     if mask is not None and not isinstance(mask, SpacetimeMask | TileSchedule):
         raise TypeError(f"mask: {type(mask).__name__}; it must be a SpacetimeMask, a TileSchedule or None")
-    if isinstance(mask, TileSchedule) and (mask.layout.capacity, mask.kv_layout.capacity) != (
-        layout.capacity,
-        keys.capacity,
+    if isinstance(mask, TileSchedule):
+        if kv_layout is not None and not mask.mask.is_full:
+            raise ValueError(
+                f"mask: a schedule of {mask.mask} with kv_layout; cross-attention takes the full mask only"
+            )
+        _check_schedule("layout", mask.layout, layout)
+        _check_schedule("layout" if kv_layout is None else "kv_layout", mask.kv_layout, keys)
+
+
+def _check_schedule(name: str, scheduled: PackedLayout, given: PackedLayout) -> None:
+    """The schedule was built for a layout like the given one: for that very batch, where looking costs nothing."""
+    sizes = ("capacity", "max_segments", "max_tiles", "tile_size", "device")
+    for size in sizes:
+        built, wanted = getattr(scheduled, size), getattr(given, size)
+        if built != wanted:
+            raise ValueError(f"mask: a schedule for a {name} of {size} {built}, but the {name} has {wanted}")
+    if may_read(given.cu_seqlens) and not (
+        torch.equal(scheduled.cu_seqlens, given.cu_seqlens) and torch.equal(scheduled.tile_offsets, given.tile_offsets)
     ):
-        raise ValueError(
-            f"mask: a schedule of {mask.layout.capacity} queries and {mask.kv_layout.capacity} keys, but the layouts "
-            f"have {layout.capacity} and {keys.capacity}"
-        )
+        raise ValueError(f"mask: a schedule of another batch than the {name}; build it from this one")

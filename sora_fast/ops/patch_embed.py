@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape, may_read
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
-from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, may_read, pixel_index
+from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, pixel_index
 from sora_fast.packing import PackedLayout, RaggedLatents
 
 
@@ -79,7 +79,7 @@ def patch_embed(
     check_grids(latents.shapes, layout, patch_size)
     _check_weights(latents, weight, bias, patch_size)
     _check_position(position, weight, layout)
-    if choose("patch_embed", backend, weight.device.type, offered(weight)) == "torch":
+    if choose("patch_embed", backend, weight.device, offered(weight)) == "torch":
         return _torch(latents, weight, bias, layout, patch_size, position)
     geometry = (latents.offsets, latents.shapes, layout.segment_ids, layout.coords, list(patch_size))
     return _patch_embed(latents.flat, weight, bias, *_joined(position), *geometry)

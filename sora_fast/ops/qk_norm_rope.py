@@ -74,7 +74,7 @@ def qk_norm_rope(
     """
     _check(q, k, q_weight, k_weight, layout, rope)
     check_eps(eps)
-    if choose("qk_norm_rope", backend, q.device.type, offered(q)) == "torch":
+    if choose("qk_norm_rope", backend, q.device, offered(q)) == "torch":
         return _torch(q, q_weight, layout, rope, eps), _torch(k, k_weight, layout, rope, eps)
     rotation = _rotation(rope, q.shape[2])
     return _qk_norm_rope(q, k, q_weight, k_weight, layout.segment_ids, layout.coords, *rotation, eps)
@@ -139,11 +139,13 @@ def _qk_norm_rope_backward(
     scale: list[float],
     interleaved: bool,
     eps: float,
+    weights: bool,  # whether anybody asks for the weights' gradients
 ) -> tuple[Tensor, Tensor, Tensor]:
     from sora_fast.kernels import qk_norm_rope as kernels
 
     rotation = kernels.Rotation(tuple(split), theta, tuple(scale), interleaved)
-    return kernels.backward((dq, dk), kernels.Heads(q, k, q_weight, k_weight), segment_ids, coords, rotation, eps)
+    heads = kernels.Heads(q, k, q_weight, k_weight)
+    return kernels.backward((dq, dk), heads, segment_ids, coords, rotation, eps, weights=weights)
 
 
 @_qk_norm_rope.register_fake
@@ -152,8 +154,8 @@ def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @_qk_norm_rope_backward.register_fake
-def _(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), q.new_empty((2, q.shape[2]), dtype=torch.float32)
+def _(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), q.new_empty((2 * rest[-1], q.shape[2]), dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -162,12 +164,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    q_weight, k_weight = ctx.saved_tensors[2:4]
-    dq, dk, weights = _qk_norm_rope_backward(dq, dk, *ctx.saved_tensors, *ctx.rotation)
-    d_weights = (
-        None if weight is None else grad.to(weight.dtype)
-        for weight, grad in zip((q_weight, k_weight), weights.unbind(), strict=True)
-    )
+    needed = ctx.needs_input_grad[2:4]
+    dq, dk, sums = _qk_norm_rope_backward(dq, dk, *ctx.saved_tensors, *ctx.rotation, any(needed))
+    weights = ctx.saved_tensors[2:4]
+    d_weights = (sums[place].to(weights[place].dtype) if needed[place] else None for place in range(2))
     return dq, dk, *d_weights, *[None] * 7
 
 

@@ -4,10 +4,13 @@ import torch
 from torch import Tensor
 
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape
+from sora_fast.ops._dispatch import choose
 from sora_fast.packing import PackedLayout
 
 
-def segment_mean(x: Tensor, layout: PackedLayout) -> Tensor:
+# No custom op: those hold the kernels that autograd and torch.compile cannot look into, and there is none here. Like
+# every torch backend this is plain PyTorch, which both of them follow.
+def segment_mean(x: Tensor, layout: PackedLayout, *, backend: str | None = None) -> Tensor:
     """Mean over the tokens of every segment.
 
     x: [N, C] bf16, fp16, fp32 or fp64; padding rows are not read.
@@ -16,6 +19,7 @@ def segment_mean(x: Tensor, layout: PackedLayout) -> Tensor:
     check_shape("x", x, [layout.capacity, "C"])
     check_dtype("x", x, FLOAT_DTYPES)
     check_device("x", x, "the layout", layout.device)
+    choose("segment_mean", backend, x.device, ("torch",))
     end = layout.cu_seqlens.new_full((1,), layout.capacity)
     # Padding is one more segment: what stands in it, NaN too, reaches no other one.
     offsets = torch.cat([layout.cu_seqlens, end]).long()

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape, may_read
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
-from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, may_read, pixel_index
+from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, pixel_index
 from sora_fast.packing import PackedLayout, RaggedLatents
 
 
@@ -45,7 +45,7 @@ def unpatchify(
     check_device("tokens", tokens, "the layout", layout.device)
     shapes, offsets = _place(shapes, tokens.shape[1] // pixels)
     _check_capacity(offsets, capacity)
-    if choose("unpatchify", backend, tokens.device.type, offered(tokens)) == "torch":
+    if choose("unpatchify", backend, tokens.device, offered(tokens)) == "torch":
         flat = _torch(tokens, offsets, shapes, layout, patch_size, capacity)
     else:
         flat = _unpatchify(tokens, offsets, shapes, layout.segment_ids, layout.coords, list(patch_size), capacity)

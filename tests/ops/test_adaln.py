@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from sora_fast.ops.adaln import _adaln, _adaln_backward, adaln
 from sora_fast.packing import RowIndex
 from tests.modulated import DTYPES, PATTERNS, WIDTHS, Case, cases, check_against_oracle, check_compiles_once
+from tests.tracing import check_unasked
 
 BACKENDS = ("torch", "triton")
 SHAPE = {"tokens": 1, "tables": 2}
@@ -72,6 +74,11 @@ def test_repeats_to_the_bit(backend: str, device: torch.device) -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+def test_tables_that_want_no_gradient_cost_nothing(device: torch.device) -> None:
+    *tensors, index = arguments(Case(tokens=40), device)
+    check_unasked(partial(adaln, index=index, backend="triton"), tensors, asked=1, spared="_fold")
+
+
 def test_gradcheck() -> None:
     _, _, _, index = arguments(Case(tokens=6, width=4, rows=3), torch.device("cpu"))
     x, shift, scale = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (6, 3, 3))
@@ -85,7 +92,8 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(_adaln, (x, shift, scale, index, None, None, 1e-6))
     stats = torch.rand(2, 9, device=device)
     x, scale = x.detach(), scale.detach()
-    torch.library.opcheck(_adaln_backward, (x, x, scale, stats, index, rows.offsets, rows.tokens))
+    for tables in (True, False):
+        torch.library.opcheck(_adaln_backward, (x, x, scale, stats, index, rows.offsets, rows.tokens, tables))
 
 
 @pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])
@@ -102,6 +110,7 @@ def test_empty_pack(device: torch.device) -> None:
 
 
 X, TABLE, INDEX = torch.zeros(5, 8), torch.zeros(3, 8), torch.zeros(5, dtype=torch.int32)
+WIDE = torch.zeros(5, 16392)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +130,7 @@ X, TABLE, INDEX = torch.zeros(5, 8), torch.zeros(3, 8), torch.zeros(5, dtype=tor
         ((X, TABLE.to("meta"), TABLE, INDEX), {}, ValueError, "shift: on meta, but x is on cpu"),
         ((X, TABLE, TABLE, INDEX), {"eps": 0}, ValueError, "eps: 0; it must be above 0"),
         ((X, TABLE, TABLE, INDEX), {"backend": "cuda"}, ValueError, "backend: 'cuda' cannot run adaln"),
+        ((WIDE, WIDE, WIDE, INDEX), {"backend": "triton"}, ValueError, "adaln has no triton backend for such tensors"),
         ((X.double(), TABLE, TABLE, INDEX), {"backend": "triton"}, ValueError, "backend: 'triton' cannot run adaln"),
     ],
 )

@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 from sora_fast.ops.gated_residual import _gated_residual, _gated_residual_backward, gated_residual
 from sora_fast.packing import RowIndex
 from tests.modulated import DTYPES, PATTERNS, WIDTHS, Case, cases, check_against_oracle, check_compiles_once
+from tests.tracing import check_unasked
 
 BACKENDS = ("torch", "triton")
 SHAPE = {"tokens": 2, "tables": 1}
@@ -55,6 +57,11 @@ def test_repeats_to_the_bit(backend: str, device: torch.device) -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+def test_tables_that_want_no_gradient_cost_nothing(device: torch.device) -> None:
+    *tensors, index = arguments(Case(tokens=40), device)
+    check_unasked(partial(gated_residual, index=index, backend="triton"), tensors, asked=2, spared="_fold")
+
+
 def test_gradcheck() -> None:
     _, _, _, index = arguments(Case(tokens=6, width=4, rows=3), torch.device("cpu"))
     inputs = tuple(torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (6, 6, 3))
@@ -67,7 +74,8 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(_gated_residual, (residual, branch, gate, index, rows.offsets, rows.tokens))
     torch.library.opcheck(_gated_residual, (residual, branch, gate, index, None, None))
     given = (residual.detach(), branch.detach(), gate.detach())
-    torch.library.opcheck(_gated_residual_backward, (*given, index, rows.offsets, rows.tokens))
+    for tables in (True, False):
+        torch.library.opcheck(_gated_residual_backward, (*given, index, rows.offsets, rows.tokens, tables))
 
 
 @pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])

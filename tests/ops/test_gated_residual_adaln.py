@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sora_fast.ops.gated_residual_adaln import (
 )
 from sora_fast.packing import RowIndex
 from tests.modulated import DTYPES, PATTERNS, WIDTHS, Case, cases, check_against_oracle, check_compiles_once
+from tests.tracing import check_unasked
 
 BACKENDS = ("torch", "triton")
 SHAPE = {"tokens": 2, "tables": 3}
@@ -65,6 +67,11 @@ def test_repeats_to_the_bit(backend: str, device: torch.device) -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+def test_tables_that_want_no_gradient_cost_nothing(device: torch.device) -> None:
+    *tensors, index = arguments(Case(tokens=40), device)
+    check_unasked(partial(gated_residual_adaln, index=index, backend="triton"), tensors, asked=2, spared="_fold")
+
+
 def test_gradcheck() -> None:
     index = arguments(Case(tokens=6, width=4, rows=3), torch.device("cpu"))[-1]
     inputs = tuple(torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (6, 6, 3, 3, 3))
@@ -78,9 +85,9 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(_gated_residual_adaln, (*tensors, index, None, None, 1e-6))
     h, branch, gate, _, scale = (tensor.detach() for tensor in tensors)
     stats = torch.rand(2, 9, device=device)
-    for dh in (h, None):
+    for dh, tables in ((h, True), (None, False)):
         saved = (h, branch, gate, scale, stats, index, rows.offsets, rows.tokens)
-        torch.library.opcheck(_gated_residual_adaln_backward, (dh, h, *saved))
+        torch.library.opcheck(_gated_residual_adaln_backward, (dh, h, *saved, tables))
 
 
 @pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])

@@ -1,5 +1,6 @@
 import importlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import _attention_torch as plain
@@ -19,6 +18,7 @@ from sora_fast.schedule import TileSchedule
 from tests.helpers import assert_within_rule, poison_empty
 from tests.layouts import MASKS, packs
 from tests.modulated import no_recompilation
+from tests.tracing import LargestTensor, check_unasked
 
 # The package gives this name to the function.
 module = importlib.import_module("sora_fast.ops.packed_attention")
@@ -255,6 +255,13 @@ def test_repeats_to_the_bit_and_takes_a_schedule(backend: str, device: torch.dev
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_keys_that_want_no_gradient_cost_nothing(device: torch.device) -> None:
+    layout = ragged().to(device)
+    qkv = [torch.randn(layout.capacity, 1, 24, device=device) for _ in range(3)]
+    op = partial(packed_attention, layout=layout, mask=WINDOW, backend="triton")
+    check_unasked(op, qkv, asked=1, spared="grad_key_value_kernel")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_expanded_gradient(backend: str, device: torch.device) -> None:
     layout = ragged().to(device)
@@ -287,17 +294,6 @@ def test_strides_past_32_bits(tmp_path: Path) -> None:
     assert torch.equal(packed_attention(q, far.copy_(k), v, layout, backend="triton"), near)
 
 
-class _Largest(TorchDispatchMode):
-    """Notes the most elements of any tensor that is made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
-        return result
-
-
 @pytest.mark.parametrize("mask", [SpacetimeMask.full(), SpacetimeMask.window(1, 2, 2), SpacetimeMask.temporal()])
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_torch_backend_builds_no_matrix_over_the_pack(mask: SpacetimeMask, with_lse: bool) -> None:
@@ -308,7 +304,7 @@ def test_torch_backend_builds_no_matrix_over_the_pack(mask: SpacetimeMask, with_
     def blocks() -> Any:
         return module._blocks(tensors, module._kind(mask), join=not with_lse)
 
-    with _Largest() as largest:
+    with LargestTensor() as largest:
         out, lse = plain.forward(*qkv, blocks(), 0.3)
         plain.backward(out, lse if with_lse else None, *qkv, out, lse, blocks(), 0.3)
     assert largest.elements < layout.capacity**2 / 8
@@ -338,8 +334,8 @@ def test_opcheck(strides: str, backend: str, device: torch.device) -> None:
         "triton": (module._triton_attention, module._triton_attention_backward),
     }[backend]
     out, lse = op(q, k, v, tensors, *options)
-    torch.library.opcheck(op_backward, (grad_out, torch.rand_like(lse), q, k, v, out, lse, tensors, *options))
-    torch.library.opcheck(op_backward, (grad_out, None, q, k, v, out, lse, tensors, *options))
+    torch.library.opcheck(op_backward, (grad_out, torch.rand_like(lse), q, k, v, out, lse, tensors, *options, True))
+    torch.library.opcheck(op_backward, (grad_out, None, q, k, v, out, lse, tensors, *options, False))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     torch.library.opcheck(op, (q, k, v, tensors, *options))
 
@@ -379,6 +375,10 @@ def test_compiles_once_for_ragged_batches(backend: str, compiler: str, batches: 
 
 LAYOUT = PackedLayout.from_grids([(1, 2, 3)], capacity=8)
 TEXT = PackedLayout.from_grids([(5, 1, 1)])
+OTHER = PackedLayout.from_grids([(1, 2, 2)], capacity=8)
+ROOMY = PackedLayout.from_grids([(1, 2, 3)], capacity=8, max_segments=2)
+SMALL_TILES = PackedLayout.from_grids([(1, 2, 3)], capacity=8, tile_size=16)
+CROSS = TileSchedule.build(LAYOUT, kv_layout=TEXT)
 X = torch.zeros(8, 2, 16)
 
 
@@ -397,7 +397,22 @@ X = torch.zeros(8, 2, 16)
         ((X, X, X, LAYOUT), {"kv_layout": TEXT}, ValueError, r"k: shape \(8, 2, 16\); it must be \[5, 2, 16\]"),
         ((X, X[:5], X[:5], LAYOUT, WINDOW), {"kv_layout": TEXT}, ValueError, "mask: .* with kv_layout"),
         ((X, X, X, LAYOUT, "full"), {}, TypeError, "mask: str; it must be a SpacetimeMask, a TileSchedule or None"),
-        ((X, X, X, LAYOUT, TileSchedule.build(TEXT)), {}, ValueError, "mask: a schedule of 5 queries"),
+        (
+            (X, X, X, LAYOUT, TileSchedule.build(TEXT)),
+            {},
+            ValueError,
+            "a schedule for a layout of capacity 5, but .* 8",
+        ),
+        ((X, X, X, LAYOUT, TileSchedule.build(ROOMY)), {}, ValueError, "a layout of max_segments 2, but .* has 1"),
+        ((X, X, X, LAYOUT, TileSchedule.build(SMALL_TILES)), {}, ValueError, "a layout of max_tiles 2, but .* has 1"),
+        ((X, X, X, LAYOUT, TileSchedule.build(OTHER)), {}, ValueError, "mask: a schedule of another batch"),
+        ((X, X, X, LAYOUT, CROSS), {}, ValueError, "a schedule for a layout of capacity 5, but .* 8"),
+        (
+            (X, X, X, LAYOUT, TileSchedule.build(LAYOUT, WINDOW)),
+            {"kv_layout": LAYOUT},
+            ValueError,
+            "mask: a schedule of .* cross-attention takes the full mask only",
+        ),
         ((X, X, X, LAYOUT), {"scale": float("nan")}, ValueError, "scale: nan; it must be a finite number"),
         ((X, X, X, LAYOUT), {"backend": "cuda"}, ValueError, "backend: 'cuda' cannot run packed_attention"),
         ((X.double(),) * 3 + (LAYOUT,), {"backend": "triton"}, ValueError, "backend: 'triton' cannot run"),

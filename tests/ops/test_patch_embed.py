@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,24 @@ def test_repeats_to_the_bit(backend: str, device: torch.device) -> None:
     inputs = Inputs(RaggedCase(order="tiled", drop=True), 20, "tables")
     runs = [inputs.run(inputs.op(device, backend), torch.float32, inputs.d_tokens, device=device) for _ in range(2)]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_partial_sums_of_the_weights_gradient_are_bounded(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sora_fast.kernels.patch_embed import PatchEmbedConfig
+
+    config = PatchEmbedConfig()
+    chunks = {features: config.chunk_for(1 << 20, 5120 * features) for features in (65, 257, 2107)}
+    assert chunks[65] == 32768
+    assert all(-(-(1 << 20) // chunk) * 5120 * features <= 1 << 24 for features, chunk in chunks.items())
+    inputs = Inputs(RaggedCase(order="tiled"), 20, "tables")
+    run = partial(inputs.run, inputs.op(device, "triton"), torch.float32, inputs.d_tokens, device=device)
+    monkeypatch.setattr(PatchEmbedConfig, "chunk_for", lambda *_: 32)
+    many = run()
+    monkeypatch.undo()
+    for name, result in run().items():
+        torch.testing.assert_close(result, many[name])
 
 
 def test_gradcheck() -> None:

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.helpers import assert_within_rule, poison_empty
 from tests.layouts import Pack, packs
 from tests.modulated import no_recompilation
 from tests.ragged import DTYPES
+from tests.tracing import check_unasked
 
 BACKENDS = ("torch", "triton")
 HEAD_DIMS = (64, 72, 96, 128)
@@ -162,6 +164,17 @@ def test_repeats_to_the_bit(backend: str, device: torch.device) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_weights_that_want_no_gradient_cost_nothing(device: torch.device) -> None:
+    shapes = [(19, 2, 64)] * 2 + [(64,)] * 2
+    op = partial(qk_norm_rope, layout=LAYOUT.to(device), rope=Rope3D(), backend="triton")
+    check_unasked(op, [torch.randn(shape, device=device) for shape in shapes], asked=2, spared="_fold")
+
+
+def test_many_tokens_are_folded_in_two_steps(device: torch.device) -> None:
+    # Of one head of 64 channels, 16 tokens make a partial sum, and 64 of those a group.
+    check(Inputs(PackedLayout.from_grids([(1, 33, 32)]), None, 64, heads=1), "triton", device)
+
+
 def test_gradcheck() -> None:
     inputs = Inputs(LAYOUT, Rope3D(), 6, heads=1)
     q, k, *weights = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((19, 1, 6),) * 2 + ((6,),) * 2)
@@ -177,7 +190,7 @@ def test_opcheck(norm: bool, device: torch.device) -> None:
     rest = (layout.segment_ids, layout.coords, *_rotation(Rope3D() if norm else None, 8), 1e-6)
     torch.library.opcheck(_qk_norm_rope, (q, k, *weights, *rest))
     q, weights = q.detach(), [None if weight is None else weight.detach() for weight in weights]
-    torch.library.opcheck(_qk_norm_rope_backward, (q.clone(), k, q, k, *weights, *rest))
+    torch.library.opcheck(_qk_norm_rope_backward, (q.clone(), k, q, k, *weights, *rest, norm))
 
 
 @pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 
+from sora_fast import explain
+from sora_fast.ops import _dispatch
 from sora_fast.ops.segment_mean import segment_mean
 from sora_fast.packing import PackedLayout
 from tests.helpers import assert_within_rule
@@ -73,3 +75,11 @@ def test_compiles_once_for_ragged_batches(device: torch.device) -> None:
 def test_bad_arguments(x: torch.Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         segment_mean(x, LAYOUT)
+
+
+def test_explain_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_calls", {})
+    segment_mean(torch.zeros(10, 3), LAYOUT)
+    assert "segment_mean: torch, chosen 1×" in explain()
+    with pytest.raises(ValueError, match="segment_mean has no triton backend"):
+        segment_mean(torch.zeros(10, 3), LAYOUT, backend="triton")

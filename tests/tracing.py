@@ -1,0 +1,42 @@
+"""What an op does besides its result: the tensors that it makes, the kernels that it launches."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LargestTensor(TorchDispatchMode):
+    """Inside, notes the most elements of any tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
+        return result
+
+
+def check_unasked(
+    op: Callable[..., Tensor | tuple[Tensor, ...]], tensors: Sequence[Tensor], *, asked: int, spared: str
+) -> None:
+    """If only the first `asked` of the tensors want a gradient, theirs are the same to the bit, and the backward pass
+    does not launch the kernel `spared`, which it launches otherwise.
+    """
+    from sora_fast.kernels._launch import recording
+
+    gradients, kernels = [], []
+    for wanted in (len(tensors), asked):
+        leaves = [x.detach().requires_grad_(place < wanted) for place, x in enumerate(tensors)]
+        outputs = op(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        ones = [torch.ones_like(output) for output in outputs]
+        gradients.append(torch.autograd.grad(outputs, leaves[:wanted], ones, retain_graph=True))
+        with recording((9, 0)) as recorder:
+            torch.autograd.grad(outputs, leaves[:wanted], ones)
+        kernels.append({kernel.fn.__name__ for kernel, *_ in recorder.launches})
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=False))
+    assert kernels[0] - kernels[1] == {spared}
