@@ -1,6 +1,7 @@
 """TileSchedule: which tiles of the packed sequence meet which, from a layout and a mask, built on the device."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,13 @@ from sora_fast.packing.layout import MAX_GRID, PackedLayout
 
 # Guard bits above the fields w:9, h:9, t:10 of a packed coordinate.
 GUARD = 1 << 9 | 1 << 19 | 1 << 30
+
+# Places in a list, and the tiles after it, are numbered in int32.
+_MOST_PAIRS = 1 << 30
+# Pairs of tiles decided at a time, each of which takes 30 bytes or so for that moment.
+_CHUNK_PAIRS = 1 << 22
+# Beyond every coordinate, segment and raster index.
+_FAR = torch.iinfo(torch.int32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,26 +58,37 @@ class TileSchedule(TensorBundle):
 
     @staticmethod
     def build(
-        layout: PackedLayout, mask: SpacetimeMask | None = None, *, kv_layout: PackedLayout | None = None
+        layout: PackedLayout,
+        mask: SpacetimeMask | None = None,
+        *,
+        kv_layout: PackedLayout | None = None,
+        max_pairs: int = 1 << 24,
     ) -> "TileSchedule":
         """Decide every pair of tiles by interval arithmetic on their bounding boxes; never waits for the device.
 
         kv_layout: cross-attention, segment s of `layout` sees all of segment s of `kv_layout`; needs the full mask.
-        A full mask costs O(T); any other O(T²) for T tiles, in time and in memory.
+        max_pairs: room for so many pairs of tiles in each of the two lists. The default is enough for any mask over
+            4,096 tiles, a pack of about 250k tokens. Tiles that find no room left visit all tiles from the first to
+            the last that they meet, testing every pair of tokens from the first gap on: the same result, later.
+
+        A full mask costs O(T) for T tiles. Any other takes O(T²) time and 8·min(T², max_pairs) bytes, and while it is
+        built some 150 MB more at the most, whatever T.
         """
         mask = mask or SpacetimeMask.full()
         keys = kv_layout or layout
-        _check(layout, mask, kv_layout)
+        _check(layout, mask, kv_layout, max_pairs)
         if mask.is_full:
             by_query, by_key = _segment_lists(layout, keys), _segment_lists(keys, layout)
         else:
-            full, partial = _tile_pairs(layout, mask)
-            by_query, by_key = _lists(full, partial), _lists(full.T, partial.T)
+            bounds = _TileBounds.of(layout, mask)
+            by_query, by_key = (_lists(bounds, max_pairs, by_key=by_key) for by_key in (False, True))
         low, high = _packed_bounds(layout, mask)
         return TileSchedule(mask, layout, keys, by_query, by_key, low, high, _packed_places(keys))
 
 
-def _check(layout: PackedLayout, mask: SpacetimeMask, kv_layout: PackedLayout | None) -> None:
+def _check(layout: PackedLayout, mask: SpacetimeMask, kv_layout: PackedLayout | None, max_pairs: int) -> None:
+    if not 0 <= max_pairs <= _MOST_PAIRS:
+        raise ValueError(f"max_pairs: {max_pairs}; it must be from 0 to {_MOST_PAIRS}")
     if kv_layout is None:
         return
     if not mask.is_full:
@@ -100,48 +119,104 @@ def _tile_segments(layout: PackedLayout) -> tuple[Tensor, Tensor]:
     return segment.clamp(max=layout.max_segments - 1), ends > starts
 
 
-def _tile_pairs(layout: PackedLayout, mask: SpacetimeMask) -> tuple[Tensor, Tensor]:
-    """Boolean matrices [T, T], query tile by key tile: entirely allowed, and allowed in part (perhaps)."""
-    segment, used = _tile_segments(layout)
-    tiles = layout.tile_ids().long()
-    same = (segment[:, None] == segment[None, :]) & used[:, None] & used[None, :]
-    first, last = mask.bounds(layout)
-    meets, full = same, same
-    for axis in range(3):
-        place = layout.coords[:, axis]
-        key_min, key_max = _per_tile(place, tiles, layout)
-        low_min, low_max = _per_tile(first[:, axis], tiles, layout)
-        high_min, high_max = _per_tile(last[:, axis], tiles, layout)
-        meets = meets & (key_max[None, :] >= low_min[:, None]) & (key_min[None, :] <= high_max[:, None])
-        full = full & (key_min[None, :] >= low_max[:, None]) & (key_max[None, :] <= high_min[:, None])
-    if mask.causal_tokens:
-        low, high = _per_tile(layout.raster_index, tiles, layout)
-        meets = meets & (low[None, :] <= high[:, None])
-        full = full & (high[None, :] <= low[:, None])
-    return full, meets & ~full
+class _TileBounds(NamedTuple):
+    """Least and greatest number [T, A] in each tile of A axes: t, h, w, the segment and, if causal, the raster order.
+
+    key: where the tile's tokens lie as keys. low, high: first and last place that they may attend as queries. Tiles
+    without a token have bounds that meet nothing.
+    """
+
+    key: tuple[Tensor, Tensor]
+    low: tuple[Tensor, Tensor]
+    high: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def of(layout: PackedLayout, mask: SpacetimeMask) -> "_TileBounds":
+        first, last = mask.bounds(layout)
+        segment = layout.segment_ids[:, None]
+        key, low, high = [layout.coords, segment], [first, segment], [last, segment]
+        if mask.causal_tokens:
+            raster = layout.raster_index[:, None]
+            key, low, high = [*key, raster], [*low, torch.zeros_like(raster)], [*high, raster]
+        # Padding falls into a place past the end.
+        tiles = torch.where(layout.segment_ids >= 0, layout.tile_ids(), layout.max_tiles).long()
+        return _TileBounds(*(_per_tile(torch.cat(axes, dim=1), tiles, layout.max_tiles) for axes in (key, low, high)))
+
+    def decide(self, queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        """Boolean matrices, query tile by key tile: which pairs meet (perhaps), and which of those entirely."""
+        meets = full = None
+        for axis in range(self.key[0].shape[1]):
+            key_min, key_max = (bound[None, keys, axis] for bound in self.key)
+            low_min, low_max = (bound[queries, None, axis] for bound in self.low)
+            high_min, high_max = (bound[queries, None, axis] for bound in self.high)
+            touches = (key_max >= low_min) & (key_min <= high_max)
+            holds = (key_min >= low_max) & (key_max <= high_min)
+            meets = touches if meets is None else meets & touches
+            full = holds if full is None else full & holds
+        return meets, full & meets
 
 
-def _per_tile(values: Tensor, tiles: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
-    """Least and greatest of a token's value in each tile. Padding tokens fall into the unused place past the end."""
-    index = torch.where(layout.segment_ids >= 0, tiles, layout.max_tiles)
-    place = values.new_zeros(layout.max_tiles + 1)
-    low = place.scatter_reduce(0, index, values, "amin", include_self=False)
-    high = place.scatter_reduce(0, index, values, "amax", include_self=False)
+def _per_tile(values: Tensor, tiles: Tensor, max_tiles: int) -> tuple[Tensor, Tensor]:
+    """Least and greatest of the values [N, A] of each tile's tokens; where it has none, the greatest is the least."""
+    index = tiles[:, None].expand_as(values)
+    shape = (max_tiles + 1, values.shape[1])
+    low = values.new_full(shape, _FAR).scatter_reduce(0, index, values, "amin")
+    high = values.new_full(shape, -_FAR).scatter_reduce(0, index, values, "amax")
     return low[:-1], high[:-1]
 
 
-def _lists(full: Tensor, partial: Tensor) -> TileLists:
-    """Rows of two boolean matrices [T, T'] as lists, full tiles first, compacted without waiting for the device."""
-    wanted = torch.cat([full, partial], dim=1)
-    counts = wanted.sum(dim=1, dtype=torch.int32)
-    end = counts.cumsum(0, dtype=torch.int32)
+def _lists(bounds: _TileBounds, max_pairs: int, *, by_key: bool) -> TileLists:
+    """The pairs that meet as lists of the query tiles' key tiles, or of the key tiles' query tiles.
+
+    Decided some tiles at a time, and compacted without waiting for the device.
+    """
+    count = bounds.key[0].shape[0]
+    room = min(count * count, max_pairs)
+    # The place past the room takes what is not wanted in a list; in the end all tiles lie there, one after the other.
+    tiles = torch.zeros(room + count, dtype=torch.int32, device=bounds.key[0].device)
+    taken = tiles.new_zeros(1, dtype=torch.int64)
+    everything, parts = slice(0, count), []
+    step = max(1, _CHUNK_PAIRS // count)
+    for start in range(0, count, step):
+        some = slice(start, start + step)
+        meets, full = bounds.decide(everything, some) if by_key else bounds.decide(some, everything)
+        meets, full = (meets.T, full.T) if by_key else (meets, full)
+        parts.append(_append(tiles, meets, full, taken, room))
+        taken = taken + meets.sum()
+    tiles[room:] = torch.arange(count, dtype=torch.int32, device=tiles.device)
+    begin, full_end, end = (torch.cat(part).to(torch.int32) for part in zip(*parts, strict=True))
+    return TileLists(begin, full_end, end, tiles, _longest_first(end - begin))
+
+
+def _append(tiles: Tensor, meets: Tensor, full: Tensor, taken: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Write the tiles that each row [T] of the matrices meets behind the `taken` places, full ones first.
+
+    Returns begin, full_end, end of the rows. A row that does not fit gets a range of the tiles that lie past `room`.
+    """
+    columns = torch.arange(meets.shape[1], dtype=torch.int32, device=meets.device)
+    counts, full_counts = (matrix.sum(dim=1, dtype=torch.int32) for matrix in (meets, full))
+    end = taken + counts.cumsum(0)
     begin = end - counts
-    full_end = begin + full.sum(dim=1, dtype=torch.int32)
-    columns = torch.arange(full.shape[1], dtype=torch.int32, device=full.device).repeat(2).expand_as(wanted)
-    # What is not wanted lands in one place past the end. A pair is full or partial, never both: T·T' places suffice.
-    place = torch.where(wanted.flatten(), wanted.flatten().cumsum(0) - 1, full.numel())
-    tiles = columns.new_zeros(full.numel() + 1).scatter(0, place, columns.flatten())
-    return TileLists(begin, full_end, end, tiles[:-1], _longest_first(counts))
+    full_end = begin + full_counts
+    rank, full_rank = (matrix.cumsum(dim=1, dtype=torch.int32) for matrix in (meets, full))
+    rank = torch.where(full, full_rank, full_counts[:, None] + rank - full_rank) - 1
+    place = torch.where(meets & (end <= room)[:, None], begin[:, None] + rank, room)
+    tiles.scatter_(0, place.flatten(), columns.expand_as(meets).flatten())
+    if room >= meets.shape[1] ** 2:
+        return begin, full_end, end
+    return tuple(
+        torch.where(end <= room, place, room + bound)
+        for place, bound in zip((begin, full_end, end), _ranges(meets, full, columns), strict=True)
+    )
+
+
+def _ranges(meets: Tensor, full: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row: the first tile that it meets, the first after it that is not full, and the one past the last."""
+    count = columns.shape[0]
+    first = torch.where(meets, columns, count).amin(dim=1)
+    end = torch.maximum(first, torch.where(meets, columns + 1, 0).amax(dim=1))
+    gap = torch.where(full | (columns < first[:, None]), count, columns).amin(dim=1)
+    return first, torch.minimum(gap, end), end
 
 
 def _longest_first(counts: Tensor) -> Tensor:

@@ -2,11 +2,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sora_fast import schedule as module
 from sora_fast.masks import SpacetimeMask
 from sora_fast.packing import PackedLayout
 from sora_fast.schedule import GUARD, TileLists, TileSchedule
 from tests.layouts import MASKS, Pack, packs
+from tests.tracing import LargestTensor
 
 
 def cover(lists: TileLists, rows: PackedLayout, columns: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,9 +46,28 @@ def check_lists(lists: TileLists, rows: PackedLayout, columns: PackedLayout, den
 def test_lists_against_the_dense_mask(data: st.DataObject, mask: SpacetimeMask) -> None:
     layout = data.draw(packs(tile_sizes=(16, 32), mask=data.draw(st.sampled_from([None, mask])))).layout
     dense = mask.materialize(layout)
-    schedule = TileSchedule.build(layout, mask)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(module, "_CHUNK_PAIRS", data.draw(st.sampled_from([1, 20, 1 << 22])))
+        schedule = TileSchedule.build(layout, mask, max_pairs=data.draw(st.sampled_from([0, 3, 10, 1 << 24])))
     check_lists(schedule.by_query, layout, layout, dense)
     check_lists(schedule.by_key, layout, layout, dense.T)
+
+
+def test_memory_is_bounded_for_half_a_million_tokens() -> None:
+    layout = PackedLayout.from_grids([(64, 128, 64)])
+    assert layout.max_tiles > 8_000, "64 million pairs of tiles"
+    # Fake tensors have shapes alone: this takes neither memory nor time, and reading a value would be an error.
+    with FakeTensorMode() as fake, LargestTensor() as largest:
+        schedule = TileSchedule.build(layout._map(fake.from_tensor), SpacetimeMask.token_causal())
+    assert largest.elements < 2**24 + 2**14
+    assert schedule.by_query.tiles.shape == (2**24 + layout.max_tiles,)
+
+
+def test_a_causal_mask_without_room_keeps_its_full_tiles() -> None:
+    layout = PackedLayout.from_grids([(8, 4, 4), (5, 4, 4)], tile_size=16)
+    lists = TileSchedule.build(layout, SpacetimeMask.frame_causal(), max_pairs=0).by_query
+    assert torch.equal(lists.full_end, lists.end)
+    assert (lists.end - lists.begin)[:14].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 0]
 
 
 @settings(max_examples=1000)
@@ -106,3 +128,5 @@ def test_bad_input_is_named() -> None:
         TileSchedule.build(layout, SpacetimeMask.spatial(), kv_layout=layout)
     with pytest.raises(ValueError, match="kv_layout: 1 segments"):
         TileSchedule.build(layout, kv_layout=PackedLayout.from_grids([(4, 1, 1)]))
+    with pytest.raises(ValueError, match="max_pairs: -1; it must be from 0"):
+        TileSchedule.build(layout, max_pairs=-1)
