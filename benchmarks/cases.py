@@ -59,6 +59,11 @@ class Setting:
         return Setting(torch.device("cuda"), torch.bfloat16, grids, (1152, 3072), (72, 128), 16)
 
     @staticmethod
+    def on_one_core() -> "Setting":
+        """About 1,700 tokens in fp32: a video and an image."""
+        return Setting(torch.device("cpu"), torch.float32, ((4, 12, 20), (1, 32, 24)), (384,), (64,), 6)
+
+    @staticmethod
     def small(device: torch.device) -> "Setting":
         """A walk through every case in seconds, even interpreted."""
         return Setting(device, torch.float32, ((2, 4, 4), (1, 5, 3)), (64,), (64,), 1)
@@ -128,6 +133,11 @@ class Case:
         """Gradients of the inputs; may be called many times for the same outputs."""
         return torch.autograd.grad(outputs, self.inputs, gradients, retain_graph=True)
 
+    def step(self) -> tuple[Tensor, ...]:
+        """Forward and backward; the outputs stand in for their gradients."""
+        outputs = self.forward()
+        return self.backward(outputs, outputs)
+
 
 def _widened(argument: Any) -> Any:
     if isinstance(argument, Tensor) and argument.is_floating_point():
@@ -146,17 +156,35 @@ def all_cases(setting: Setting) -> Iterator[Case]:
         yield from cases(setting)
 
 
-def _modulation(s: Setting) -> Iterator[Case]:
+def modulation(s: Setting, width: int) -> dict[str, Case]:
+    """A case of each of the ops that modulate tokens, by its name; one modulation row a segment."""
     layout = s.layout()
     rows = s.rows(layout)
+    x, branch = (s.random(layout.capacity, width) for _ in range(2))
+    shift, scale, gate = (s.random(layout.max_segments, width) for _ in range(3))
+    label, once = f"C{width}", x.nbytes
+    cases = (
+        Case(adaln, label, (x, shift, scale, rows), bytes_moved=(2 * once, 3 * once)),
+        Case(gated_residual, label, (x, branch, gate, rows), bytes_moved=(3 * once, 3 * once)),
+        Case(gated_residual_adaln, label, (x, branch, gate, shift, scale, rows), bytes_moved=(4 * once, 6 * once)),
+    )
+    return {case.op.__name__: case for case in cases}
+
+
+def modulation_step(
+    op: Callable[..., Any], peer: Callable[..., Any], *, compiled: bool
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward of `peer` on what `op` is measured with on one core; run once already."""
+    torch.manual_seed(0)
+    case = modulation(Setting.on_one_core(), 384)[op.__name__]
+    case = replace(case, op=torch.compile(peer, fullgraph=True) if compiled else peer)
+    case.step()
+    return case.step
+
+
+def _modulation(s: Setting) -> Iterator[Case]:
     for width in s.widths:
-        x, branch = (s.random(layout.capacity, width) for _ in range(2))
-        shift, scale, gate = (s.random(layout.max_segments, width) for _ in range(3))
-        label, once = f"C{width}", x.nbytes
-        yield Case(adaln, label, (x, shift, scale, rows), bytes_moved=(2 * once, 3 * once))
-        yield Case(gated_residual, label, (x, branch, gate, rows), bytes_moved=(3 * once, 3 * once))
-        both = (x, branch, gate, shift, scale, rows)
-        yield Case(gated_residual_adaln, label, both, bytes_moved=(4 * once, 6 * once))
+        yield from modulation(s, width).values()
 
 
 def _qk_norm_rope(s: Setting) -> Iterator[Case]:
