@@ -106,11 +106,11 @@ class Case:
         longest = (grad_out.norm(dim=2).max() * v.norm(dim=2).max()).item()
         return max(1.0, longest * max(q.abs().max().item(), k.abs().max().item()) * self.head_dim**-0.5)
 
-    def check(self, backend: str, device: torch.device) -> None:
+    def check(self, backend: str, device: torch.device, schedule: TileSchedule | None = None) -> None:
         """The error rule for all results; exact zeros for padding and where no key is met."""
         with pytest.MonkeyPatch.context() as monkeypatch:
             poison_empty(monkeypatch)
-            *actual, lse = (x.cpu() for x in self.results(backend, device))
+            *actual, lse = (x.cpu() for x in self.results(backend, device, mask=schedule))
         *expected, plain_lse = self.dense(self.dtype)
         *oracle, exact_lse = self.dense(torch.float64)
         names, terms = ("out", "grad_q", "grad_k", "grad_v"), (1.0, self.slopes(), self.slopes(), 1.0)
@@ -260,6 +260,12 @@ def test_keys_that_want_no_gradient_cost_nothing(device: torch.device) -> None:
     qkv = [torch.randn(layout.capacity, 1, 24, device=device) for _ in range(3)]
     op = partial(packed_attention, layout=layout, mask=WINDOW, backend="triton")
     check_unasked(op, qkv, asked=1, spared="grad_key_value_kernel")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_schedule_that_is_short_of_room_matches_the_oracle(backend: str, device: torch.device) -> None:
+    case = Case(ragged(order="tiled"))
+    case.check(backend, device, TileSchedule.build(case.layout.to(device), case.mask, max_pairs=5))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
