@@ -50,11 +50,11 @@ class Plan:
     minutes: float
     compile: bool
     continued: int = 40
-    guidance: float = 3.0
+    guidance: float = 5.0
     steps: int = 16
 
 
-FULL = Plan(minutes=9.0, compile=True)
+FULL = Plan(minutes=9.3, compile=True)
 QUICK = Plan(minutes=1.0, compile=False, continued=20, steps=8)
 
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = QUICK if arguments.quick else FULL
     if arguments.minutes is not None:
         plan = replace(plan, minutes=arguments.minutes)
-    folder, began = arguments.out, time.monotonic()
+    folder = arguments.out
     if not arguments.resume:
         _clear(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,13 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = MovingDigits(seed=0)
     config = read_run(folder / "run") if arguments.resume else run_config(plan, seed=arguments.seed)
     trainer = Trainer(config, source, folder / "run", resume=arguments.resume)
-    if not trainer.fit(progress=not arguments.quick):
-        quick = " --quick" if arguments.quick else ""
-        print(f"Saved at step {trainer.step}. To go on: make demo ARGS='--resume{quick} --out {folder}'")
+    going_on = f"To go on: make demo ARGS='--resume{' --quick' if arguments.quick else ''} --out {folder}'"
+    if not trainer.fit():
+        print(f"Saved at step {trainer.step}. {going_on}")
         return INTERRUPTED
-    results = evaluate(Engine.load(folder / "run"), plan, folder)
+    began = time.monotonic()
+    try:
+        results = evaluate(Engine.load(folder / "run"), plan, folder)
+    except KeyboardInterrupt:
+        print(f"Stopped while sampling; the trained model is kept. {going_on}")
+        return INTERRUPTED
     results = {"training": training_record(folder / "run"), **results}
-    results["seconds"] = round(time.monotonic() - began, 1)
+    results["seconds"] = round(results["training"]["seconds"] + time.monotonic() - began, 1)
     (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     print(summary(results))
     print(f"Everything is in {folder}: contact_sheet.png, loss.png, metrics.json, clips/*.mp4 and *.gif")
@@ -98,7 +103,8 @@ def _clear(folder: Path) -> None:
 
 def run_config(plan: Plan, *, seed: int = 0) -> RunConfig:
     """The model and recipe of the demo."""
-    text = TextConfig(dim=64, layers=2, max_bytes=63)
+    # The captions' words are all there is to know: their n-grams, without layers on top.
+    text = TextConfig(dim=64, layers=0, max_bytes=63)
     return RunConfig(
         model=SoraDiTConfig(
             dim=128,
@@ -107,16 +113,20 @@ def run_config(plan: Plan, *, seed: int = 0) -> RunConfig:
             in_channels=1,
             patch_size=(4, 4, 4),
             pooled_dim=text.dim,
+            position="rope+sincos",
             rope_theta=100.0,
             position_bias=1.0,
         ),
         train=TrainConfig(
             minutes=plan.minutes,
-            # Half as many tokens a step as keep the cores busy: twice the steps teach more in the same time.
-            batch=BatchConfig(capacity=1024, max_segments=32, text_capacity=1280, look_ahead=256),
-            lr=4e-3,
+            # 40 clips or so. Half as many teach a little more a clip, but keep the cores less busy.
+            batch=BatchConfig(capacity=2048, max_segments=64, text_capacity=1792, look_ahead=256),
+            # After 800 steps Muon's loss was 0.103 where AdamW's, at a rate of its own, was 0.130.
+            optimizer="muon",
+            lr=1e-2,
             warmup=50,
             ema_decay=0.995,
+            clean_share=0.3,
             compile="inductor" if plan.compile else None,
             seed=seed,
         ),

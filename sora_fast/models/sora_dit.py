@@ -24,7 +24,8 @@ class SoraDiTConfig:
     """Everything that the shape of a SoraDiT depends on.
 
     position: "rope" (3D, inside attention), or added to the patches: "factorised" (learned tables for t, h, w),
-        "fractional" (place as a share of the side), "sincos" (DiT's, 2D).
+        "fractional" (place as a share of the side), "sincos" (DiT's, 2D). "rope+sincos" and the like: both. Rotary
+        positions know no edges of the frame; a small model learns much sooner where things are if it is told.
     rope_theta: of the rotary positions. The slowest pair of a head should turn about once over the longest grid: 10,000
         suits hundreds of patches a side, 100 a dozen.
     position_bias: standard deviation at the start of one bias shared by the queries and keys of a block. Rotated, it
@@ -57,8 +58,8 @@ class SoraDiTConfig:
     mask: SpacetimeMask = field(default_factory=SpacetimeMask.full)
 
     def __post_init__(self) -> None:
-        if self.position not in POSITIONS:
-            raise ValueError(f"position: {self.position!r}; it must be one of {POSITIONS}")
+        if self.position.removeprefix("rope+") not in POSITIONS or self.position == "rope+rope":
+            raise ValueError(f'position: {self.position!r}; it must be one of {POSITIONS}, or "rope+" and another')
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
             raise ValueError(f"patch_size: {self.patch_size}; it must be three positive sizes (t, h, w)")
         for name in ("dim", "depth", "heads", "in_channels"):
@@ -80,7 +81,7 @@ class SoraDiT(nn.Module):
     def __init__(self, config: SoraDiTConfig) -> None:
         super().__init__()
         self.config = config
-        rope = Rope3D(theta=config.rope_theta) if config.position == "rope" else None
+        rope = Rope3D(theta=config.rope_theta) if config.position.startswith("rope") else None
         self.x_embedder = PatchEmbed3D(config.dim, config.in_channels, config.patch_size)
         self.pos_embed = _position(config)
         self.t_embedder = TimestepEmbedder(config.dim)
@@ -153,7 +154,8 @@ class SoraDiT(nn.Module):
 
 def _position(config: SoraDiTConfig) -> nn.Module | None:
     modules = {"factorised": FactorisedTables, "fractional": FractionalPosition, "sincos": SinCosPosition}
-    return None if config.position == "rope" else modules[config.position](config.dim)
+    added = config.position.removeprefix("rope+")
+    return None if added == "rope" else modules[added](config.dim)
 
 
 def _init(module: nn.Module) -> None:

@@ -48,9 +48,11 @@ class ByteTextEncoder(nn.Module):
     """A small encoder of UTF-8 bytes that is trained along with the model.
 
     A byte is embedded together with the n-grams that end in it (hashed, as in the Byte Latent Transformer, arXiv
-    2412.09871), so that different words are far apart from the first step on. Then residual blocks of dilated depthwise
-    convolution and MLP: with kernel 5 and dilations 1, 2, 4 they reach 14 bytes to each side, several words. Every
-    prompt begins with a token of its own, which is all that "" consists of.
+    2412.09871), so that different words are far apart from the first step on. Tokens go through residual blocks of
+    dilated depthwise convolution and MLP: with kernel 5 and dilations 1, 2, 4 they reach 14 bytes to each side, several
+    words. The pooled vector is the bag of n-grams itself, Σ / √length: behind norms and blocks, what two prompts share
+    grew in training at the cost of what they differ in. Every prompt begins with a token of its own, which is all that
+    "" consists of.
     max_bytes: longer prompts are cut.
     """
 
@@ -67,7 +69,8 @@ class ByteTextEncoder(nn.Module):
         self.ngrams = nn.Embedding(self.BUCKETS, dim)
         self.blocks = nn.ModuleList(_ByteBlock(dim, kernel_size, dilation=2**layer) for layer in range(layers))
         self.norm = nn.LayerNorm(dim)
-        self.pool = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
+        for table in (self.embedding, self.ngrams):  # six of them make a byte, of about unit variance
+            nn.init.normal_(table.weight, std=0.5)
 
     def tokenize(
         self, prompts: Sequence[str], *, capacity: int | None = None, max_segments: int | None = None
@@ -78,10 +81,12 @@ class ByteTextEncoder(nn.Module):
 
     def forward(self, ids: Tensor, layout: PackedLayout) -> PackedText:
         x = self.embedding(ids) + self._embed_ngrams(ids, layout.segment_ids)
+        lengths = layout.cu_seqlens.diff().clamp(min=1)[:, None]
+        pooled = segment_mean(x, layout) * lengths.sqrt()
         for block in self.blocks:
             x = block(x, layout.segment_ids)
         x = torch.where(layout.segment_ids[:, None] >= 0, self.norm(x), 0)
-        return PackedText(x, layout, self.pool(segment_mean(x, layout)))
+        return PackedText(x, layout, pooled)
 
     def _embed_ngrams(self, ids: Tensor, segment_ids: Tensor) -> Tensor:
         """Sum over n of the embeddings of each byte's n-gram; what would reach before its prompt is left out."""

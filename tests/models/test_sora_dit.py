@@ -65,7 +65,7 @@ def test_sizes_take_other_fields_and_bad_ones_are_named() -> None:
         SoraDiTConfig.of_size("XXL", in_channels=4)
 
 
-@pytest.mark.parametrize("position", ["rope", "factorised", "fractional", "sincos"])
+@pytest.mark.parametrize("position", ["rope", "factorised", "fractional", "sincos", "rope+sincos"])
 @pytest.mark.parametrize("mask", [SpacetimeMask.full(), SpacetimeMask.window(1, 1, 1, causal=True)], ids=str)
 def test_a_pack_gives_what_each_video_gives_alone(position: str, mask: SpacetimeMask) -> None:
     model = small(position=position, mask=mask)
@@ -192,6 +192,7 @@ def test_it_compiles_once_for_every_mix_of_shapes() -> None:
     ("options", "message"),
     [
         ({"position": "nowhere"}, "position: 'nowhere'"),
+        ({"position": "rope+rope"}, "position: 'rope.rope'"),
         ({"heads": 5}, "heads: 5"),
         ({"patch_size": (1, 2)}, "patch_size"),
         ({"mlp": "relu"}, "mlp: 'relu'"),
