@@ -157,7 +157,7 @@ class _TileBounds(NamedTuple):
 
 
 def _per_tile(values: Tensor, tiles: Tensor, max_tiles: int) -> tuple[Tensor, Tensor]:
-    """Least and greatest of the values [N, A] of each tile's tokens; if it has none, the greatest is below the least."""
+    """Least and greatest of the values [N, A] of each tile's tokens; if it has none, the greatest is less."""
     index = tiles[:, None].expand_as(values)
     shape = (max_tiles + 1, values.shape[1])
     low = values.new_full(shape, _FAR).scatter_reduce(0, index, values, "amin")
