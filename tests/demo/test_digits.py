@@ -95,7 +95,7 @@ def test_the_draw_follows_the_configuration() -> None:
     for mover in (mover for scene in scenes for mover in scene.movers):
         assert mover.start[0] % config.step == mover.start[1] % config.step == mover.speed % config.step == 0
     tokens = [math.ceil((t + 3) / 4) * h * w // 16 for t, h, w in (scene.shape for scene in scenes)]
-    assert np.mean(tokens) == pytest.approx(53, abs=3), "what the configuration's docstring says"
+    assert np.mean(tokens) == pytest.approx(64, abs=3), "what the configuration's docstring says"
 
 
 def test_two_digits_start_apart_where_there_is_room() -> None:
