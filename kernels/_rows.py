@@ -32,7 +32,7 @@ class RowBlock:
 
     @staticmethod
     def forward(width: int) -> "RowBlock":
-        """Whole rows, since LayerNorm needs them; of 16,384 elements at the most."""
+        """Whole rows, since LayerNorm needs them; of 8,192 elements at the most."""
         columns = next_power_of_two(width)
         # At least 1024 elements, so that narrow rows do not make programs of a few cycles.
         tokens = max(1, 1024 // columns)

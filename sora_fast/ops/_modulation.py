@@ -18,8 +18,9 @@ from sora_fast.packing import RowIndex
 
 Index = Tensor | RowIndex
 
-# A program of a kernel that norms rows holds a whole one: with 32 warps, the most there are, 16 elements a thread.
-MAX_KERNEL_WIDTH = 16384
+# A program of a kernel that norms rows holds a whole one. Twice as wide, the backward pass spills hundreds of bytes a
+# thread, and four times, the forward pass would take more than the 32 warps that there are.
+MAX_KERNEL_WIDTH = 8192
 
 
 def check_modulated(tokens: dict[str, Tensor], tables: dict[str, Tensor], index: Index) -> None:
