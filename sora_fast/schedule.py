@@ -15,8 +15,8 @@ GUARD = 1 << 9 | 1 << 19 | 1 << 30
 
 # Places in a list, and the tiles after it, are numbered in int32.
 _MOST_PAIRS = 1 << 30
-# Pairs of tiles decided at a time, each of which takes 30 bytes or so for that moment.
-_CHUNK_PAIRS = 1 << 22
+# Pairs of tiles decided at a time, each of which takes some 60 bytes for that moment.
+_CHUNK_PAIRS = 1 << 21
 # Beyond every coordinate, segment and raster index.
 _FAR = torch.iinfo(torch.int32).max
 
@@ -72,7 +72,7 @@ class TileSchedule(TensorBundle):
             the last that they meet, testing every pair of tokens from the first gap on: the same result, later.
 
         A full mask costs O(T) for T tiles. Any other takes O(T²) time and 8·min(T², max_pairs) bytes, and while it is
-        built some 150 MB more at the most, whatever T.
+        built some 150 MB more, whatever T, and some 300 bytes a token.
         """
         mask = mask or SpacetimeMask.full()
         keys = kv_layout or layout
