@@ -16,6 +16,7 @@ from sora_fast.packing import PackedLayout, RaggedLatents, token_grid
 from sora_fast.packing._bundle import TensorBundle
 from sora_fast.packing.packer import PackRules, StreamingPacker
 from sora_fast.training.data import Sample, Source
+from sora_fast.training.distributed import World
 
 Item = TypeVar("Item")
 
@@ -73,6 +74,7 @@ class Batches:
     """An endless iterator of `Batch`, the same one for the same arguments.
 
     codec: what makes the samples' latents. text: what tokenizes the captions, if anything.
+    world: of several workers each gets every so-manieth pack; all go through the stream in step.
 
     A data set (a source with `__len__`) is gone through in a new random order every epoch. Samples are fetched twice,
     once for their length and once for their pixels, so that what waits in the packer costs no memory; a source with
@@ -88,9 +90,10 @@ class Batches:
         codec: Codec,
         text: TextEncoder | None = None,
         seed: int = 0,
+        world: World | None = None,
     ) -> None:
         self.source, self.config, self.codec, self.text = source, config, codec, text
-        self.patch_size, self.seed = patch_size, seed
+        self.patch_size, self.seed, self.world = patch_size, seed, world or World()
         rules = PackRules(config.capacity, config.max_segments, oversized=config.oversized)
         self.packer = StreamingPacker(rules, look_ahead=config.look_ahead)
         self.position = 0
@@ -113,13 +116,17 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            pack: list[int] = []
-            while not pack:
-                packs = self.packer.push(self.position, self._length(self.position))
-                self.position += 1
-                pack = packs[0] if packs else []
-                self._check_progress()
-            yield self._batch(pack)
+            packs = [self._next_pack() for _ in range(self.world.size)]
+            yield self._batch(packs[self.world.rank])
+
+    def _next_pack(self) -> Sequence[int]:
+        """Positions in the stream of the samples of one pack."""
+        while True:
+            packs = self.packer.push(self.position, self._length(self.position))
+            self.position += 1
+            if packs:
+                return packs[0]
+            self._check_progress()
 
     def _batch(self, positions: Sequence[int]) -> Batch:
         c = self.config

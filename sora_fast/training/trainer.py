@@ -1,4 +1,4 @@
-"""Trainer: packed batches in, checkpoints out, on one device."""
+"""Trainer: packed batches in, checkpoints out, on one device a worker."""
 
 import contextlib
 import json
@@ -24,6 +24,7 @@ from sora_fast.training.batches import Batch, Batches, Prompts, prefetch
 from sora_fast.training.compiler import cpp_problem
 from sora_fast.training.config import write_config
 from sora_fast.training.data import Source
+from sora_fast.training.distributed import World
 from sora_fast.training.run import CHECKPOINTS, CONFIG, LOG, Networks, RunConfig, check_resumable, create_run
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ class Trainer:
 
     Every random number is a function of the seed and of the step or sample that it is for; so a checkpoint needs no
     generator states, and a resumed run continues the loss curve to the bit (on a CPU, limited by steps).
+
+    Where torch.distributed is set up (see `distributed.workers`), every worker makes a Trainer with the same arguments
+    and calls `fit`; rank 0 alone writes. A step is then of as many packs, and its gradient the mean of theirs.
 
     folder: made, with config.json in it; with resume=True it holds a run, which goes on from its newest checkpoint.
     config: of a resumed run, a changed one takes the place of config.json; ValueError if its checkpoints do not fit.
@@ -49,6 +53,8 @@ class Trainer:
         resume: bool = False,
     ) -> None:
         self.config, self.folder, self.device = config.train, Path(folder), torch.device(device)
+        self.world = World.current()
+        self.leads = self.world.rank == 0
         if resume:
             check_resumable(self.folder, config)
         with torch.random.fork_rng(devices=[]):
@@ -68,6 +74,7 @@ class Trainer:
             codec=self.networks.codec,
             text=self.networks.text,
             seed=c.seed,
+            world=self.world,
         )
         self.generator = torch.Generator(self.device)
         if c.compile is not None:
@@ -78,21 +85,25 @@ class Trainer:
         self._log = RunLog(self.folder / LOG)
         if resume:
             self._load()
+        # Nobody writes before everybody has read.
+        self.world.total(0)
+        if self.leads and resume:
+            self._log.cut(self.step)
             write_config(self.folder / CONFIG, config)
-        else:
+        elif self.leads:
             create_run(self.folder, config)
 
     def fit(self, *, progress: bool = True) -> bool:
         """Train to the end of the run, or until Ctrl-C, which saves. True if the run is at its end."""
         began = time.monotonic() - self.seconds
-        done = self._progress()
+        done, stop = self._progress(), False
         with (
             _Interruption() as interruption,
-            _bar(done, progress) as bar,
+            _bar(done, progress and self.leads) as bar,
             contextlib.closing(self._prefetched()) as batches,
         ):
             for batch in batches:
-                if done >= 1 or interruption.requested:
+                if done >= 1 or stop:
                     break
                 try:
                     self._train_on(batch, done)
@@ -101,15 +112,22 @@ class Trainer:
                     if interruption.requested:
                         break
                     raise
-                self.seconds = time.monotonic() - began
+                # The workers go by one clock, and stop after the same step.
+                seconds, requests = self.world.total(time.monotonic() - began, interruption.requested)
+                self.seconds, stop = seconds / self.world.size, requests > 0
                 previous, done = done, self._progress()
-                bar.update(done - previous)
-                if self.step % self.config.log_every == 0:
-                    bar.set_postfix_str(self._log.flush(self.seconds))
-                if self.step % self.config.save_every == 0:
-                    self.save()
-            self.save()
+                if self.leads:
+                    self._record(bar, done - previous)
+            if self.leads:
+                self.save()
         return done >= 1
+
+    def _record(self, bar: tqdm, progress: float) -> None:
+        bar.update(progress)
+        if self.step % self.config.log_every == 0:
+            bar.set_postfix_str(self._log.flush(self.seconds))
+        if self.step % self.config.save_every == 0:
+            self.save()
 
     def save(self) -> Path:
         """Write a checkpoint of the state between two steps, unless the newest is of this step already."""
@@ -129,7 +147,6 @@ class Trainer:
     def _load(self) -> None:
         saved = checkpoint.latest(self.folder / CHECKPOINTS)
         if saved is None:  # stopped before its first checkpoint
-            self._log.cut(0)
             return
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -139,7 +156,6 @@ class Trainer:
         self.step, self.seconds = saved.step, saved.state["seconds"]
         self._resume_state = saved.state["batches"]
         self.batches.load_state_dict(self._resume_state)
-        self._log.cut(self.step)
 
     def _compile(self, backend: str) -> None:
         """Compile the blocks, where the time goes: they share one graph, so the depth costs no compilation.
@@ -148,7 +164,8 @@ class Trainer:
         Where that cannot work they stay as they are, with a warning.
         """
         if backend == "inductor" and self.device.type == "cpu" and (problem := cpp_problem()):
-            log.warning("training without torch.compile, which is slower: it needs a C++ compiler, but %s", problem)
+            if self.leads:
+                log.warning("training without torch.compile, which is slower: it needs a C++ compiler, but %s", problem)
             return
         for block in self.networks.model.blocks:
             block.compile(fullgraph=True, dynamic=False, backend=backend)
@@ -174,6 +191,8 @@ class Trainer:
         optim.set_lr(self.optimizers, lr)
         loss = self._loss(batch.latents, batch.layout, batch.prompts, *self._draw(batch))
         loss.backward()
+        loss = loss.detach()
+        self.world.average([loss, *(p.grad for p in self.parameters.values() if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), c.clip_norm)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -181,12 +200,16 @@ class Trainer:
         self.average.update(self.step)
         self.step += 1
         self._resume_state = batch.resume
-        self._log.add(self.step, loss.detach(), norm, lr=lr, batch=batch)
+        (useful,) = self.world.total(batch.useful)
+        padding = 1 - useful / (batch.layout.capacity * self.world.size)
+        if self.leads:
+            row = {"lr": lr, "useful": int(useful), "padding": padding, "skipped": batch.skipped}
+            self._log.add(loss, norm, {"step": self.step} | row)
 
     def _draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Noise level [S], noise [P] and clean tokens [N] of a step."""
-        seed = np.random.SeedSequence((self.config.seed, self.step)).generate_state(1, np.uint64)[0] >> 1
-        self.generator.manual_seed(int(seed))
+        entropy = np.random.SeedSequence((self.config.seed, self.step, self.world.rank))
+        self.generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
         sigma = self.networks.path.sample_sigma(batch.layout, self.generator)
         noise = noise_like(batch.latents, self.generator)
         ends = random_clean_ends(batch.layout, self.generator, share=self.config.clean_share)
@@ -226,9 +249,7 @@ class RunLog:
         self._since = time.monotonic()
         self._summary = ""
 
-    def add(self, step: int, loss: Tensor, norm: Tensor, *, lr: float, batch: Batch) -> None:
-        padding = 1 - batch.useful / batch.layout.capacity
-        row = {"step": step, "lr": lr, "useful": batch.useful, "padding": padding, "skipped": batch.skipped}
+    def add(self, loss: Tensor, norm: Tensor, row: dict[str, Any]) -> None:
         self._rows.append(row)
         self._values.append(torch.stack([loss.float(), norm.float()]))
 

@@ -12,6 +12,7 @@ from sora_fast.models.text import ByteTextEncoder
 from sora_fast.packing import token_grid
 from sora_fast.training.batches import Batch, BatchConfig, Batches, prefetch
 from sora_fast.training.data import Sample
+from sora_fast.training.distributed import World
 
 PATCH = (1, 4, 4)
 
@@ -55,6 +56,18 @@ def _equal(a: Batch, b: Batch) -> bool:
         and (a.prompts is None or torch.equal(a.prompts.ids, b.prompts.ids))
         and a.resume == b.resume
     )
+
+
+def test_workers_share_the_stream() -> None:
+    alone = _take(_batches(_DataSet(60)), 6)
+    shares = []
+    for rank in range(2):
+        batches = _batches(_DataSet(60))
+        batches.world = World(rank, 2)
+        shares.append(_take(batches, 3))
+    assert [_numbers(batch) for pair in zip(*shares, strict=True) for batch in pair] == [_numbers(b) for b in alone]
+    # Any of them tells where all go on.
+    assert shares[0][-1].resume == shares[1][-1].resume == alone[-1].resume
 
 
 def test_every_sample_once_whole_and_in_static_shapes() -> None:

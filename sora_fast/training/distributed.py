@@ -1,0 +1,102 @@
+"""Data-parallel training: workers that take the same steps on packs of their own, and average their gradients.
+
+Rank 0 is the process that asked for the others: it keeps the run's folder, and is the one that the user sees.
+"""
+
+import contextlib
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# A worker that has not ended by itself so many seconds after rank 0 did is stopped.
+_PATIENCE = 10.0
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of how many workers this process is. Every worker must call every method, in the same order."""
+
+    rank: int = 0
+    size: int = 1
+
+    @staticmethod
+    def current() -> "World":
+        """Of torch.distributed, if it has been set up; else the only worker."""
+        if dist.is_available() and dist.is_initialized():
+            return World(dist.get_rank(), dist.get_world_size())
+        return World()
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over the workers, the same bits on all of them; one exchange for all."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = flat.div_(self.size).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+
+    def total(self, *numbers: float) -> list[float]:
+        """The sum of each number over the workers. The numbers live on the host: no accelerator is waited for."""
+        if self.size == 1:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+
+@contextlib.contextmanager
+def workers(size: int, function: Callable[..., Any], *arguments: Any) -> Iterator[World]:
+    """Inside, this process is rank 0 of `size` workers on this machine's CPU; the others run function(*arguments).
+
+    function, arguments: picklable. The cores are shared out evenly. A worker that fails takes the others along: their
+    next exchange raises RuntimeError.
+    """
+    if size < 1:
+        raise ValueError(f"size: {size}; there must be at least one worker")
+    if size == 1:
+        yield World()
+        return
+    threads = torch.get_num_threads()
+    share = max(1, threads // size)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = (Path(folder) / "meeting").as_uri()
+        others = [
+            context.Process(target=_work, args=(rank, size, meeting, share, function, arguments), daemon=True)
+            for rank in range(1, size)
+        ]
+        for process in others:
+            process.start()
+        try:
+            _join(0, size, meeting, share)
+            yield World.current()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            torch.set_num_threads(threads)
+            for process in others:
+                process.join(_PATIENCE)
+                process.terminate()
+
+
+def _work(
+    rank: int, size: int, meeting: str, threads: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    _join(rank, size, meeting, threads)
+    try:
+        function(*arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def _join(rank: int, size: int, meeting: str, threads: int) -> None:
+    # Small matrices gain little from a second thread; a worker of its own they fill.
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
