@@ -1,7 +1,8 @@
 """Packed attention on a CPU, forward and backward, beside PyTorch's SDPA on the same tokens.
 
 The peers of a full mask: SDPA segment after segment, and SDPA over the pack under the dense block-diagonal mask. The
-peer of a window: SDPA segment after segment under each one's dense mask.
+peers of a window: the full mask, and SDPA under the dense one. Of both: compiled FlexAttention, which has no backward
+pass on a CPU; its mask is built for every batch, and so is our schedule beside it.
 """
 
 from collections.abc import Callable
@@ -11,19 +12,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import packed_attention
 from sora_fast.packing import PackedLayout
 from sora_fast.schedule import TileSchedule
 
-# About 4,000 tokens in 8 videos and images of mixed shape.
-GRIDS = [(8, 12, 10), (4, 16, 12), (1, 24, 20), (8, 8, 8), (2, 10, 20), (1, 16, 16), (6, 9, 8), (3, 7, 11)]
-LONG = [(8, 16, 16), (8, 12, 20)]
+# 8,652 tokens in 8 videos and images of mixed shape; one long video.
+GRIDS = [(4, 16, 24), (8, 12, 10), (2, 24, 20), (8, 16, 8), (1, 32, 32), (6, 10, 20), (4, 16, 16), (3, 14, 22)]
+LONG = [(16, 24, 24)]
 HEADS, HEAD_DIM = 8, 64
 WINDOW = SpacetimeMask.window(1, 2, 2)
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def built(grids: list[tuple[int, int, int]], mask: SpacetimeMask) -> Attention:
+    """Ours, with a new schedule at every call."""
+    layout = PackedLayout.from_grids(grids, order="raster" if mask.is_full else "tiled", for_mask=mask)
+    return lambda q, k, v: packed_attention(q, k, v, layout, mask)
 
 
 def packed(grids: list[tuple[int, int, int]], mask: SpacetimeMask) -> Attention:
@@ -52,6 +60,26 @@ def dense_mask(grids: list[tuple[int, int, int]], mask: SpacetimeMask) -> Attent
     return lambda q, k, v: _sdpa(q, k, v, allowed)
 
 
+def flex(grids: list[tuple[int, int, int]], mask: SpacetimeMask) -> Attention:
+    """Compiled FlexAttention, with a new BlockMask at every call, as its documentation has it for packed documents."""
+    layout = PackedLayout.from_grids(grids)
+    segment, coords, size = layout.segment_ids, layout.coords, layout.capacity
+    bounds = [(axis, high) for axis, (_, high) in enumerate((mask.t, mask.h, mask.w)) if high is not None]
+    attend = torch.compile(flex_attention, dynamic=False)
+
+    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        inside = segment[query] == segment[key]
+        for axis, high in bounds:
+            inside = inside & ((coords[query, axis] - coords[key, axis]).abs() <= high)
+        return inside
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        blocks = create_block_mask(allowed, None, None, size, size, device="cpu")
+        return attend(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=blocks)[0].transpose(0, 1)
+
+    return run
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)[0].transpose(0, 1)
@@ -64,14 +92,20 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
         pytest.param(packed, GRIDS, SpacetimeMask.full(), id="full, packed"),
         pytest.param(one_by_one, GRIDS, SpacetimeMask.full(), id="full, SDPA one by one"),
         pytest.param(dense_mask, GRIDS, SpacetimeMask.full(), id="full, SDPA dense mask"),
+        pytest.param(built, GRIDS, SpacetimeMask.full(), id="full, packed and built"),
+        pytest.param(flex, GRIDS, SpacetimeMask.full(), id="full, FlexAttention"),
         pytest.param(packed, LONG, SpacetimeMask.full(), id="long, full, packed"),
         pytest.param(packed, LONG, WINDOW, id="long, window, packed"),
-        pytest.param(one_by_one, LONG, WINDOW, id="long, window, SDPA one by one"),
+        pytest.param(one_by_one, LONG, WINDOW, id="long, window, SDPA dense mask"),
+        pytest.param(built, LONG, WINDOW, id="long, window, packed and built"),
+        pytest.param(flex, LONG, WINDOW, id="long, window, FlexAttention"),
     ],
 )
 def test_packed_attention(
     benchmark: Any, make: Callable[..., Attention], grids: list[Any], mask: SpacetimeMask, direction: str
 ) -> None:
+    if make is flex and direction != "forward":
+        pytest.skip("FlexAttention has no backward pass on a CPU")
     torch.manual_seed(0)
     tokens = PackedLayout.from_grids(grids).capacity
     qkv = torch.randn(tokens, 3, HEADS, HEAD_DIM, requires_grad=direction != "forward")

@@ -82,7 +82,12 @@ def tile_blocks(
     for run in _joined(singles, key_bounds):
         queries = slice(run.start, run.stop)
         keys = _tokens([(key_bounds[tile], key_bounds[tile + 1]) for tile in sorted(run.keys)], tiles.device)
-        yield Block(queries, keys, allowed=_allowed(masking, queries, keys) if run.partial else None)
+        if not run.partial:
+            yield Block(queries, keys)
+            continue
+        keys = _reached(masking, queries, keys)
+        if isinstance(keys, slice) or len(keys):
+            yield Block(queries, keys, allowed=_allowed(masking, queries, keys))
 
 
 class _Run(NamedTuple):
@@ -133,13 +138,34 @@ def _tokens(ranges: list[tuple[int, int]], device: torch.device) -> slice | Tens
     return torch.cat([torch.arange(start, stop, device=device) for start, stop in ranges])
 
 
+def _reached(masking: Masking, queries: slice, keys: slice | Tensor) -> slice | Tensor:
+    """Those of the keys that lie in the smallest box around the boxes of all queries.
+
+    A tile that is met has a token in it, no more; for a small window they are one in five.
+    """
+    low = sum(field.amin() << shift for field, shift in _fields(masking.low[queries]))
+    high = sum(field.amax() << shift for field, shift in _fields(masking.high[queries]))
+    reached = _inside(masking.place[keys], low, high)
+    if reached.all():
+        return keys
+    places = reached.nonzero().squeeze(1)
+    return places + keys.start if isinstance(keys, slice) else keys[places]
+
+
+def _fields(packed: Tensor) -> list[tuple[Tensor, int]]:
+    """The coordinates w, h, t in packed ones, each with its shift."""
+    return [((packed >> shift) & (1 << bits) - 1, shift) for shift, bits in ((0, 9), (10, 9), (20, 10))]
+
+
 def _allowed(masking: Masking, queries: slice, keys: slice | Tensor) -> Tensor:
-    place = masking.place[keys]
-    inside = ((place | GUARD) - masking.low[queries, None]) & ((masking.high[queries, None] | GUARD) - place) & GUARD
-    allowed = inside == GUARD
+    allowed = _inside(masking.place[keys], masking.low[queries, None], masking.high[queries, None])
     if masking.raster is not None:
         allowed &= masking.raster[keys] <= masking.raster[queries, None]
     return allowed
+
+
+def _inside(place: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return ((place | GUARD) - low) & ((high | GUARD) - place) & GUARD == GUARD
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[Block], scale: float) -> tuple[Tensor, Tensor]:
