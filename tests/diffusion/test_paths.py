@@ -4,6 +4,7 @@ import torch
 
 from sora_fast.diffusion import DDPM, RectifiedFlow
 from sora_fast.packing import PackedLayout
+from tests.diffusion.published import space_timesteps
 
 LAYOUT = PackedLayout.from_grids([(4, 8, 8), (1, 8, 8), (1, 2, 2)], max_segments=4)
 PATHS = [
@@ -145,15 +146,6 @@ def test_levels_fall_from_the_start_to_zero():
             assert sigmas.shape == (8, 4)
             assert (sigmas.diff(dim=0) < 0).all()
             assert (sigmas[0] == start).all() and (sigmas[-1] == 0).all()
-
-
-def space_timesteps(steps: int) -> list[int]:
-    """improved-diffusion's choice of timesteps for one section: the stride is added up in floating point."""
-    place, taken = 0.0, []
-    for _ in range(steps):
-        taken.append(round(place))
-        place += 999 / (steps - 1)
-    return taken
 
 
 @pytest.mark.parametrize("steps", [1, 3, 16, 21, 43, 50, 250, 1000])
