@@ -138,18 +138,21 @@ def sample(
 ) -> list[Tensor]:
     """DiT's own sampling: its chain of 1000 respaced to `steps`, with the variance that the model learned, if it did.
 
-    noise: S standard normal latents (C, 1, H, W), to start from; labels: [S] int. Returns S latents of the same shapes.
+    noise: S standard normal latents (C, 1, H, W), to start from, float32 for the chain to be that too, whatever the
+    model's dtype; labels: [S] int. Returns S latents of the same shapes and dtype.
     guidance: 1 is none; one number, or a tensor [S]. channels: guidance applies to so many first channels, 3 in DiT's
     published samples; None: to all of the noise, and not to the variance. generator: of the noise on the way; one, or
     one an image, whose sample then does not depend on what is packed with it.
     """
     _check_is_dit(model.config)
     latents, layout = _packed(model, noise, labels)
-    denoiser = partial(model, labels=labels)
+    denoiser = partial(_call, model, labels=labels)
     if isinstance(guidance, Tensor) or guidance != 1:
         null_labels = torch.full_like(labels, model.config.num_classes)
         guided = model.config.in_channels if channels is None else channels
-        denoiser = Guided(model, layout, scale=guidance, labels=labels, null_labels=null_labels, channels=guided)
+        denoiser = Guided(
+            partial(_call, model), layout, scale=guidance, labels=labels, null_labels=null_labels, channels=guided
+        )
     made = run_sampler(
         denoiser,
         latents,
@@ -161,6 +164,14 @@ def sample(
         generator=generator,
     )
     return _unpacked(made, noise)
+
+
+def _call(
+    model: SoraDiT, latents: RaggedLatents, layout: PackedLayout, conditioning: Conditioning, *, labels: Tensor
+) -> RaggedLatents:
+    # A sampler computes in fp32 at least; a model's weights may be of less.
+    flat = latents.flat.to(model.x_embedder.proj.weight.dtype)
+    return model(latents.with_flat(flat), layout, conditioning, labels=labels)
 
 
 def _packed(model: SoraDiT, images: Sequence[Tensor], labels: Tensor) -> tuple[RaggedLatents, PackedLayout]:
@@ -218,7 +229,7 @@ def _read(path: Path) -> State:
             # Mapped, where the format allows it: of a training checkpoint only one part of four is needed.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise ValueError(f"path: {path} holds more than tensors and plain values; it is not read: {error}") from error
+        raise ValueError(f"path: {path} is not made of tensors and plain values alone: {error}") from error
     for name in ("ema", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -265,10 +276,12 @@ def _check_entries(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
     dtype = state[_KERNEL].dtype
     wrong = [f"{name} is missing" for name in shapes if name not in state]
     wrong += [f"{name} is unknown" for name in state if name not in shapes]
-    for name in shapes.keys() & state.keys():
-        tensor = state[name]
-        if tuple(tensor.shape) != shapes[name]:
-            wrong.append(f"{name} has the shape {tuple(tensor.shape)}; it must be {shapes[name]}")
+    for name, shape in shapes.items():
+        tensor = state.get(name)
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            wrong.append(f"{name} has the shape {tuple(tensor.shape)}; it must be {shape}")
         elif tensor.dtype != dtype or not dtype.is_floating_point:
             wrong.append(f"{name} is {tensor.dtype}, {_KERNEL} {dtype}; all must be of one floating point dtype")
     _raise_if_any(wrong)
