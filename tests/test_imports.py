@@ -15,6 +15,7 @@ PARTS = (
     "nn",
     "models",
     "diffusion",
+    "integrations",
     "media",
     "training",
     "generation",

@@ -7,6 +7,7 @@ timestep of DDPM, round(1000·σ) − 1.)
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
@@ -180,8 +181,7 @@ class DDPM(NoisePath):
         if spacing == "trailing":
             taken = torch.linspace(last, last / steps, steps, dtype=torch.float64, device=layout.device).round()
         else:
-            # Rounded as a timestep, from 0, so that halves fall where they do in the original.
-            taken = torch.linspace(last - 1, 0, steps, dtype=torch.float64, device=layout.device).round() + 1
+            taken = torch.tensor(_respaced(last, steps), dtype=torch.float64, device=layout.device) + 1
         levels = torch.cat([taken, taken.new_zeros(1)]) / self.steps
         return levels[:, None].expand(-1, layout.max_segments)
 
@@ -223,6 +223,15 @@ class Posterior:
     x: Tensor
     log_variance: Tensor
     log_beta: Tensor
+
+
+def _respaced(last: int, steps: int) -> list[int]:
+    """The timesteps last − 1 … 0 of a chain of `steps`, falling; a chain of one step takes the noisiest."""
+    if steps == 1:
+        return [last - 1]
+    # Strides are added up, not multiplied, so that halves fall where they do in improved-diffusion.
+    strides = repeat((last - 1) / (steps - 1), steps - 1)
+    return [round(place) for place in accumulate(strides, initial=0.0)][::-1]
 
 
 def _check_schedule(steps: int, start: float, spacing: str) -> None:

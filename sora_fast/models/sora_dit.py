@@ -159,8 +159,9 @@ def _position(config: SoraDiTConfig) -> nn.Module | None:
 
 
 def _init(module: nn.Module) -> None:
-    # Zero-initialised layers (modulation, final Linear) are exactly zero and stay so.
-    if isinstance(module, nn.Linear) and module.weight.count_nonzero():
+    # Zero-initialised layers (modulation, final Linear) are exactly zero and stay so. On the meta device, where a model
+    # waits for its weights, nothing has a value.
+    if isinstance(module, nn.Linear) and not module.weight.is_meta and module.weight.count_nonzero():
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 

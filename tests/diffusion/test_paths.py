@@ -4,6 +4,7 @@ import torch
 
 from sora_fast.diffusion import DDPM, RectifiedFlow
 from sora_fast.packing import PackedLayout
+from tests.diffusion.published import space_timesteps
 
 LAYOUT = PackedLayout.from_grids([(4, 8, 8), (1, 8, 8), (1, 2, 2)], max_segments=4)
 PATHS = [
@@ -147,16 +148,15 @@ def test_levels_fall_from_the_start_to_zero():
             assert (sigmas[0] == start).all() and (sigmas[-1] == 0).all()
 
 
-@pytest.mark.parametrize("steps", [1, 3, 16, 50, 250, 1000])
+@pytest.mark.parametrize("steps", [1, 3, 16, 21, 43, 50, 250, 1000])
 def test_ddpm_spacings_are_the_published_ones(steps):
     def timesteps(spacing: str) -> list[int]:
         sigmas = DDPM().sigmas(steps, LAYOUT, spacing=spacing)
         return (DDPM().step(sigmas[:-1, 0]) - 1).tolist()
 
-    # Lin et al., section 3.3 ("trailing"), and `space_timesteps` of improved-diffusion for one section.
+    # Lin et al., section 3.3.
     assert timesteps("trailing") == [round(1000 * (1 - i / steps)) - 1 for i in range(steps)]
-    stride = 999 / max(steps - 1, 1)
-    assert timesteps("linspace") == ([round(i * stride) for i in reversed(range(steps))] if steps > 1 else [999])
+    assert timesteps("linspace") == (space_timesteps(steps)[::-1] if steps > 1 else [999])
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sora_fast.masks import SpacetimeMask
 from sora_fast.models import SoraDiT, SoraDiTConfig
 from sora_fast.models.text import ByteTextEncoder
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
+from tests.plain_dit import plain_dit
 
 PATCH = (1, 2, 2)
 SHAPES = [(2, 3, 4, 6), (2, 1, 5, 3), (2, 2, 4, 4)]
@@ -114,49 +114,6 @@ def test_a_learned_variance_doubles_the_channels() -> None:
     assert [tuple(video.shape) for video in output.to_list()] == [(4, *shape[1:]) for shape in SHAPES]
 
 
-def plain_dit(model: SoraDiT, image: Tensor, timestep: float, label: int, patch: int) -> Tensor:
-    """DiT's forward pass for one image (C, H, W), written out (Peebles & Xie 2023, its official models.py)."""
-    w = dict(model.named_parameters())
-    dim, heads = model.config.dim, model.config.heads
-    channels, height, width = image.shape
-    rows, columns = height // patch, width // patch
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-
-    def encode(place: Tensor) -> Tensor:
-        omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-        angles = place.double()[:, None] * omega
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    kernel = w["x_embedder.proj.weight"].view(dim, channels, patch, patch)
-    x = F.conv2d(image[None], kernel, w["x_embedder.proj.bias"], stride=patch)[0].flatten(1).T
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    x = x + torch.cat([encode(column.flatten()), encode(row.flatten())], dim=1).float()
-
-    frequencies = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(128) / 128)
-    angles = timestep * frequencies
-    c = F.silu(linear(torch.cat([angles.cos(), angles.sin()]), "t_embedder.mlp.0"))
-    c = linear(c, "t_embedder.mlp.2") + w["y_embedder.embedding_table.weight"][label]
-
-    def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return F.layer_norm(x, (dim,), eps=1e-6) * (1 + scale) + shift
-
-    for index in range(model.config.depth):
-        name = f"blocks.{index}"
-        chunks = linear(F.silu(c), f"{name}.adaLN_modulation.1").chunk(6)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = chunks
-        qkv = linear(norm(x, shift_msa, scale_msa), f"{name}.attn.qkv")
-        q, k, v = qkv.view(-1, 3, heads, dim // heads).permute(1, 2, 0, 3)
-        attended = F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(1)
-        x = x + gate_msa * linear(attended, f"{name}.attn.proj")
-        hidden = F.gelu(linear(norm(x, shift_mlp, scale_mlp), f"{name}.mlp.fc1"), approximate="tanh")
-        x = x + gate_mlp * linear(hidden, f"{name}.mlp.fc2")
-    shift, scale = linear(F.silu(c), "final_layer.adaLN_modulation.1").chunk(2)
-    x = linear(norm(x, shift, scale), "final_layer.linear").view(rows, columns, patch, patch, -1)
-    return x.permute(4, 0, 2, 1, 3).reshape(-1, height, width)
-
-
 def test_the_official_dit_is_a_special_case() -> None:
     model = small(
         patch_size=(1, 2, 2), position="sincos", qk_norm=False, num_classes=7, learned_sigma=True, discrete_time=True
@@ -167,8 +124,10 @@ def test_the_official_dit_is_a_special_case() -> None:
     timesteps, labels = torch.tensor([37.0, 912.0]), torch.tensor([3, 7])
     conditioning = Conditioning.per_segment((timesteps + 1) / 1000, layout)
     output = model(latents, layout, conditioning, labels=labels).to_list()
+    weights = dict(model.named_parameters())
+    weights["x_embedder.proj.weight"] = weights["x_embedder.proj.weight"].unflatten(1, (2, 2, 2))
     for index, image in enumerate(images):
-        expected = plain_dit(model, image, float(timesteps[index]), int(labels[index]), 2)
+        expected = plain_dit(weights, image, float(timesteps[index]), int(labels[index]), heads=2)
         torch.testing.assert_close(output[index][:, 0], expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 

@@ -1,0 +1,323 @@
+"""DiT (Peebles & Xie 2023, arXiv:2212.09748): its checkpoints, read into a SoraDiT and written back, and its call.
+
+The names of the weights are the same on both sides. Only two entries differ: the patch embedding's kernel, which has
+four dimensions in a checkpoint, and the fixed positions, which a checkpoint keeps for one square grid.
+"""
+
+import argparse
+import math
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sora_fast.diffusion import DDPM, Ancestral, Guided
+from sora_fast.diffusion.noise import Generators
+from sora_fast.diffusion.samplers import sample as run_sampler
+from sora_fast.masks import SpacetimeMask
+from sora_fast.models import SoraDiT, SoraDiTConfig
+from sora_fast.models.sora_dit import SIZES
+from sora_fast.nn.positions import SinCosPosition
+from sora_fast.ops._checks import may_read
+from sora_fast.ops.patch_embed import FactorisedPosition
+from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
+from sora_fast.packing.layout import token_grid
+
+_KERNEL, _POSITIONS, _OUTPUT = "x_embedder.proj.weight", "pos_embed", "final_layer.linear.weight"
+_LABELS = "y_embedder.embedding_table.weight"
+_TIMESTEPS = 1000
+# A file of another kind has hundreds of wrong entries; the first ones tell.
+_MOST_NAMED = 8
+
+# What makes a SoraDiT a DiT, beside square patches of one frame and class labels.
+_DIT = {
+    "qk_norm": False,
+    "position": "sincos",
+    "discrete_time": True,
+    "mlp": "gelu",
+    "mlp_ratio": 4.0,
+    "text_dim": None,
+    "pooled_dim": None,
+    "mask": SpacetimeMask.full(),
+}
+
+State = dict[str, Tensor]
+
+
+def config(
+    size: str, patch: int, *, in_channels: int = 4, num_classes: int = 1000, learned_sigma: bool = True
+) -> SoraDiTConfig:
+    """The configuration that makes SoraDiT a DiT: `config("XL", 2)` is DiT-XL/2 as published."""
+    return SoraDiTConfig.of_size(
+        size,
+        in_channels=in_channels,
+        patch_size=(1, patch, patch),
+        num_classes=num_classes,
+        learned_sigma=learned_sigma,
+        **_DIT,
+    )
+
+
+def load(path: Path | str) -> SoraDiT:
+    """Read a DiT of any published size (S, B, L, XL), patch size and number of channels and classes; on the CPU.
+
+    path: `.safetensors`, or a file of torch.save, of which tensors and plain values are read and nothing is executed.
+        It holds the weights, or a dictionary that has them as "ema" (taken first) or "model".
+    The model has the dtype of the checkpoint. Its positions are those of every image's own grid; the checkpoint's are
+    checked against them and kept, so that `save` gives back the same bits.
+    Raises ValueError with the names of the entries that are missing, unknown, or not of the right shape or dtype.
+    """
+    state = _read(Path(path))
+    dit = _inferred(state)
+    with torch.device("meta"):
+        model = SoraDiT(dit)
+    _check_entries(state, _shapes(model, grid=max(1, math.isqrt(state[_POSITIONS].shape[1]))))
+    model.pos_embed = _CheckpointPosition(dit.dim, state.pop(_POSITIONS))
+    # Copies, since what was read may be a mapped file, which can change; one at a time, since they are large.
+    weights = {name: state.pop(name).clone() for name in list(state)}
+    weights[_KERNEL] = weights[_KERNEL].flatten(1)
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def save(model: SoraDiT, path: Path | str, *, grid: int | None = None) -> None:
+    """Write the weights of `model` as a DiT checkpoint; the file appears whole or not at all.
+
+    model: as `load` gave it, or any SoraDiT made from `config`. path: `.safetensors`, or `.pt` or `.pth`.
+    grid: side of the square token grid whose fixed positions the file holds (image side / patch); None: those that the
+        file had which the model was loaded from.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise ValueError(f"path: {path} ends in {path.suffix!r}; it must end in .safetensors, .pt or .pth")
+    _check_is_dit(model.config)
+    shape = (model.config.depth, model.config.dim, model.config.heads)
+    if shape not in SIZES.values():
+        raise ValueError(f"model: depth, width and heads are {shape}; they must be those of one of {SIZES}")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    _, side, _ = model.config.patch_size
+    state[_KERNEL] = state[_KERNEL].unflatten(1, (-1, side, side))
+    state[_POSITIONS] = _positions_to_save(model, grid).cpu().contiguous()
+    unfinished = path.with_name(f".partial-{path.name}")
+    try:
+        (save_file if path.suffix == ".safetensors" else torch.save)(state, unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def forward(model: SoraDiT, images: Sequence[Tensor], t: Tensor, labels: Tensor) -> list[Tensor]:
+    """DiT's own call: what the model says about noisy images, each of any size, all packed into one sequence.
+
+    images: S latents (C, 1, H, W) in the model's dtype; t: [S] raw timesteps, int, 0 … 999; labels: [S] int, 0 …
+    num_classes, the last being "no class".
+    Returns S tensors (C, 1, H, W), or (2C, 1, H, W) with a learned sigma: the noise, then the variance's share.
+    Values of t and labels are checked on a CPU; elsewhere, where looking would wait, they are not.
+    """
+    _check_is_dit(model.config)
+    latents, layout = _packed(model, images, labels)
+    _check_integers("t", t, len(images), _TIMESTEPS - 1)
+    output = model(latents, layout, Conditioning.per_segment((t + 1) / _TIMESTEPS, layout), labels=labels)
+    return _unpacked(output, images)
+
+
+def sample(
+    model: SoraDiT,
+    noise: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    steps: int = 250,
+    guidance: float | Tensor = 1.0,
+    channels: int | None = 3,
+    generator: Generators = None,
+) -> list[Tensor]:
+    """DiT's own sampling: its chain of 1000 respaced to `steps`, with the variance that the model learned, if it did.
+
+    noise: S standard normal latents (C, 1, H, W), to start from, float32 for the chain to be that too, whatever the
+    model's dtype; labels: [S] int. Returns S latents of the same shapes and dtype.
+    guidance: 1 is none; one number, or a tensor [S]. channels: guidance applies to so many first channels, 3 in DiT's
+    published samples; None: to all of the noise, and not to the variance. generator: of the noise on the way; one, or
+    one an image, whose sample then does not depend on what is packed with it.
+    """
+    _check_is_dit(model.config)
+    latents, layout = _packed(model, noise, labels)
+    denoiser = partial(_call, model, labels=labels)
+    if isinstance(guidance, Tensor) or guidance != 1:
+        null_labels = torch.full_like(labels, model.config.num_classes)
+        guided = model.config.in_channels if channels is None else channels
+        denoiser = Guided(
+            partial(_call, model), layout, scale=guidance, labels=labels, null_labels=null_labels, channels=guided
+        )
+    made = run_sampler(
+        denoiser,
+        latents,
+        layout,
+        DDPM(steps=_TIMESTEPS, learned_variance=model.config.learned_sigma),
+        Ancestral(),
+        steps=steps,
+        patch_size=model.config.patch_size,
+        generator=generator,
+    )
+    return _unpacked(made, noise)
+
+
+def _call(
+    model: SoraDiT, latents: RaggedLatents, layout: PackedLayout, conditioning: Conditioning, *, labels: Tensor
+) -> RaggedLatents:
+    # A sampler computes in fp32 at least; a model's weights may be of less.
+    flat = latents.flat.to(model.x_embedder.proj.weight.dtype)
+    return model(latents.with_flat(flat), layout, conditioning, labels=labels)
+
+
+def _packed(model: SoraDiT, images: Sequence[Tensor], labels: Tensor) -> tuple[RaggedLatents, PackedLayout]:
+    _check_images(images, model.config.in_channels)
+    _check_integers("labels", labels, len(images), model.config.num_classes)
+    latents = RaggedLatents.from_list(images)
+    grids = [token_grid(image.shape, model.config.patch_size) for image in images]
+    return latents, PackedLayout.from_grids(grids, device=latents.flat.device)
+
+
+def _unpacked(output: RaggedLatents, images: Sequence[Tensor]) -> list[Tensor]:
+    """One tensor an image, of its size; unlike `to_list`, this knows the shapes and waits for no device."""
+    multiple = output.flat.shape[0] // sum(image.numel() for image in images)
+    parts = output.flat.split([multiple * image.numel() for image in images])
+    return [part.view(-1, *image.shape[1:]) for part, image in zip(parts, images, strict=True)]
+
+
+class _CheckpointPosition(SinCosPosition):
+    """Sin-cos positions that keep a checkpoint's own table [1, side², C], which may differ from them in the last bit.
+
+    ValueError if it differs by more: the model was trained with other positions than DiT's.
+    """
+
+    def __init__(self, dim: int, table: Tensor) -> None:
+        super().__init__(dim)
+        ours = _positions(dim, math.isqrt(table.shape[1])).to(table.dtype)
+        error = (table.double() - ours.double()).abs().max().item()
+        if not error <= torch.finfo(table.dtype).eps:
+            raise ValueError(
+                f"{_POSITIONS}: it differs by {error:.2g} from DiT's sin-cos positions; they must be those"
+            )
+        self.to(table.dtype).register_buffer("table", table.clone(), persistent=False)
+
+
+def _positions(dim: int, side: int) -> Tensor:
+    """[1, side², dim] float32: DiT's fixed positions of a square grid."""
+    tables = FactorisedPosition.sin_cos(dim, side, side)
+    return (tables.h[:, None] + tables.w[None, :]).flatten(0, 1)[None]
+
+
+def _positions_to_save(model: SoraDiT, grid: int | None) -> Tensor:
+    if grid is not None:
+        return _positions(model.config.dim, grid).to(model.x_embedder.proj.weight.dtype)
+    if not isinstance(model.pos_embed, _CheckpointPosition):
+        raise ValueError("grid: None, but the model was not loaded from a DiT checkpoint; give image side / patch")
+    return model.pos_embed.table
+
+
+def _read(path: Path) -> State:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        # DiT's own training checkpoints carry their command line, in a class that is nothing but a dictionary.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Mapped, where the format allows it: of a training checkpoint only one part of four is needed.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"path: {path} is not made of tensors and plain values alone: {error}") from error
+    for name in ("ema", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    if not isinstance(content, Mapping):
+        raise ValueError(f"path: {path} holds a {type(content).__name__}; it must hold a dictionary of tensors")
+    _raise_if_any(f"{name} is no tensor" for name, value in content.items() if not isinstance(value, Tensor))
+    return dict(content)
+
+
+def _inferred(state: State) -> SoraDiTConfig:
+    """The configuration that the shapes speak of; whether all the others agree is checked afterwards."""
+    ranks = {_KERNEL: 4, _POSITIONS: 3, _OUTPUT: 2, _LABELS: 2}
+    _raise_if_any(f"{name} is missing" for name in ranks if name not in state)
+    _raise_if_any(
+        f"{name} has the shape {tuple(state[name].shape)}; it must have {rank} dimensions"
+        for name, rank in ranks.items()
+        if state[name].ndim != rank
+    )
+    width, channels, patch, _ = state[_KERNEL].shape
+    sizes = {dim: size for size, (_, dim, _) in SIZES.items()}
+    if width not in sizes or min(channels, patch) < 1:
+        raise ValueError(
+            f"{_KERNEL}: shape {tuple(state[_KERNEL].shape)}; it must be [width, channels, patch, patch] with "
+            f"a width of {', '.join(map(str, sizes))}"
+        )
+    return config(
+        sizes[width],
+        patch,
+        in_channels=channels,
+        num_classes=state[_LABELS].shape[0] - 1,
+        learned_sigma=state[_OUTPUT].shape[0] == 2 * channels * patch**2,
+    )
+
+
+def _shapes(model: SoraDiT, *, grid: int) -> dict[str, tuple[int, ...]]:
+    """The entries of the checkpoint of a model with the given grid."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    dim, channels = model.config.dim, model.config.in_channels
+    return {**shapes, _KERNEL: (dim, channels, *model.config.patch_size[1:]), _POSITIONS: (1, grid**2, dim)}
+
+
+def _check_entries(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    dtype = state[_KERNEL].dtype
+    wrong = [f"{name} is missing" for name in shapes if name not in state]
+    wrong += [f"{name} is unknown" for name in state if name not in shapes]
+    for name, shape in shapes.items():
+        tensor = state.get(name)
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            wrong.append(f"{name} has the shape {tuple(tensor.shape)}; it must be {shape}")
+        elif tensor.dtype != dtype or not dtype.is_floating_point:
+            wrong.append(f"{name} is {tensor.dtype}, {_KERNEL} {dtype}; all must be of one floating point dtype")
+    _raise_if_any(wrong)
+
+
+def _raise_if_any(wrong: Iterable[str]) -> None:
+    wrong = list(wrong)
+    if wrong:
+        more = f"; and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
+        raise ValueError(f"not a DiT checkpoint: {'; '.join(wrong[:_MOST_NAMED])}{more}")
+
+
+def _check_is_dit(given: SoraDiTConfig) -> None:
+    frames, height, width = given.patch_size
+    wrong = [f"{name} = {getattr(given, name)!r}" for name, value in _DIT.items() if getattr(given, name) != value]
+    if frames != 1 or height != width:
+        wrong.append(f"patch_size = {given.patch_size}")
+    if given.num_classes is None:
+        wrong.append("num_classes = None")
+    if wrong:
+        raise ValueError(f"model: it is no DiT, having {', '.join(wrong)}; see dit.config for one that is")
+
+
+def _check_images(images: Sequence[Tensor], channels: int) -> None:
+    if not images:
+        raise ValueError("images: none; there must be at least one")
+    for index, image in enumerate(images):
+        shape = tuple(image.shape)
+        if len(shape) != 4 or shape[:2] != (channels, 1) or not image.numel():
+            raise ValueError(f"images: number {index} has the shape {shape}; it must be ({channels}, 1, H, W)")
+
+
+def _check_integers(name: str, values: Tensor, count: int, largest: int) -> None:
+    if tuple(values.shape) != (count,):
+        raise ValueError(f"{name}: shape {tuple(values.shape)}; it must be [{count}], one for every image")
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{name}: {values.dtype}; it must be an integer dtype")
+    if may_read(values) and (values.min() < 0 or values.max() > largest):
+        raise ValueError(f"{name}: {values.tolist()}; each must lie in 0 … {largest}")
