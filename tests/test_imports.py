@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = (
     "masks",
     "packing",
+    "bounds",
     "schedule",
     "kernels",
     "ops",
