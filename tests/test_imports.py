@@ -14,6 +14,7 @@ PARTS = (
     "kernels",
     "ops",
     "nn",
+    "integrations",
     "models",
     "diffusion",
     "media",
