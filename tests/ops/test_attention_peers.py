@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -37,17 +38,24 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Ten
 
 
 class FlashAttn(ModuleType):
-    """flash_attn/flash_attn_interface.py; what lies past the last segment is left as it was: NaN."""
+    """flash_attn/flash_attn_interface.py; past the last segment, it leaves memory as it was, gradients too: NaN."""
 
     def flash_attn_varlen_func(self, q: Tensor, k: Tensor, v: Tensor, *sizes: Any, **options: Any) -> Tensor:
         self.sizes, self.options = sizes, options
         starts, key_starts = (offsets.tolist() for offsets in sizes[:2])
+        for x, end in ((q, starts[-1]), (k, key_starts[-1]), (v, key_starts[-1])):
+            if x.requires_grad:
+                x.register_hook(partial(unwritten, end=end))
         parts = []
         for start, end, first, last in zip(starts, starts[1:], key_starts, key_starts[1:], strict=False):
             part = (q[start:end], k[first:last], v[first:last])
             parts.append(dense(*part, options["softmax_scale"], causal=options["causal"]))
-        rest = q[starts[-1] :]
-        return torch.cat([*parts, torch.full_like(rest, float("nan")) + rest])
+        return unwritten(torch.cat([*parts, q[starts[-1] :]]), starts[-1])
+
+
+def unwritten(x: Tensor, end: int) -> Tensor:
+    """The tensor, but NaN from row `end` on."""
+    return torch.where((torch.arange(len(x)) < end)[:, None, None], x, float("nan"))
 
 
 class BlockDiagonalMask:
