@@ -197,17 +197,20 @@ def _lists(bounds: Bounds, max_pairs: int, *, by_key: bool) -> tuple[TileLists, 
     # The place past the room takes what is not wanted in a list; in the end all tiles lie there, one after the other.
     tiles = torch.zeros(room + count, dtype=torch.int32, device=bounds.key[0].device)
     taken = tiles.new_zeros((), dtype=torch.int64)
-    everything, parts = slice(0, count), []
+    # Written in place: kept in pieces between the large tensors of every step, they would fragment a CPU's memory.
+    places = [tiles.new_empty(count) for _ in range(3)]
+    everything = slice(0, count)
     step = max(1, _CHUNK_PAIRS // count)
     for start in range(0, count, step):
         some = slice(start, start + step)
         meets, full = bounds.decide(everything, some) if by_key else bounds.decide(some, everything)
         meets, full = (meets.T, full.T) if by_key else (meets, full)
-        parts.append(_append(tiles, meets, full, taken, room))
+        for place, part in zip(places, _append(tiles, meets, full, taken, room), strict=True):
+            place[some] = part
         taken = taken + meets.sum()
     tiles[room:] = torch.arange(count, dtype=torch.int32, device=tiles.device)
-    begin, full_end, end = (torch.cat(part).to(torch.int32) for part in zip(*parts, strict=True))
-    return TileLists(begin, full_end, end, tiles, _longest_first(end - begin)), taken
+    begin, _, end = places
+    return TileLists(*places, tiles, _longest_first(end - begin)), taken
 
 
 def _append(tiles: Tensor, meets: Tensor, full: Tensor, taken: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:

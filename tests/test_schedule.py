@@ -118,7 +118,7 @@ def test_a_captured_graph_follows_the_batch() -> None:
 
 
 def assert_same(actual: TileLists | TileSchedule, expected: TileLists | TileSchedule) -> None:
-    """The same tensors, but for the places in `tiles` that no list names."""
+    """The same values in every tensor, those of the layouts included."""
     for field in fields(actual):
         mine, theirs = getattr(actual, field.name), getattr(expected, field.name)
         if isinstance(mine, torch.Tensor):
