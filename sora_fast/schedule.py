@@ -1,24 +1,30 @@
 """TileSchedule: which tiles of the packed sequence meet which, from a layout and a mask, built on the device."""
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from sora_fast.bounds import Bounds, Groups
 from sora_fast.masks import SpacetimeMask
 from sora_fast.packing._bundle import TensorBundle
 from sora_fast.packing.layout import MAX_GRID, PackedLayout
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # Guard bits above the fields w:9, h:9, t:10 of a packed coordinate.
 GUARD = 1 << 9 | 1 << 19 | 1 << 30
 
 # Places in a list, and the tiles after it, are numbered in int32.
 _MOST_PAIRS = 1 << 30
+# Tokens in a block of FlexAttention.
+_FLEX_BLOCK = 128
 # Pairs of tiles decided at a time, each of which takes some 60 bytes for that moment.
 _CHUNK_PAIRS = 1 << 21
-# Beyond every coordinate, segment and raster index.
-_FAR = torch.iinfo(torch.int32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +50,7 @@ class TileSchedule(TensorBundle):
     by_query: key tiles that each query tile meets; by_key: the transpose.
     query_low, query_high [N] int32: the packed coordinates of the first and last key of each query's box.
     key_place [Nk] int32: the packed coordinate of each key, 0 for padding.
+    overflow [] int64: pairs of tiles by which each of the two lists was too short (see `check`).
     Key k lies in query i's box iff (((k | G) − low) & ((high | G) − k) & G) == G, with G = `GUARD`.
     """
 
@@ -55,6 +62,7 @@ class TileSchedule(TensorBundle):
     query_low: Tensor
     query_high: Tensor
     key_place: Tensor
+    overflow: Tensor
 
     @staticmethod
     def build(
@@ -70,6 +78,7 @@ class TileSchedule(TensorBundle):
         max_pairs: room for so many pairs of tiles in each of the two lists. The default is enough for any mask over
             4,096 tiles, a pack of about 250k tokens. Tiles that find no room left visit all tiles from the first to
             the last that they meet, testing every pair of tokens from the first gap on: the same result, later.
+            `overflow` says so, and `check` how much room there should be.
 
         A full mask costs O(T) for T tiles. Any other takes O(T²) time and 8·min(T², max_pairs) bytes, and while it is
         built some 150 MB more, whatever T, and some 300 bytes a token.
@@ -79,11 +88,70 @@ class TileSchedule(TensorBundle):
         _check(layout, mask, kv_layout, max_pairs)
         if mask.is_full:
             by_query, by_key = _segment_lists(layout, keys), _segment_lists(keys, layout)
+            overflow = layout.cu_seqlens.new_zeros((), dtype=torch.int64)
         else:
-            bounds = _TileBounds.of(layout, mask)
-            by_query, by_key = (_lists(bounds, max_pairs, by_key=by_key) for by_key in (False, True))
+            tiles = Groups.tiles(layout)
+            bounds = Bounds.of(tiles, tiles, mask)
+            (by_query, pairs), (by_key, _) = (_lists(bounds, max_pairs, by_key=by_key) for by_key in (False, True))
+            overflow = (pairs - max_pairs).clamp(min=0)
         low, high = _packed_bounds(layout, mask)
-        return TileSchedule(mask, layout, keys, by_query, by_key, low, high, _packed_places(keys))
+        return TileSchedule(mask, layout, keys, by_query, by_key, low, high, _packed_places(keys), overflow)
+
+    @property
+    def max_pairs(self) -> int:
+        """Room for pairs of tiles in each of the two lists."""
+        return self.by_query.tiles.shape[0] - self.kv_layout.max_tiles
+
+    def refresh_(self, layout: PackedLayout, *, kv_layout: PackedLayout | None = None) -> "TileSchedule":
+        """Make this the schedule of another batch of the same sizes, in the same memory; never waits for the device.
+
+        For CUDA graphs and compiled steps, whose inputs stay where they are: a graph captured with this schedule then
+        computes the new batch. `self.layout` and `self.kv_layout`, the very layouts that `build` was given, take over
+        the content of the new ones too (unless those are the same, filled by the caller). Returns itself.
+
+        Raises ValueError if a size or the device differs.
+        """
+        _check(layout, self.mask, kv_layout, max_pairs=0)
+        batches = (("layout", self.layout, layout), ("kv_layout", self.kv_layout, kv_layout or layout))
+        for name, mine, new in batches:
+            mine.check_like(name, new)
+        for _, mine, new in batches:
+            mine.copy_(new)
+        keys, room = (self.kv_layout, 0) if self.mask.is_full else (None, self.max_pairs)
+        self.copy_(TileSchedule.build(self.layout, self.mask, kv_layout=keys, max_pairs=room))
+        return self
+
+    def check(self) -> None:
+        """Warn, with the room that was needed, if `max_pairs` was too small for this batch: the results are right but
+        come later. Waits for the device: look where you wait anyway, where you read the loss for example.
+        """
+        if missing := int(self.overflow):
+            warnings.warn(
+                f"TileSchedule: {self.max_pairs + missing} pairs of tiles meet, but max_pairs is {self.max_pairs}; "
+                f"some tiles visit more than they must. Build it with max_pairs={self.max_pairs + missing} or more",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def to_block_mask(self) -> "BlockMask":
+        """The same mask for torch.nn.attention.flex_attention, over batch 1 and all heads.
+
+        FlexAttention's blocks are 128 tokens from token 0 on, whatever segments they cut, so the blocks are decided
+        anew, by the same arithmetic; its lists take some 16 bytes a pair of blocks. Queries without a key give zeros
+        there too, but NaN in the padding is not kept out. Never waits for the device.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        queries, keys = (Groups.blocks(layout, _FLEX_BLOCK) for layout in (self.layout, self.kv_layout))
+        meets, full = Bounds.of(queries, keys, self.mask).decide(slice(None), slice(None))
+        full &= _without_padding(queries)[:, None] & _without_padding(keys)
+        return BlockMask.from_kv_blocks(
+            *_listed(meets & ~full),
+            *_listed(full),
+            BLOCK_SIZE=_FLEX_BLOCK,
+            mask_mod=_mask_mod(self),
+            seq_lengths=(self.layout.capacity, self.kv_layout.capacity),
+        )
 
 
 def _check(layout: PackedLayout, mask: SpacetimeMask, kv_layout: PackedLayout | None, max_pairs: int) -> None:
@@ -119,54 +187,8 @@ def _tile_segments(layout: PackedLayout) -> tuple[Tensor, Tensor]:
     return segment.clamp(max=layout.max_segments - 1), ends > starts
 
 
-class _TileBounds(NamedTuple):
-    """Least and greatest number [T, A] in each tile of A axes: t, h, w, the segment and, if causal, the raster order.
-
-    key: where the tile's tokens lie as keys. low, high: first and last place that they may attend as queries. Tiles
-    without a token have bounds that meet nothing.
-    """
-
-    key: tuple[Tensor, Tensor]
-    low: tuple[Tensor, Tensor]
-    high: tuple[Tensor, Tensor]
-
-    @staticmethod
-    def of(layout: PackedLayout, mask: SpacetimeMask) -> "_TileBounds":
-        first, last = mask.bounds(layout)
-        segment = layout.segment_ids[:, None]
-        key, low, high = [layout.coords, segment], [first, segment], [last, segment]
-        if mask.causal_tokens:
-            raster = layout.raster_index[:, None]
-            key, low, high = [*key, raster], [*low, torch.zeros_like(raster)], [*high, raster]
-        # Padding falls into a place past the end.
-        tiles = torch.where(layout.segment_ids >= 0, layout.tile_ids(), layout.max_tiles).long()
-        return _TileBounds(*(_per_tile(torch.cat(axes, dim=1), tiles, layout.max_tiles) for axes in (key, low, high)))
-
-    def decide(self, queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
-        """Boolean matrices, query tile by key tile: which pairs meet (perhaps), and which of those entirely."""
-        meets = full = None
-        for axis in range(self.key[0].shape[1]):
-            key_min, key_max = (bound[None, keys, axis] for bound in self.key)
-            low_min, low_max = (bound[queries, None, axis] for bound in self.low)
-            high_min, high_max = (bound[queries, None, axis] for bound in self.high)
-            touches = (key_max >= low_min) & (key_min <= high_max)
-            holds = (key_min >= low_max) & (key_max <= high_min)
-            meets = touches if meets is None else meets & touches
-            full = holds if full is None else full & holds
-        return meets, full & meets
-
-
-def _per_tile(values: Tensor, tiles: Tensor, max_tiles: int) -> tuple[Tensor, Tensor]:
-    """Least and greatest of the values [N, A] of each tile's tokens; if it has none, the greatest is less."""
-    index = tiles[:, None].expand_as(values)
-    shape = (max_tiles + 1, values.shape[1])
-    low = values.new_full(shape, _FAR).scatter_reduce(0, index, values, "amin")
-    high = values.new_full(shape, -_FAR).scatter_reduce(0, index, values, "amax")
-    return low[:-1], high[:-1]
-
-
-def _lists(bounds: _TileBounds, max_pairs: int, *, by_key: bool) -> TileLists:
-    """The pairs that meet as lists of the query tiles' key tiles, or of the key tiles' query tiles.
+def _lists(bounds: Bounds, max_pairs: int, *, by_key: bool) -> tuple[TileLists, Tensor]:
+    """The pairs that meet as lists of the query tiles' key tiles, or of the key tiles' query tiles; and their number.
 
     Decided some tiles at a time, and compacted without waiting for the device.
     """
@@ -174,18 +196,21 @@ def _lists(bounds: _TileBounds, max_pairs: int, *, by_key: bool) -> TileLists:
     room = min(count * count, max_pairs)
     # The place past the room takes what is not wanted in a list; in the end all tiles lie there, one after the other.
     tiles = torch.zeros(room + count, dtype=torch.int32, device=bounds.key[0].device)
-    taken = tiles.new_zeros(1, dtype=torch.int64)
-    everything, parts = slice(0, count), []
+    taken = tiles.new_zeros((), dtype=torch.int64)
+    # Written in place: kept in pieces between the large tensors of every step, they would fragment a CPU's memory.
+    places = [tiles.new_empty(count) for _ in range(3)]
+    everything = slice(0, count)
     step = max(1, _CHUNK_PAIRS // count)
     for start in range(0, count, step):
         some = slice(start, start + step)
         meets, full = bounds.decide(everything, some) if by_key else bounds.decide(some, everything)
         meets, full = (meets.T, full.T) if by_key else (meets, full)
-        parts.append(_append(tiles, meets, full, taken, room))
+        for place, part in zip(places, _append(tiles, meets, full, taken, room), strict=True):
+            place[some] = part
         taken = taken + meets.sum()
     tiles[room:] = torch.arange(count, dtype=torch.int32, device=tiles.device)
-    begin, full_end, end = (torch.cat(part).to(torch.int32) for part in zip(*parts, strict=True))
-    return TileLists(begin, full_end, end, tiles, _longest_first(end - begin))
+    begin, _, end = places
+    return TileLists(*places, tiles, _longest_first(end - begin)), taken
 
 
 def _append(tiles: Tensor, meets: Tensor, full: Tensor, taken: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,3 +264,27 @@ def _packed_bounds(layout: PackedLayout, mask: SpacetimeMask) -> tuple[Tensor, T
 
 def _pack(t: Tensor, h: Tensor, w: Tensor) -> Tensor:
     return t << 20 | h << 10 | w
+
+
+def _without_padding(blocks: Groups) -> Tensor:
+    ends = torch.arange(1, blocks.count + 1, device=blocks.ids.device) * _FLEX_BLOCK
+    return ends <= blocks.layout.cu_seqlens[-1]
+
+
+def _listed(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """A boolean matrix as FlexAttention wants it: how many columns of each row are true, and first of all which."""
+    columns = torch.sort(pairs.to(torch.int8), dim=1, descending=True, stable=True)[1]
+    return pairs.sum(dim=1, dtype=torch.int32)[None, None], columns.to(torch.int32)[None, None]
+
+
+def _mask_mod(schedule: TileSchedule) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    segments, key_segments = schedule.layout.segment_ids, schedule.kv_layout.segment_ids
+    low, high, place = schedule.query_low, schedule.query_high, schedule.key_place
+    raster = schedule.layout.raster_index if schedule.mask.causal_tokens else None
+
+    def allows(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        inside = ((place[key] | GUARD) - low[query]) & ((high[query] | GUARD) - place[key]) & GUARD
+        allowed = (segments[query] == key_segments[key]) & (segments[query] >= 0) & (inside == GUARD)
+        return allowed if raster is None else allowed & (raster[key] <= raster[query])
+
+    return allows

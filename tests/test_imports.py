@@ -9,10 +9,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = (
     "masks",
     "packing",
+    "bounds",
     "schedule",
     "kernels",
     "ops",
     "nn",
+    "integrations",
     "models",
     "diffusion",
     "integrations",

@@ -66,14 +66,19 @@ def test_import_is_light(tmp_path: Path) -> None:
 
 def test_what_is_imported_is_declared_and_what_must_be_installed_is_imported() -> None:
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = {"pillow": "PIL", "scikit-learn": "sklearn"}  # modules that are not called like their packages
+    names = {
+        "pillow": "PIL",
+        "scikit-learn": "sklearn",
+        "flash-attn": "flash_attn",
+    }  # modules that are not called like their packages
 
     def modules(requirements: list[str]) -> set[str]:
         packages = {re.split(r"[^\w-]", requirement)[0] for requirement in requirements}
         return {names.get(package, package) for package in packages}
 
     needed = modules(project["dependencies"])
-    extras = modules([item for extra in ("text", "video", "demo") for item in project["optional-dependencies"][extra]])
+    chosen = ("text", "video", "demo", "flash-attn", "xformers")
+    extras = modules([item for extra in chosen for item in project["optional-dependencies"][extra]])
     imported = set()
     for folder in ("sora_fast", "kernels"):
         for path in (ROOT / folder).rglob("*.py"):

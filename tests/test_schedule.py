@@ -1,11 +1,16 @@
+import warnings
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import flex_attention
 
 from sora_fast import schedule as module
 from sora_fast.masks import SpacetimeMask
+from sora_fast.ops import packed_attention
 from sora_fast.packing import PackedLayout
 from sora_fast.schedule import GUARD, TileLists, TileSchedule
 from tests.layouts import MASKS, Pack, packs
@@ -61,6 +66,162 @@ def test_memory_is_bounded_for_half_a_million_tokens() -> None:
         schedule = TileSchedule.build(layout._map(fake.from_tensor), SpacetimeMask.token_causal())
     assert largest.elements < 2**24 + 2**14
     assert schedule.by_query.tiles.shape == (2**24 + layout.max_tiles,)
+
+
+EVERY_KIND = [
+    SpacetimeMask.full(),
+    SpacetimeMask.frame_causal(),
+    SpacetimeMask.token_causal(),
+    SpacetimeMask.window(1, 1, 1, clamp=True, stride=(1, 2, 2)),
+]
+
+
+@pytest.mark.parametrize("mask", EVERY_KIND)
+@pytest.mark.parametrize("max_pairs", [5, 1 << 24])
+def test_no_value_is_read(mask: SpacetimeMask, max_pairs: int) -> None:
+    layout = PackedLayout.from_grids([(3, 4, 5), (1, 6, 6)], tile_size=16, max_segments=3)
+    with FakeTensorMode() as fake:  # every operator that reads a value, or whose shape depends on one, is an error
+        layout, other = (layout._map(fake.from_tensor) for _ in range(2))
+        schedule = TileSchedule.build(layout, mask, max_pairs=max_pairs)
+        schedule.refresh_(other)
+        schedule.to_block_mask()
+        if mask.is_full:
+            TileSchedule.build(layout, kv_layout=other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", EVERY_KIND)
+def test_the_host_never_waits(mask: SpacetimeMask) -> None:
+    layouts = [PackedLayout.from_grids(grids, capacity=200, max_segments=3) for grids in ([(3, 4, 5)], [(2, 8, 8)] * 2)]
+    expected = TileSchedule.build(layouts[1], mask)
+    first, second = (layout.to("cuda") for layout in layouts)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        schedule = TileSchedule.build(first, mask).refresh_(second)
+        schedule.to_block_mask()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same(schedule.to("cpu"), expected)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_the_batch() -> None:
+    mask, sizes = SpacetimeMask.window(1, 2, 2), {"capacity": 200, "max_segments": 3, "device": "cuda"}
+    first, second = (PackedLayout.from_grids(grids, **sizes) for grids in ([(3, 4, 5)], [(2, 8, 8)]))
+    schedule = TileSchedule.build(first, mask)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        schedule.refresh_(first)
+    first.copy_(second)
+    graph.replay()
+    assert_same(schedule, TileSchedule.build(second, mask))
+
+
+def assert_same(actual: TileLists | TileSchedule, expected: TileLists | TileSchedule) -> None:
+    """The same values in every tensor, those of the layouts included."""
+    for field in fields(actual):
+        mine, theirs = getattr(actual, field.name), getattr(expected, field.name)
+        if isinstance(mine, torch.Tensor):
+            assert torch.equal(mine, theirs), field.name
+        elif not isinstance(mine, SpacetimeMask | int):
+            assert_same(mine, theirs)
+
+
+@given(st.lists(packs(max_grids=3), min_size=2, max_size=2), MASKS, st.sampled_from([3, 1 << 24]))
+def test_refreshed_in_place(pair: list[Pack], mask: SpacetimeMask, max_pairs: int) -> None:
+    sizes = {
+        "capacity": max(pack.layout.capacity for pack in pair),
+        "max_segments": max(pack.layout.max_segments for pack in pair),
+        "tile_size": 16,
+    }
+    first, second = (PackedLayout.from_grids(pack.grids, keep=pack.keep, **sizes) for pack in pair)
+    schedule = TileSchedule.build(first, mask, max_pairs=max_pairs)
+    memory = [tensor.data_ptr() for tensor in (schedule.by_query.tiles, schedule.query_low, first.cu_seqlens)]
+    assert schedule.refresh_(second) is schedule
+    assert_same(schedule, TileSchedule.build(second, mask, max_pairs=max_pairs))
+    assert memory == [tensor.data_ptr() for tensor in (schedule.by_query.tiles, schedule.query_low, first.cu_seqlens)]
+
+
+def test_cross_attention_refreshed_in_place() -> None:
+    queries, keys = (
+        [PackedLayout.from_grids(grids, capacity=size, max_segments=2, tile_size=16) for grids in batches]
+        for size, batches in ((60, ([(3, 4, 5)], [(1, 3, 3), (2, 2, 2)])), (9, ([(9, 1, 1)], [(0, 1, 1), (4, 1, 1)])))
+    )
+    schedule = TileSchedule.build(queries[0], kv_layout=keys[0]).refresh_(queries[1], kv_layout=keys[1])
+    assert_same(schedule, TileSchedule.build(queries[1], kv_layout=keys[1]))
+    with pytest.raises(ValueError, match=r"kv_layout.segment_ids: \[60\] on cpu; it must be \[9\] on cpu"):
+        schedule.refresh_(queries[0])
+    assert_same(schedule, TileSchedule.build(queries[1], kv_layout=keys[1]))
+
+
+def test_refresh_names_other_sizes() -> None:
+    schedule = TileSchedule.build(PackedLayout.from_grids([(1, 2, 2)]), SpacetimeMask.spatial())
+    with pytest.raises(ValueError, match=r"layout\.cu_seqlens: \[3\] on cpu; it must be \[2\] on cpu"):
+        schedule.refresh_(PackedLayout.from_grids([(1, 2, 2)], max_segments=2))
+    with pytest.raises(ValueError, match=r"layout\.tile_size: 64; it must be 128"):
+        schedule.refresh_(PackedLayout.from_grids([(1, 2, 2)], tile_size=64))
+    with pytest.raises(ValueError, match=r"mask: .* kv_layout"):
+        schedule.refresh_(schedule.layout, kv_layout=schedule.layout)
+
+
+def test_overflow_is_reported_with_the_room_that_suffices() -> None:
+    layout = PackedLayout.from_grids([(8, 4, 4), (5, 4, 4)], tile_size=16)
+    mask = SpacetimeMask.frame_causal()  # tiles are frames: 8 · 9 / 2 + 5 · 6 / 2 pairs of them meet
+    schedule = TileSchedule.build(layout, mask, max_pairs=20)
+    assert int(schedule.overflow) == 31
+    with pytest.warns(RuntimeWarning, match="51 pairs of tiles meet, but max_pairs is 20.* max_pairs=51"):
+        schedule.check()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TileSchedule.build(layout, mask, max_pairs=51).check()
+        TileSchedule.build(layout, max_pairs=0).check()
+
+
+@settings(max_examples=100)
+@given(st.data(), MASKS)
+def test_block_mask_against_the_dense_mask(data: st.DataObject, mask: SpacetimeMask) -> None:
+    layout = data.draw(packs(tile_sizes=(16, 32))).layout
+    if layout.capacity == 0:
+        return
+    size, dense = data.draw(st.sampled_from([4, 16, 128])), mask.materialize(layout)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(module, "_FLEX_BLOCK", size)
+        block_mask = TileSchedule.build(layout, mask).to_block_mask()
+    tokens = torch.arange(layout.capacity)[None]
+    assert torch.equal(block_mask.mask_mod(None, None, tokens.T, tokens), dense)
+    partial, full = (
+        blocks_of(counts[0, 0], columns[0, 0], size)[: layout.capacity, : layout.capacity]
+        for counts, columns in (
+            (block_mask.kv_num_blocks, block_mask.kv_indices),
+            (block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
+        )
+    )
+    assert not (partial & full).any(), "a block is visited twice"
+    assert not (dense & ~(partial | full)).any(), "an allowed pair is missing"
+    assert not (full & ~dense).any(), "a full block has a forbidden pair"
+
+
+def blocks_of(counts: torch.Tensor, columns: torch.Tensor, size: int) -> torch.Tensor:
+    """Which pairs of tokens lie in the blocks that a BlockMask lists."""
+    listed = torch.zeros(columns.shape, dtype=torch.bool)
+    for row, count in enumerate(counts.tolist()):
+        listed[row, columns[row, :count].long()] = True
+    return listed.repeat_interleave(size, 0).repeat_interleave(size, 1)
+
+
+@pytest.mark.parametrize("mask", [*EVERY_KIND, SpacetimeMask(t=(1, 2), h=(-3, -1))])
+def test_flex_attention_with_the_block_mask(mask: SpacetimeMask) -> None:
+    torch.manual_seed(0)
+    layout = PackedLayout.from_grids([(4, 6, 9), (1, 3, 3), (2, 8, 8)], order="tiled", capacity=400, max_segments=4)
+    text = PackedLayout.from_grids([(7, 1, 1), (0, 1, 1), (150, 1, 1)], max_segments=4)
+    for keys in (layout, text) if mask.is_full else (layout,):
+        q, k, v = (torch.randn(rows.capacity, 2, 16) for rows in (layout, keys, keys))
+        kv_layout = keys if keys is text else None
+        schedule = TileSchedule.build(layout, mask, kv_layout=kv_layout)
+        heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+        flexed = flex_attention(*heads_first, block_mask=schedule.to_block_mask())[0].transpose(0, 1)
+        ours = packed_attention(q, k, v, layout, schedule, kv_layout=kv_layout, backend="torch")
+        torch.testing.assert_close(flexed, ours, rtol=1e-4, atol=2e-6)
 
 
 def test_a_causal_mask_without_room_keeps_its_full_tiles() -> None:

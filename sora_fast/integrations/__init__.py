@@ -1,1 +1,1 @@
-"""Other people's models and trainers."""
+"""Other people's data structures and checkpoints, as this package takes them: one file for each project or format."""

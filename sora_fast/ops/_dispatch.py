@@ -100,6 +100,8 @@ def _unavailable(op: str, backend: str, device_type: str, offered: tuple[str, ..
             return "the package triton is not installed"
         if device_type != "cuda" and not interpreting():
             return f"the tensors are on {device_type}; Triton needs cuda, or TRITON_INTERPRET=1"
+    elif backend in ("flash_attn", "xformers") and find_spec(backend) is None:
+        return f"the package {backend} is not installed"
     elif backend in ("cuda", "flash_attn", "xformers") and device_type != "cuda":
         return f"the tensors are on {device_type}; {backend} needs cuda"
     return None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sora_fast.masks import SpacetimeMask
+from sora_fast.ops import _attention_peers as peers
 from sora_fast.ops import _attention_torch as plain
 from sora_fast.ops._checks import FLOAT_DTYPES, KERNEL_DTYPES, check_device, check_dtype, check_shape, may_read
 from sora_fast.ops._dispatch import choose
@@ -48,7 +49,11 @@ def packed_attention(
     if not math.isfinite(scale):
         raise ValueError(f"scale: {scale}; it must be a finite number")
     schedule = mask if isinstance(mask, TileSchedule) else TileSchedule.build(layout, mask, kv_layout=kv_layout)
-    chosen = choose("packed_attention", backend, q.device, _offered(q))
+    cross = kv_layout is not None
+    others = peers.offered(q, k, schedule, cross=cross, lse=return_lse, deterministic=deterministic)
+    chosen = choose("packed_attention", backend, q.device, (*_offered(q), *others))
+    if chosen in others:
+        return getattr(peers, chosen)(q, k, v, schedule, scale=scale, deterministic=deterministic)
     op = _plain_attention if chosen == "torch" else _triton_attention
     tile_sizes = [schedule.layout.tile_size, schedule.kv_layout.tile_size]
     out, lse = op(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule.mask), scale)
@@ -224,6 +229,8 @@ def _check(
             )
         _check_schedule("layout", mask.layout, layout)
         _check_schedule("layout" if kv_layout is None else "kv_layout", mask.kv_layout, keys)
+        if may_read(mask.overflow):
+            mask.check()
 
 
 def _check_schedule(name: str, scheduled: PackedLayout, given: PackedLayout) -> None:

@@ -67,9 +67,10 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """Normalise and rotate the queries and keys of every head.
 
-    q, k: [N, H, D], D even, of any strides: slices of a fused QKV projection as they are.
+    q: [N, H, D], k: [N, Hk, D], D even, of any strides: slices of a fused QKV projection as they are. H is a multiple
+        of Hk (grouped queries).
     q_weight, k_weight: [D] of RMSNorm over the head; None: no norm. rope: None: no rotation.
-    Returns (q', k'), [N, H, D] contiguous in the dtype of q; computed in fp32; zeros for padding.
+    Returns (q', k'), of the same shapes, in the dtype of q; computed in fp32; zeros for padding.
     Differentiable in q, k and both weights.
     """
     _check(q, k, q_weight, k_weight, layout, rope)
@@ -77,7 +78,11 @@ def qk_norm_rope(
     if choose("qk_norm_rope", backend, q.device, offered(q)) == "torch":
         return _torch(q, q_weight, layout, rope, eps), _torch(k, k_weight, layout, rope, eps)
     rotation = _rotation(rope, q.shape[2])
-    return _qk_norm_rope(q, k, q_weight, k_weight, layout.segment_ids, layout.coords, *rotation, eps)
+    group = q.shape[1] // max(k.shape[1], 1)
+    # The kernel walks over the heads of both at once.
+    k = k if group == 1 else k.repeat_interleave(group, dim=1)
+    q, k = _qk_norm_rope(q, k, q_weight, k_weight, layout.segment_ids, layout.coords, *rotation, eps)
+    return q, k if group == 1 else k[:, ::group]
 
 
 def _torch(x: Tensor, weight: Tensor | None, layout: PackedLayout, rope: Rope3D | None, eps: float) -> Tensor:
@@ -180,7 +185,9 @@ def _check(
     check_shape("q", q, [layout.capacity, "H", "D"])
     if q.shape[2] % 2 or q.shape[2] == 0:
         raise ValueError(f"q: head dim {q.shape[2]}; it must be even")
-    check_shape("k", k, q.shape)
+    check_shape("k", k, [layout.capacity, "Hk", q.shape[2]])
+    if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+        raise ValueError(f"k: {k.shape[1]} heads; they must divide the {q.shape[1]} of q")
     check_dtype("q", q, FLOAT_DTYPES)
     check_dtype("k", k, [q.dtype])
     check_device("q", q, "the layout", layout.device)

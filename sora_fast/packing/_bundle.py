@@ -30,3 +30,22 @@ class TensorBundle:
     def pin_memory(self: Bundle) -> Bundle:
         """The same bundle in page-locked host memory, ready for an asynchronous copy."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+    def check_like(self, name: str, other: "TensorBundle") -> None:
+        """`other`, called `name` in messages, has the shapes, devices and static values of this. ValueError."""
+        for field in fields(self):
+            mine, theirs = (getattr(bundle, field.name) for bundle in (self, other))
+            if isinstance(mine, TensorBundle):
+                mine.check_like(f"{name}.{field.name}", theirs)
+                continue
+            if isinstance(mine, Tensor):
+                mine, theirs = (f"{list(x.shape)} on {x.device}" for x in (mine, theirs))
+            if mine != theirs:
+                raise ValueError(f"{name}.{field.name}: {theirs}; it must be {mine}, as it was before")
+
+    def copy_(self, other: "TensorBundle") -> None:
+        """Take over the content of a bundle like this one (see `check_like`) into the memory of this one."""
+        for field in fields(self):
+            mine, theirs = (getattr(bundle, field.name) for bundle in (self, other))
+            if isinstance(mine, Tensor | TensorBundle):
+                mine.copy_(theirs)

@@ -52,12 +52,13 @@ def default_split(head_dim: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q and k as slices of a fused projection, and the gradients that arrive."""
+    """q and k as slices of a fused projection, and the gradients that arrive. group: k has every group-th head only."""
 
     layout: PackedLayout
     rope: Rope3D | None
     head_dim: int
     heads: int = 2
+    group: int = 1
     norm: tuple[bool, bool] = (True, True)
     dtype: torch.dtype = torch.float32
 
@@ -73,8 +74,9 @@ class Inputs:
         """Outputs and gradients by name."""
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in {"qkv": qkv, **weights}.items()}
         q, k, _ = leaves["qkv"].unbind(1)
-        outputs = op(q, k, leaves.get("q_weight"), leaves.get("k_weight"))
-        grads = torch.autograd.grad(outputs, list(leaves.values()), d_out.unbind(1))
+        outputs = op(q, k[:, :: self.group], leaves.get("q_weight"), leaves.get("k_weight"))
+        dq, dk = d_out.unbind(1)
+        grads = torch.autograd.grad(outputs, list(leaves.values()), (dq, dk[:, :: self.group]))
         return {"q": outputs[0], "k": outputs[1], **dict(zip(leaves, grads, strict=True))}
 
     def run_formula(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -213,6 +215,11 @@ def test_compiles_once_for_ragged_batches(backend: str, compiler: str, device: t
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_grouped_queries(backend: str, device: torch.device) -> None:
+    check(Inputs(LAYOUT, Rope3D(), 64, heads=6, group=3), backend, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_pack(backend: str, device: torch.device) -> None:
     layout = PackedLayout.from_grids([], max_segments=1).to(device)
     q = torch.zeros(0, 2, 64, device=device)
@@ -230,7 +237,8 @@ Q, W = torch.zeros(19, 2, 64), torch.zeros(64)
     [
         ((Q[1:], Q, W, W, LAYOUT, None), {}, ValueError, r"q: shape .* it must be \[19, H, D\]"),
         ((Q[..., 1:], Q, W, W, LAYOUT, None), {}, ValueError, "q: head dim 63; it must be even"),
-        ((Q, Q[:, :1], W, W, LAYOUT, None), {}, ValueError, r"k: shape .* it must be \[19, 2, 64\]"),
+        ((Q, Q[..., :32], W, W, LAYOUT, None), {}, ValueError, r"k: shape .* it must be \[19, Hk, 64\]"),
+        ((Q, Q.repeat(1, 2, 1), W, W, LAYOUT, None), {}, ValueError, "k: 4 heads; they must divide the 2 of q"),
         ((Q, Q.half(), W, W, LAYOUT, None), {}, TypeError, "k: float16; it must be float32"),
         ((Q, Q, W[1:], W, LAYOUT, None), {}, ValueError, r"q_weight: shape \(63,\); it must be \[64\]"),
         ((Q, Q, W, W.int(), LAYOUT, None), {}, TypeError, "k_weight: int32"),

@@ -1,0 +1,28 @@
+"""Building a TileSchedule on a CPU: once a batch, whatever the number of layers."""
+
+from typing import Any
+
+import pytest
+
+from sora_fast.masks import SpacetimeMask
+from sora_fast.packing import PackedLayout
+from sora_fast.schedule import TileSchedule
+
+WINDOW = SpacetimeMask.window(9, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("grids", "mask"),
+    [
+        pytest.param([(8, 48, 80), (1, 30, 40)], SpacetimeMask.full(), id="32k tokens, full"),
+        pytest.param([(8, 48, 80), (1, 30, 40)], SpacetimeMask.frame_causal(), id="32k tokens, frame-causal"),
+        pytest.param([(8, 48, 80), (1, 30, 40)], WINDOW, id="32k tokens, window"),
+        pytest.param([(30, 48, 80)] * 9, SpacetimeMask.full(), id="1M tokens, full"),
+        pytest.param([(30, 48, 80)] * 9, WINDOW, id="1M tokens, window", marks=pytest.mark.slow),
+    ],
+)
+def test_schedule(benchmark: Any, grids: list[tuple[int, int, int]], mask: SpacetimeMask) -> None:
+    layout = PackedLayout.from_grids(grids, order="tiled", for_mask=mask)
+    rounds = 1 if layout.capacity > 1_000_000 else 5
+    schedule = benchmark.pedantic(TileSchedule.build, args=(layout, mask), rounds=rounds)
+    schedule.check()

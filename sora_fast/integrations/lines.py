@@ -1,0 +1,66 @@
+"""Layouts of segments of which nothing but the lengths is known: lines of tokens."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sora_fast.ops._checks import check_dtype, check_shape, may_read
+from sora_fast.packing.layout import MAX_GRID, PackedLayout
+
+
+def layout_from_cu_seqlens(
+    cu_seqlens: Tensor, *, capacity: int, name: str = "cu_seqlens", tile_size: int = 128
+) -> PackedLayout:
+    """The layout of segments that lie one after the other, on the device of `cu_seqlens`; never waits for it.
+
+    cu_seqlens: [S+1] int32, first token of every segment, then the end; `name` is what messages call it.
+    capacity: tokens in the packed sequence; those past the end are padding.
+    A segment of L tokens is the grid (L, 1, 1), as a text is: full and token-causal masks mean what they say. Places
+    along t end at 1,021, and what lies further has that one, so other masks and positions suit shorter segments only.
+
+    Raises TypeError or ValueError for what is no such tensor; on a CPU also for offsets that do not start at 0,
+    decrease, or end past the capacity.
+    """
+    check_shape(name, cu_seqlens, ["S+1"])
+    check_dtype(name, cu_seqlens, [torch.int32])
+    if len(cu_seqlens) < 2:
+        raise ValueError(f"{name}: shape {tuple(cu_seqlens.shape)}; it must have two offsets at least")
+    if may_read(cu_seqlens):
+        _check_offsets(name, cu_seqlens.tolist(), capacity)
+    lengths, end = cu_seqlens.diff(), cu_seqlens[-1]
+    tokens = torch.arange(capacity, dtype=torch.int32, device=cu_seqlens.device)
+    segments = torch.searchsorted(cu_seqlens, tokens, right=True, out_int32=True) - 1
+    places = torch.where(tokens < end, tokens - cu_seqlens[segments], 0)
+    zeros, ones = torch.zeros_like(places), torch.ones_like(lengths)
+    return PackedLayout(
+        cu_seqlens=cu_seqlens,
+        grids=torch.stack([lengths, ones, ones], dim=1),
+        segment_ids=torch.where(tokens < end, segments, -1),
+        coords=torch.stack([places.clamp(max=MAX_GRID[0] - 1), zeros, zeros], dim=1),
+        raster_index=places,
+        tile_offsets=_tile_offsets(cu_seqlens, lengths, capacity, tile_size),
+        tile_size=tile_size,
+    )
+
+
+def _tile_offsets(cu_seqlens: Tensor, lengths: Tensor, capacity: int, tile_size: int) -> Tensor:
+    tiles = (lengths + tile_size - 1) // tile_size
+    first_tile = torch.cat([torch.zeros_like(tiles[:1]), tiles.cumsum(0, dtype=torch.int32)])
+    # As many as `PackedLayout.from_grids` makes room for.
+    numbers = torch.arange(2 * capacity // tile_size + len(lengths) + 1, dtype=torch.int32, device=tiles.device)
+    segments = torch.searchsorted(first_tile, numbers, right=True, out_int32=True) - 1
+    offsets = cu_seqlens[segments] + (numbers - first_tile[segments]) * tile_size
+    return torch.minimum(offsets, cu_seqlens[-1])
+
+
+def _check_offsets(name: str, offsets: list[int], capacity: int) -> None:
+    if offsets[0] != 0:
+        raise ValueError(f"{name}: it starts at {offsets[0]}; the first segment must start at 0")
+    for segment, (start, end) in enumerate(pairwise(offsets)):
+        if end < start:
+            raise ValueError(
+                f"{name}: segment {segment} starts at {start} and ends at {end}; offsets must not decrease"
+            )
+    if offsets[-1] > capacity:
+        raise ValueError(f"{name}: the last segment ends at {offsets[-1]}, but there are {capacity} tokens")
