@@ -14,7 +14,6 @@ PARTS = (
     "kernels",
     "ops",
     "nn",
-    "integrations",
     "models",
     "diffusion",
     "integrations",

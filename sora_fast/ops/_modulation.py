@@ -82,9 +82,19 @@ def without_padding(x: Tensor, index: Index) -> Tensor:
 
 def gather_rows(table: Tensor, index: Index) -> Tensor:
     """table[index], [N, C], widened, with zeros for padding."""
-    if table.device.type == "cpu":
+    if table.device.type == "cpu" and not (torch.compiler.is_compiling() and _on_one_core()):
         return _GatherRows.apply(_widened(table), *parts(index))
     return without_padding(table[parts(index)[0].clamp(min=0)], index)
+
+
+def _on_one_core() -> bool:
+    """There Inductor's own backward pass of a gather is the faster one, and adds in one order: it needs no atomics, and
+    is one loop with what comes before it."""
+    return torch.get_num_threads() == 1
+
+
+# Dynamo cannot trace it; see `choose` for why this and not the decorator.
+_on_one_core._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _widened(x: Tensor) -> Tensor:
