@@ -59,11 +59,26 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
         # 128×64 spills at head dims 64 and 128.
         10: [(128, BlockSizes(128, 32, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
     },
+    "one_pass": {
+        8: [(64, BlockSizes(128, 32, 8, 2)), (128, BlockSizes(64, 32, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
+        9: [(64, BlockSizes(128, 64, 8, 2)), (128, BlockSizes(64, 64, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
+        10: [(64, BlockSizes(128, 64, 8, 2)), (128, BlockSizes(64, 64, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
+    },
 }
 
 
+# major compute capability → whether the backward pass in one (five products, and atomics in fp32) beats the two passes
+# (seven, no atomics). Not measured on any yet: the form that gives equal bits in every run then costs nobody anything.
+ONE_PASS: dict[int, bool] = {8: False, 9: False, 10: False}
+
+
+def is_one_pass_faster(arch: tuple[int, int]) -> bool:
+    """Which backward form is taken where the bits may differ from run to run. arch: (9, 0)."""
+    return ONE_PASS.get(arch[0], ONE_PASS[8])
+
+
 def block_sizes(kernel: str, dtype: torch.dtype, width: int, arch: tuple[int, int]) -> BlockSizes:
-    """kernel: "forward", "grad_query" or "grad_key_value"; width: columns that the head dim takes; arch: (9, 0)."""
+    """kernel: one of the table's keys; width: columns that the head dim takes; arch: (9, 0)."""
     if dtype is torch.float32:
         return _FLOAT32
     # Other GPUs have less shared memory: Ampere's configurations need the least.

@@ -146,6 +146,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[Block], scale: flo
     """Output [N, H, D] and natural logsumexp [H, N]; zeros and −inf for queries that meet no key."""
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=_wide(q), device=q.device)
+    k, v = (_spread(x, q) for x in (k, v))
     flash = has_flash(q)
     for block in blocks if flash else _bounded(blocks, q.shape[1]):
         queries, keys, values = (_pieces(x, place, block) for x, place in _paired((q, k, v), block))
@@ -168,6 +169,8 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. grad_lse: [H, N], or None for zero."""
+    kv_heads = k.shape[1]
+    k, v = (_spread(x, q) for x in (k, v))
     grads = [torch.zeros(x.shape, dtype=_wide(x), device=x.device) for x in (q, k, v)]
     flash = has_flash(q, grad_lse)
     for block in blocks if flash else _bounded(blocks, q.shape[1]):
@@ -184,7 +187,13 @@ def backward(
         # A key meets the queries of several blocks, but a block names no key twice: the sum has one order.
         for (grad, place), part in zip(_paired(grads, block), parts, strict=True):
             grad[place] += _tokens_first(part)
+    grads[1:] = (grad.unflatten(1, (kv_heads, -1)).sum(2) for grad in grads[1:])
     return tuple(grad.to(q.dtype) for grad in grads)
+
+
+def _spread(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values [Nk, Hk, D] with a copy of each head for every query head of its group: [Nk, H, D]."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def has_flash(q: Tensor, grad_lse: Tensor | None = None) -> bool:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.cases import one_pass_backward
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import _attention_torch as plain
 from sora_fast.ops.packed_attention import packed_attention
@@ -32,16 +33,21 @@ NO_KEY_FOR_SOME = SpacetimeMask(t=(1, 2), h=(-3, -1))
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Random q, k, v and gradients of the results, NaN in the padding. strides: how q, k, v lie in memory."""
+    """Random q, k, v and gradients of the results, NaN in the padding.
+
+    heads: of k and v; q has `group` times as many. strides: how q, k, v lie in memory. one_pass: the backward form.
+    """
 
     layout: PackedLayout
     mask: SpacetimeMask = WINDOW
     kv_layout: PackedLayout | None = None
     heads: int = 1
+    group: int = 1
     head_dim: int = 24
     dtype: torch.dtype = torch.float32
     strides: str = "fused"
     with_lse: bool = True
+    one_pass: bool = False
 
     @property
     def keys(self) -> PackedLayout:
@@ -57,13 +63,14 @@ class Case:
         """q, k, v; the gradient of the output; that of the logsumexp [N, H]."""
         torch.manual_seed(0)
         padding = [layout.segment_ids < 0 for layout in (self.layout, self.keys, self.keys, self.layout)]
+        heads = [self.heads * size for size in (self.group, 1, 1, self.group)]
         *qkv, grad_out = (
-            _random(len(is_padding), self.heads, self.head_dim, self.dtype, self.strides).masked_fill_(
+            _random(len(is_padding), count, self.head_dim, self.dtype, self.strides).masked_fill_(
                 is_padding[:, None, None], float("nan")
             )
-            for is_padding in padding
+            for is_padding, count in zip(padding, heads, strict=True)
         )
-        grad_lse = torch.randn(self.layout.capacity, self.heads).masked_fill_(padding[0][:, None], float("nan"))
+        grad_lse = torch.randn(self.layout.capacity, heads[0]).masked_fill_(padding[0][:, None], float("nan"))
         return qkv, grad_out, grad_lse
 
     def results(self, backend: str, device: torch.device, *, mask: Any = None) -> list[Tensor]:
@@ -72,12 +79,12 @@ class Case:
         q, k, v = (x.to(device).requires_grad_() for x in qkv)
         kv_layout = self.kv_layout and self.kv_layout.to(device)
         mask = mask or (None if kv_layout else self.mask)
-        out, lse = packed_attention(
-            q, k, v, self.layout.to(device), mask, kv_layout=kv_layout, return_lse=True, backend=backend
-        )
+        options = {"kv_layout": kv_layout, "deterministic": not self.one_pass, "backend": backend}
+        out, lse = packed_attention(q, k, v, self.layout.to(device), mask, return_lse=True, **options)
         used = 2 if self.with_lse else 1
         given = (grad_out.to(device), grad_lse.to(lse))[:used]
-        grads = torch.autograd.grad((out, lse)[:used], (q, k, v), given)
+        with one_pass_backward():
+            grads = torch.autograd.grad((out, lse)[:used], (q, k, v), given)
         return [out.detach(), *grads, lse.detach()]
 
     def dense(self, dtype: torch.dtype) -> list[Tensor]:
@@ -87,11 +94,12 @@ class Case:
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         allowed = self.allowed()
         some = allowed.any(dim=1)
-        scores = torch.einsum("qhd,khd->hqk", q, k) * self.head_dim**-0.5
+        keys, values = (x.repeat_interleave(self.group, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, keys) * self.head_dim**-0.5
         scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(~some[:, None], 0)
         if not self.keys.capacity:
             return [torch.zeros_like(x) for x in (q, q, k, v, grad_lse)]
-        out = torch.einsum("hqk,khd->qhd", scores.softmax(-1) * some[:, None], v)
+        out = torch.einsum("hqk,khd->qhd", scores.softmax(-1) * some[:, None], values)
         lse = (scores.logsumexp(-1) * some).mT
         loss = (out * grad_out).sum() + (lse * grad_lse).sum() * self.with_lse
         return [out.detach(), *torch.autograd.grad(loss, (q, k, v)), lse.detach()]
@@ -146,9 +154,11 @@ def cases(draw: st.DrawFn) -> Case:
         draw(packs(mask=mask, max_grids=3)).layout,
         mask,
         heads=draw(st.integers(1, 2)),
+        group=draw(st.sampled_from([1, 1, 2, 3])),
         head_dim=draw(st.sampled_from([8, 20, 24, 40])),
         strides=draw(st.sampled_from(["fused", "heads", "channels"])),
         with_lse=draw(st.booleans()),
+        one_pass=draw(st.booleans()),
     )
 
 
@@ -334,7 +344,7 @@ def test_opcheck(strides: str, backend: str, device: torch.device) -> None:
     layout = PackedLayout.from_grids([(1, 3, 4), (1, 1, 2)], capacity=16, tile_size=16, device=device)
     q, k, v, grad_out = (_random(16, 1, 16, torch.float32, strides).to(device) for _ in range(4))
     tensors = module._tensors(TileSchedule.build(layout, WINDOW))
-    options = ([16, 16], module._kind(WINDOW), 0.25)
+    options = ([16, 16], module._kind(WINDOW), 0.25, False)
     op, op_backward = {
         "torch": (module._plain_attention, module._plain_attention_backward),
         "triton": (module._triton_attention, module._triton_attention_backward),
@@ -395,12 +405,15 @@ X = torch.zeros(8, 2, 16)
         ((X[:7], X, X, LAYOUT), {}, ValueError, r"q: shape \(7, 2, 16\); it must be \[8, H, D\]"),
         ((None, X, X, LAYOUT), {}, TypeError, r"q: NoneType; it must be a tensor"),
         ((X.int(), X, X, LAYOUT), {}, TypeError, "q: int32; it must be float16 or"),
-        ((X, X[:, :1], X, LAYOUT), {}, ValueError, r"k: shape \(8, 1, 16\); it must be \[8, 2, 16\]"),
+        ((X, X[:7], X, LAYOUT), {}, ValueError, r"k: shape \(7, 2, 16\); it must be \[8, Hk, 16\]"),
+        ((X[:, [0, 1, 0]], X, X, LAYOUT), {}, ValueError, "k: 2 heads; their number must divide the 3 heads of q"),
+        ((X, X[:, :0], X[:, :0], LAYOUT), {}, ValueError, "k: 0 heads; their number must divide the 2 heads of q"),
+        ((X, X, X[:, :1], LAYOUT), {}, ValueError, r"v: shape \(8, 1, 16\); it must be \[8, 2, 16\]"),
         ((X, X, X[:, :, :8], LAYOUT), {}, ValueError, r"v: shape \(8, 2, 8\); it must be \[8, 2, 16\]"),
         ((X, X.half(), X, LAYOUT), {}, TypeError, "k: float16; it must be float32"),
         ((X, X, X.to("meta"), LAYOUT), {}, ValueError, "v: on meta, but q is on cpu"),
         ((X[:, :0], X[:, :0], X[:, :0], LAYOUT), {}, ValueError, r"q: shape \(8, 0, 16\); .* at least one head"),
-        ((X, X, X, LAYOUT), {"kv_layout": TEXT}, ValueError, r"k: shape \(8, 2, 16\); it must be \[5, 2, 16\]"),
+        ((X, X, X, LAYOUT), {"kv_layout": TEXT}, ValueError, r"k: shape \(8, 2, 16\); it must be \[5, Hk, 16\]"),
         ((X, X[:5], X[:5], LAYOUT, WINDOW), {"kv_layout": TEXT}, ValueError, "mask: .* with kv_layout"),
         ((X, X, X, LAYOUT, "full"), {}, TypeError, "mask: str; it must be a SpacetimeMask, a TileSchedule or None"),
         (
