@@ -5,13 +5,16 @@ The same cases are compiled ahead of time (benchmarks/aot.py) and timed on a GPU
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from sora_fast import use_backend
+from sora_fast.kernels._attention_config import ONE_PASS
 from sora_fast.kernels._launch import recording
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import (
@@ -33,6 +36,8 @@ Grid = tuple[int, int, int]
 
 # A latent of 16 channels in patches of 1×2×2, as the Sora-like models with a modern video autoencoder have it.
 CHANNELS, PATCH = 16, (1, 2, 2)
+# One of every shape that attention splits a head into, up to the widest, and the commonest of each.
+HEAD_DIMS = (64, 72, 80, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +55,7 @@ class Setting:
     def ahead_of_time() -> "Setting":
         """Tiny tensors, every width and head dim that the kernels are built for."""
         grids = ((4, 8, 8), (1, 8, 16), (2, 8, 8))
-        return Setting(torch.device("cpu"), torch.bfloat16, grids, (384, 1152, 3072, 5120), (64, 72, 96, 128), 2)
+        return Setting(torch.device("cpu"), torch.bfloat16, grids, (384, 1152, 3072, 5120), HEAD_DIMS, 2)
 
     @staticmethod
     def on_gpu() -> "Setting":
@@ -66,7 +71,7 @@ class Setting:
     @staticmethod
     def small(device: torch.device) -> "Setting":
         """A walk through every case in seconds, even interpreted."""
-        return Setting(device, torch.float32, ((2, 4, 4), (1, 5, 3)), (64,), (64,), 1)
+        return Setting(device, torch.float32, ((2, 4, 4), (1, 5, 3)), (64,), (64,), 2)
 
     def layout(self, **options: Any) -> PackedLayout:
         """The batch, laid out."""
@@ -139,6 +144,19 @@ class Case:
         return self.backward(outputs, outputs)
 
 
+class OnePassCase(Case):
+    """Attention whose backward pass takes the one-pass form, whichever the configuration table prefers."""
+
+    def backward(self, outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with one_pass_backward():
+            return super().backward(outputs, gradients)
+
+
+def one_pass_backward() -> AbstractContextManager[Any]:
+    """Inside, attention's backward pass takes the one-pass form, unless it must be deterministic."""
+    return patch.dict(ONE_PASS, dict.fromkeys(ONE_PASS, True))
+
+
 def _widened(argument: Any) -> Any:
     if isinstance(argument, Tensor) and argument.is_floating_point():
         wide = torch.float64 if argument.dtype == torch.float32 else torch.float32
@@ -207,16 +225,30 @@ def _attention(s: Setting) -> Iterator[Case]:
     text = PackedLayout.from_grids([(77, 1, 1)] * len(s.grids), device=s.device)
     for head_dim in s.head_dims:
         for name, mask in masks.items():
-            layout = s.layout(order="tiled", for_mask=mask)
-            q, k = (s.random(layout.capacity, s.heads, head_dim) for _ in range(2))
-            v = s.random(layout.capacity, 3, s.heads, head_dim)[:, 2]  # as it comes out of a fused projection
-            args = (q, k, v, layout, TileSchedule.build(layout, mask))  # shared by a model's layers, so not timed
-            pairs = sum(_pairs(mask, grid) for grid in s.grids)
-            yield Case(packed_attention, f"{name},D{head_dim}", args, flops=_products(pairs, q))
+            yield _self_attention(s, head_dim, name, mask)
+        for name in ("full", "window"):
+            yield _self_attention(s, head_dim, f"{name},one pass", masks[name], case=OnePassCase)
+        for case in (Case, OnePassCase):
+            label = "window,grouped" + ",one pass" * (case is OnePassCase)
+            yield _self_attention(s, head_dim, label, masks["window"], case=case, group=2)
+        layout = s.layout(order="tiled")
+        q = s.random(layout.capacity, s.heads, head_dim)
         k, v = s.random(text.capacity, 2, s.heads, head_dim).unbind(1)
         work = _products(77 * layout.capacity, q)
         options = {"kv_layout": text}
         yield Case(packed_attention, f"cross,D{head_dim}", (q, k, v, layout), options, flops=work)
+
+
+def _self_attention(
+    s: Setting, head_dim: int, label: str, mask: SpacetimeMask, *, case: type[Case] = Case, group: int = 1
+) -> Case:
+    """group: query heads that share one of keys and values."""
+    layout = s.layout(order="tiled", for_mask=mask)
+    q, k = (s.random(layout.capacity, heads, head_dim) for heads in (s.heads, s.heads // group))
+    v = s.random(layout.capacity, 3, k.shape[1], head_dim)[:, 2]  # as it comes out of a fused projection
+    args = (q, k, v, layout, TileSchedule.build(layout, mask))  # shared by a model's layers, so not timed
+    work = _products(sum(_pairs(mask, grid) for grid in s.grids), q)
+    return case(packed_attention, f"{label},D{head_dim}", args, {"deterministic": False}, flops=work)
 
 
 def _products(pairs: int, q: Tensor) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """What the forward and the backward kernels of packed attention share.
 
-A program owns a block of one tile (queries in the forward and the dQ pass, keys in the dK/dV pass) and walks over the
-tiles that its tile meets in **one flat loop** over (tile, block of the tile): a loop nested in each tile would drain
-the software pipeline at every tile.
+A program owns a block of one tile (queries in the forward and the dQ pass, keys otherwise) and walks over the tiles
+that its tile meets in **one flat loop** over (tile, block of the tile): a loop nested in each tile would drain the
+software pipeline at every tile. Under a full mask those tiles lie side by side, and the walk steps through their tokens
+without asking for a tile at all.
 """
 
 import math
@@ -20,6 +21,11 @@ from sora_fast.schedule import GUARD
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 _GUARD = tl.constexpr(GUARD)
+
+# What a stretch of a walk is made of, and so what its blocks must be asked for. Of neighbouring tokens: blocks that
+# exist entirely (nothing), and the one behind them that is cut by the segment's end (which of its tokens exist). Of
+# listed tiles: tiles that are met entirely (the same, if the tile's end cuts the block), and in part (every pair).
+WHOLE, CUT, LISTED, TESTED = (tl.constexpr(kind) for kind in range(4))
 
 
 class Walk(NamedTuple):
@@ -64,6 +70,7 @@ class Head:
     """How the kernels read a head's rows; a compile-time constant.
 
     main, rest: powers of two, at least 16, that cover the head dim `dim` together; rest is 0 if main does alone.
+    group: neighbouring query heads that share a head of keys and values.
     unit: strides of tokens and heads are passed in units of so many elements. Triton knows of an integer only whether
         16 divides it: passed as it is, a head stride of 72 would cost the 16-byte loads.
     wide: a block's rows lie 2³¹ elements or more apart. (Else 32 bits within a block save the registers that make the
@@ -73,17 +80,19 @@ class Head:
     dim: int
     main: int
     rest: int
+    group: int
     unit: int
     wide: bool
 
     @staticmethod
-    def of(*tensors: Tensor) -> "Head":
-        """For tensors [N, H, D] of any strides."""
+    def of(q: Tensor, k: Tensor, *others: Tensor) -> "Head":
+        """For queries, keys and all others that a kernel touches: [N, H, D] of any strides."""
+        tensors = (q, k, *others)
         strides = [x.stride(axis) for x in tensors for axis in (0, 1)]
         unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
         reach = max(_LONGEST_BLOCK * x.stride(0) + x.shape[2] * x.stride(2) for x in tensors)
-        dim = tensors[0].shape[2]
-        return Head(dim, *split_head_dim(dim), unit, reach >= 1 << 31)
+        dim = q.shape[2]
+        return Head(dim, *split_head_dim(dim), q.shape[1] // k.shape[1], unit, reach >= 1 << 31)
 
     @property
     def width(self) -> int:
@@ -96,7 +105,12 @@ class Head:
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """`Head.main` and `Head.rest`: 72 = 64 + 16 (8 of them masked) takes 80 columns, the next power of two 128."""
+    """`Head.main` and `Head.rest`: 72 = 64 + 16 (8 of them masked) takes 80 columns, the next power of two 128.
+
+    So are 40 and 48 (32 + 16), 80 (64 + 16), 88 and 96 (64 + 32), 136 and 144 (128 + 16), 152 and 160 (128 + 32), 168
+    to 192 (128 + 64). For 56, 104 to 120 and 200 to 248 the rest would be as wide as the main part: one block of 64,
+    128, 256. (A third part, 112 columns for 104, would be one more load and product of each.)
+    """
     whole = max(next_power_of_two(head_dim), 16)
     main = max(whole // 2, 16)
     rest = max(next_power_of_two(head_dim - main), 16)
@@ -109,41 +123,70 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def _place(x, token, head, exists, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr):
-    """Pointers [rows, WIDTH] to the columns from FIRST on of the rows from `token` on, and which of them exist."""
+def _pointers(x, token, head, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """[ROWS, WIDTH]: to the columns from FIRST on of the rows from `token` on."""
     start = x.data + (token.to(tl.int64) * x.token_stride + head.to(tl.int64) * x.head_stride) * HEAD.unit
-    rows = tl.arange(0, exists.shape[0])
+    rows = tl.arange(0, ROWS)
     cols = FIRST + tl.arange(0, WIDTH)
     if HEAD.wide:
         rows, cols = rows.to(tl.int64), cols.to(tl.int64)
-    mask = exists[:, None]
+    return start + (rows * x.token_stride * HEAD.unit)[:, None] + (cols * x.dim_stride)[None, :]
+
+
+@triton.jit
+def _within(exists, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr):
+    """Which of the rows and columns exist, as a mask for them; None: all. exists: which rows; None: all."""
+    mask = None if exists is None else exists[:, None]
     if HEAD.dim < FIRST + WIDTH:
-        mask = mask & (cols < HEAD.dim)[None, :]
-    return start + (rows * x.token_stride * HEAD.unit)[:, None] + (cols * x.dim_stride)[None, :], mask
+        columns = (FIRST + tl.arange(0, WIDTH) < HEAD.dim)[None, :]
+        mask = columns if mask is None else mask & columns
+    return mask
 
 
 @triton.jit
-def load_main(x, token, head, exists, HEAD: tl.constexpr):
+def _load(x, token, head, exists, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr):
+    pointers, mask = _pointers(x, token, head, FIRST, WIDTH, ROWS, HEAD), _within(exists, FIRST, WIDTH, HEAD)
+    return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_main(x, token, head, exists, ROWS: tl.constexpr, HEAD: tl.constexpr):
     """The first `HEAD.main` columns of the rows from `token` on; zeros where a row does not exist (0 · NaN is NaN)."""
-    pointers, mask = _place(x, token, head, exists, 0, HEAD.main, HEAD)
-    return tl.load(pointers, mask=mask, other=0.0)
+    return _load(x, token, head, exists, 0, HEAD.main, ROWS, HEAD)
 
 
 @triton.jit
-def load_rest(x, token, head, exists, HEAD: tl.constexpr):
+def load_rest(x, token, head, exists, ROWS: tl.constexpr, HEAD: tl.constexpr):
     """The columns past `HEAD.main`; only where `HEAD.rest` is not 0."""
-    pointers, mask = _place(x, token, head, exists, HEAD.main, HEAD.rest, HEAD)
-    return tl.load(pointers, mask=mask, other=0.0)
+    return _load(x, token, head, exists, HEAD.main, HEAD.rest, ROWS, HEAD)
 
 
 @triton.jit
 def store_rows(x, token, head, exists, main, rest, HEAD: tl.constexpr):
     """Store a block given as its main columns [rows, HEAD.main] and, if there is one, its rest [rows, HEAD.rest]."""
-    pointers, mask = _place(x, token, head, exists, 0, HEAD.main, HEAD)
-    tl.store(pointers, main.to(x.data.dtype.element_ty), mask=mask)
+    ROWS: tl.constexpr = main.shape[0]
+    pointers = _pointers(x, token, head, 0, HEAD.main, ROWS, HEAD)
+    tl.store(pointers, main.to(x.data.dtype.element_ty), mask=_within(exists, 0, HEAD.main, HEAD))
     if HEAD.rest:
-        pointers, mask = _place(x, token, head, exists, HEAD.main, HEAD.rest, HEAD)
-        tl.store(pointers, rest.to(x.data.dtype.element_ty), mask=mask)
+        pointers = _pointers(x, token, head, HEAD.main, HEAD.rest, ROWS, HEAD)
+        tl.store(pointers, rest.to(x.data.dtype.element_ty), mask=_within(exists, HEAD.main, HEAD.rest, HEAD))
+
+
+@triton.jit
+def add_rows(x, token, head, exists, main, rest, HEAD: tl.constexpr):
+    """Add a block, given as for `store_rows`, to what stands there, by atomics: in no fixed order."""
+    ROWS: tl.constexpr = main.shape[0]
+    pointers = _pointers(x, token, head, 0, HEAD.main, ROWS, HEAD)
+    tl.atomic_add(pointers, main, mask=_within(exists, 0, HEAD.main, HEAD), sem="relaxed")
+    if HEAD.rest:
+        pointers = _pointers(x, token, head, HEAD.main, HEAD.rest, ROWS, HEAD)
+        tl.atomic_add(pointers, rest, mask=_within(exists, HEAD.main, HEAD.rest, HEAD), sem="relaxed")
+
+
+@triton.jit
+def load_numbers(data, place, exists, other):
+    """One number a row; `other` where a row does not exist; exists None: all do."""
+    return tl.load(data + place) if exists is None else tl.load(data + place, mask=exists, other=other)
 
 
 @triton.jit
@@ -173,11 +216,39 @@ def padding_bounds(walk, slot, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def step_bounds(walk, first, step, BLOCKS_PER_TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """First token, and end of the tile, of block number `step` on a walk that begins at entry `first`."""
-    tile = tl.load(walk.tiles + first + step // BLOCKS_PER_TILE)
-    start = tl.load(walk.other + tile) + step % BLOCKS_PER_TILE * BLOCK
-    return start, tl.load(walk.other + tile + 1)
+def token_range(walk, tile, BLOCK: tl.constexpr):
+    """The tokens that `tile` meets under a full mask: the first, where the whole blocks end, and where all end."""
+    first, stop = tl.load(walk.other + tl.load(walk.begin + tile)), tl.load(walk.other + tl.load(walk.end + tile))
+    return first, first + (stop - first) // BLOCK * BLOCK, stop
+
+
+@triton.jit
+def listed_tiles(walk, tile):
+    """Places in `walk.tiles` of what `tile` meets: the first, where the tiles met entirely end, and where all end."""
+    return tl.load(walk.begin + tile), tl.load(walk.full_end + tile), tl.load(walk.end + tile)
+
+
+@triton.jit
+def count_blocks(first, last, STRETCH: tl.constexpr, BLOCKS_PER_TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks in a stretch: of the tokens first … last, or of the tiles at the places first … last."""
+    return (last - first) * BLOCKS_PER_TILE if STRETCH >= LISTED else tl.cdiv(last - first, BLOCK)
+
+
+@triton.jit
+def block_bounds(walk, first, last, step, STRETCH: tl.constexpr, BLOCKS_PER_TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """First token of block number `step` of a stretch, and where the tokens end that it may hold."""
+    start, stop = first + step * BLOCK, last
+    if STRETCH >= LISTED:
+        tile = tl.load(walk.tiles + first + step // BLOCKS_PER_TILE)
+        start = tl.load(walk.other + tile) + step % BLOCKS_PER_TILE * BLOCK
+        stop = tl.load(walk.other + tile + 1)
+    return start, stop
+
+
+@triton.jit
+def existing(start, stop, STRETCH: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of a block's rows exist; None: all."""
+    return None if STRETCH == WHOLE else start + tl.arange(0, BLOCK) < stop
 
 
 @triton.jit

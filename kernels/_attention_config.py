@@ -39,8 +39,8 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
     },
     "grad_query": {
         8: [(128, BlockSizes(128, 32, 8, 2)), (256, BlockSizes(64, 32, 8, 2))],
-        # 128×64: 244 at head dim 128.
-        9: [(128, BlockSizes(128, 64, 8, 2)), (256, BlockSizes(32, 32, 4, 2))],
+        # 128×64: 238 at head dim 128. 64×32: 251 at 256; 64×64 spills there. Hopper's matrix instructions want 64 rows.
+        9: [(128, BlockSizes(128, 64, 8, 2)), (256, BlockSizes(64, 32, 8, 2))],
         # Two stages spill at head dim 64 and a window, as the compiler then aims at 128 registers; three do not.
         10: [(64, BlockSizes(128, 64, 8, 3)), (128, BlockSizes(128, 64, 8, 2)), (256, BlockSizes(32, 32, 4, 2))],
     },
@@ -54,16 +54,45 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
             (128, BlockSizes(64, 32, 8, 2)),
             (256, BlockSizes(32, 32, 8, 2)),
         ],
-        # 128×64: 223 at head dim 64, 255 at 72; it spills at 96. 128×32: 243 at 128.
-        9: [(80, BlockSizes(128, 64, 8, 2)), (128, BlockSizes(128, 32, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
+        # 128×64: 238 at head dim 64; it spills at 72 and a window. 128×32: 254 at 128. 64×16: 250 at 192. At 256 all of
+        # 64 rows, which Hopper's matrix instructions want, spill: those of Ampere do its work.
+        9: [
+            (64, BlockSizes(128, 64, 8, 2)),
+            (128, BlockSizes(128, 32, 8, 2)),
+            (192, BlockSizes(64, 16, 8, 2)),
+            (256, BlockSizes(32, 32, 8, 2)),
+        ],
         # 128×64 spills at head dims 64 and 128.
         10: [(128, BlockSizes(128, 32, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
+    },
+    "one_pass": {
+        8: [(64, BlockSizes(128, 32, 8, 2)), (128, BlockSizes(64, 32, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
+        # 64×64: 255 at head dim 72; it spills at 96 and 128, and at 96 64×32 too. 128×16: 222 at 96. 64×32: 252 at 128.
+        # Past 128 all of 64 rows spill.
+        9: [
+            (64, BlockSizes(128, 64, 8, 2)),
+            (80, BlockSizes(64, 64, 8, 2)),
+            (96, BlockSizes(128, 16, 8, 2)),
+            (128, BlockSizes(64, 32, 8, 2)),
+            (256, BlockSizes(32, 32, 8, 2)),
+        ],
+        10: [(64, BlockSizes(128, 64, 8, 2)), (128, BlockSizes(64, 64, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
     },
 }
 
 
+# major compute capability → whether the backward pass in one (five products, and atomics in fp32) beats the two passes
+# (seven, no atomics). Not measured on any yet: the form that gives equal bits in every run then costs nobody anything.
+ONE_PASS: dict[int, bool] = {8: False, 9: False, 10: False}
+
+
+def is_one_pass_faster(arch: tuple[int, int]) -> bool:
+    """Which backward form is taken where the bits may differ from run to run. arch: (9, 0)."""
+    return ONE_PASS.get(arch[0], ONE_PASS[8])
+
+
 def block_sizes(kernel: str, dtype: torch.dtype, width: int, arch: tuple[int, int]) -> BlockSizes:
-    """kernel: "forward", "grad_query" or "grad_key_value"; width: columns that the head dim takes; arch: (9, 0)."""
+    """kernel: one of the table's keys; width: columns that the head dim takes; arch: (9, 0)."""
     if dtype is torch.float32:
         return _FLOAT32
     # Other GPUs have less shared memory: Ampere's configurations need the least.

@@ -6,21 +6,29 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._attention import (
+    CUT,
+    LISTED,
     LN2,
     LOG2E,
+    TESTED,
+    WHOLE,
     Boxes,
     Head,
     Walk,
+    block_bounds,
+    count_blocks,
     dot_precision,
+    existing,
     is_allowed,
+    listed_tiles,
     load_boxes,
     load_main,
     load_places,
     load_rest,
     own_block,
     padding_bounds,
-    step_bounds,
     store_rows,
+    token_range,
     zero_block,
 )
 from sora_fast.kernels._attention_config import block_sizes
@@ -40,9 +48,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [N, H, D] and natural logsumexp [H, N] float32 of attention over the tiles that `walk` lists.
 
-    q [N, H, D]; k, v [Nk, H, D]: any strides. walk: from queries to keys. boxes: None if no pair of tiles is partial.
+    q [N, H, D]; k, v [Nk, Hk, D]: any strides; Hk divides H. walk: from queries to keys. boxes: None under a full mask.
     tile_sizes: most tokens in a tile of queries, of keys. causal: partial pairs compare raster places too.
     """
+    if scale < 0:  # the largest score is looked for before scaling
+        q, scale = -q, -scale
+    scale = max(scale, torch.finfo(torch.float32).tiny)  # 0 · −inf, of a pair that is not allowed, would be NaN
     num_tokens, num_heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device)
@@ -103,27 +114,29 @@ def forward_kernel(
     if start >= stop:
         return
     exists = start + rows < stop
-    q0 = load_main(q, start, head, exists, HEAD)
-    q1 = load_rest(q, start, head, exists, HEAD) if HEAD.rest else q0
+    q0 = load_main(q, start, head, exists, BLOCK_M, HEAD)
+    q1 = load_rest(q, start, head, exists, BLOCK_M, HEAD) if HEAD.rest else q0
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
-    begin, full_end, end = tl.load(walk.begin + tile), tl.load(walk.full_end + tile), tl.load(walk.end + tile)
+    if boxes is None:
+        begin, middle, end = token_range(walk, tile, BLOCK_N)
+    else:
+        begin, middle, end = listed_tiles(walk, tile)
     acc0, acc1, total, top = _walk_keys(
-        acc0, acc1, total, top, q0, q1, k, v, walk, begin, full_end, None, start, exists, head, scale,
-        HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
+        acc0, acc1, total, top, q0, q1, k, v, walk, begin, middle, boxes, start, exists, head, scale,
+        WHOLE if boxes is None else LISTED, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
     )  # fmt: skip
-    if boxes is not None:
-        acc0, acc1, total, top = _walk_keys(
-            acc0, acc1, total, top, q0, q1, k, v, walk, full_end, end, boxes, start, exists, head, scale,
-            HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
-        )  # fmt: skip
+    acc0, acc1, total, top = _walk_keys(
+        acc0, acc1, total, top, q0, q1, k, v, walk, middle, end, boxes, start, exists, head, scale,
+        CUT if boxes is None else TESTED, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
+    )  # fmt: skip
 
     # A query that met no key has total 0 and top -inf: output 0, lse -inf.
     total = tl.where(total == 0.0, 1.0, total)
     inverse = (1.0 / total)[:, None]
     store_rows(out, start, head, exists, acc0 * inverse, acc1 * inverse if HEAD.rest else acc1, HEAD)
-    tl.store(lse + start + rows, (top + tl.log2(total)) * LN2, mask=exists)
+    tl.store(lse + start + rows, (top * scale + tl.log2(total)) * LN2, mask=exists)
 
 
 @triton.jit
@@ -144,41 +157,45 @@ def _walk_keys(
     valid,
     head,
     scale,
+    STRETCH: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS_PER_TILE: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Online softmax over the key tiles at entries first … last of the walk; boxes: test every pair of tokens."""
-    if boxes is not None:
+    """Online softmax over a stretch of the walk. top: the largest score so far, not scaled."""
+    kv_head = head // HEAD.group
+    if STRETCH == TESTED:
         low, high, query_raster = load_boxes(boxes, start + tl.arange(0, q0.shape[0]), valid, CAUSAL)
         low, high, query_raster = low[:, None], high[:, None], query_raster[:, None]
-    for step in range(0, (last - first) * BLOCKS_PER_TILE):
-        key_start, key_stop = step_bounds(walk, first, step, BLOCKS_PER_TILE, BLOCK_N)
-        key = key_start + tl.arange(0, BLOCK_N)
-        exists = key < key_stop
-        scores = tl.dot(q0, tl.trans(load_main(k, key_start, head, exists, HEAD)), input_precision=PRECISION)
+    for step in range(0, count_blocks(first, last, STRETCH, BLOCKS_PER_TILE, BLOCK_N)):
+        key, stop = block_bounds(walk, first, last, step, STRETCH, BLOCKS_PER_TILE, BLOCK_N)
+        exists = existing(key, stop, STRETCH, BLOCK_N)
+        k0 = load_main(k, key, kv_head, exists, BLOCK_N, HEAD)
+        scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         if HEAD.rest:
-            k1 = load_rest(k, key_start, head, exists, HEAD)
+            k1 = load_rest(k, key, kv_head, exists, BLOCK_N, HEAD)
             scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
-        allowed = exists[None, :]
-        if boxes is not None:
-            place, key_raster = load_places(boxes, key, exists, CAUSAL)
+        if STRETCH == TESTED:
+            place, key_raster = load_places(boxes, key + tl.arange(0, BLOCK_N), exists, CAUSAL)
             allowed = is_allowed(low, high, query_raster, place[None, :], key_raster[None, :], CAUSAL)
-        scores = tl.where(allowed, scores * scale, float("-inf"))
+            scores = tl.where(allowed, scores, float("-inf"))
+        elif STRETCH != WHOLE:  # noqa: SIM102
+            if key + BLOCK_N > stop:
+                scores = tl.where(exists[None, :], scores, float("-inf"))
 
         new_top = tl.maximum(top, tl.max(scores, 1))
         # Rows that have met no key yet: -inf - -inf would be NaN.
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - finite[:, None])
-        rescale = tl.exp2(top - finite)
+        weights = tl.exp2(scores * scale - (finite * scale)[:, None])
+        rescale = tl.exp2((top - finite) * scale)
         total = total * rescale + tl.sum(weights, 1)
         top = new_top
-        v0 = load_main(v, key_start, head, exists, HEAD)
+        v0 = load_main(v, key, kv_head, exists, BLOCK_N, HEAD)
         weights = weights.to(v0.dtype)
         acc0 = tl.dot(weights, v0, acc0 * rescale[:, None], input_precision=PRECISION)
         if HEAD.rest:
-            v1 = load_rest(v, key_start, head, exists, HEAD)
+            v1 = load_rest(v, key, kv_head, exists, BLOCK_N, HEAD)
             acc1 = tl.dot(weights, v1, acc1 * rescale[:, None], input_precision=PRECISION)
     return acc0, acc1, total, top

@@ -1,8 +1,15 @@
-"""Packed attention, backward, in two passes without atomics: dQ by blocks of queries, then dK and dV by blocks of keys.
+"""Packed attention, backward, in either of two forms.
 
 With P the attention weights, dS = P · (dO Vᵀ − delta), delta = rowsum(dO · O) − dlse: dV = Pᵀ dO, dQ = scale · dS K,
-dK = scale · dSᵀ Q. Every gradient is the sum of one program in a fixed order: equal bits in every run.
+dK = scale · dSᵀ Q.
+
+In two passes: dQ by blocks of queries, then dK and dV by blocks of keys; every gradient is the sum of one program in a
+fixed order, equal bits in every run. In one pass: by blocks of keys, which add their share of dQ to fp32 sums by
+atomics: five products of matrices instead of seven, but the order of the sums is whatever the GPU makes it.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -10,24 +17,57 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._attention import (
+    CUT,
+    LISTED,
     LOG2E,
+    TESTED,
+    WHOLE,
     Boxes,
     Head,
     Walk,
+    add_rows,
+    block_bounds,
+    count_blocks,
     dot_precision,
+    existing,
     is_allowed,
+    listed_tiles,
     load_boxes,
     load_main,
+    load_numbers,
     load_places,
     load_rest,
     own_block,
     padding_bounds,
-    step_bounds,
     store_rows,
+    token_range,
     zero_block,
 )
-from sora_fast.kernels._attention_config import block_sizes
+from sora_fast.kernels._attention_config import block_sizes, is_one_pass_faster
 from sora_fast.kernels._launch import launch, target_arch
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """What both forms of the backward pass start from; see `backward`."""
+
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    by_query: Walk
+    by_key: Walk
+    boxes: Boxes | None
+    tile_sizes: tuple[int, int]
+    scale: float
+    causal: bool
+
+    def shared(self, head: Head) -> dict[str, Any]:
+        """Compile-time constants of every kernel."""
+        return {"HEAD": head, "CAUSAL": self.causal, "PRECISION": dot_precision(self.q.dtype)}
 
 
 def backward(
@@ -46,54 +86,122 @@ def backward(
     scale: float,
     causal: bool,
     keys: bool,
+    deterministic: bool,
 ) -> list[Tensor]:
     """Gradients of q, k, v; keys: False: of q alone, which saves more than half of the work.
 
     grad_out [N, H, D], grad_lse [H, N] (None: zero); the rest as `forward` took and gave it. by_query: the walk from
-    queries to keys; by_key: from keys to queries.
+    queries to keys; by_key: from keys to queries. deterministic: take the two passes; else whichever form is faster.
     """
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in ((q, k, v) if keys else (q,))]
+    problem = _Problem(
+        grad_out, grad_lse, q, k, v, out, lse, by_query, by_key, boxes, tile_sizes, scale, causal
+    )  # fmt: skip
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    head = Head.of(q, k, v, out, grad_out, *grads)
-    num_heads = q.shape[1]
-    query_tile, key_tile = tile_sizes
-    shared = {"HEAD": head, "CAUSAL": causal, "PRECISION": dot_precision(q.dtype)}
+    if keys and not deterministic and is_one_pass_faster(target_arch(q.device)):
+        sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        _launch_delta(problem, delta)
+        _launch_grad_key_value(problem, delta, grad_k, grad_v, sums)
+        return [torch.mul(sums, scale, out=grad_q), grad_k, grad_v]
+    _launch_grad_query(problem, delta, grad_q)
+    if not keys:
+        return [grad_q]
+    _launch_grad_key_value(problem, delta, grad_k, grad_v, None)
+    return [grad_q, grad_k, grad_v]
 
-    blocks = block_sizes("grad_query", q.dtype, head.width, target_arch(q.device)).fitted(query_tile, key_tile)
-    parts = triton.cdiv(query_tile, blocks.own)
+
+# Rows of a block of `delta_kernel`, which reads two rows of a head and writes a number.
+DELTA_BLOCK = 64
+
+
+def _launch_grad_query(p: _Problem, delta: Tensor, grad_q: Tensor) -> None:
+    """The first of the two passes; it fills `delta` [H, N] for the second."""
+    head = Head.of(p.q, p.k, p.v, p.out, p.grad_out, grad_q)
+    blocks = block_sizes("grad_query", p.q.dtype, head.width, target_arch(p.q.device)).fitted(*p.tile_sizes)
+    parts = triton.cdiv(p.tile_sizes[0], blocks.own)
     launch(
         grad_query_kernel,
-        (by_query.order.shape[0] * parts, num_heads),
-        *(lse, grad_lse, delta),
-        *(head.rows(x) for x in (q, k, v, out, grad_out, grads[0])),
-        *(by_query, boxes, scale * LOG2E.value, scale, q.shape[0]),
+        (p.by_query.order.shape[0] * parts, p.q.shape[1]),
+        *(p.lse, p.grad_lse, delta),
+        *(head.rows(x) for x in (p.q, p.k, p.v, p.out, p.grad_out, grad_q)),
+        *(p.by_query, p.boxes, p.scale * LOG2E.value, p.scale, p.q.shape[0]),
         PARTS=parts,
         BLOCK_M=blocks.own,
         BLOCK_N=blocks.other,
-        BLOCKS_PER_TILE=triton.cdiv(key_tile, blocks.other),
+        BLOCKS_PER_TILE=triton.cdiv(p.tile_sizes[1], blocks.other),
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
-        **shared,
+        **p.shared(head),
     )
-    if not keys:
-        return grads
-    blocks = block_sizes("grad_key_value", q.dtype, head.width, target_arch(q.device)).fitted(key_tile, query_tile)
+
+
+def _launch_delta(p: _Problem, delta: Tensor) -> None:
+    """What the one pass needs beforehand."""
+    head = Head.of(p.out, p.out, p.grad_out)
+    launch(
+        delta_kernel,
+        (triton.cdiv(p.out.shape[0], DELTA_BLOCK), p.out.shape[1]),
+        *(p.grad_lse, delta, head.rows(p.out), head.rows(p.grad_out), p.out.shape[0]),
+        HEAD=head,
+        BLOCK=DELTA_BLOCK,
+        num_warps=4,
+    )
+
+
+def _launch_grad_key_value(
+    p: _Problem, delta: Tensor, grad_k: Tensor, grad_v: Tensor, query_sums: Tensor | None
+) -> None:
+    """dK and dV; query_sums [N, H, D] float32: add dQ / scale to it, in no fixed order."""
+    more = () if query_sums is None else (query_sums,)
+    head = Head.of(p.q, p.k, p.v, p.grad_out, grad_k, grad_v, *more)
+    name = "grad_key_value" if query_sums is None else "one_pass"
+    query_tile, key_tile = p.tile_sizes
+    blocks = block_sizes(name, p.q.dtype, head.width, target_arch(p.q.device)).fitted(key_tile, query_tile)
     parts = triton.cdiv(key_tile, blocks.own)
     launch(
         grad_key_value_kernel,
-        (by_key.order.shape[0] * parts, num_heads),
-        *(lse, delta),
-        *(head.rows(x) for x in (q, k, v, grad_out, *grads[1:])),
-        *(by_key, boxes, scale * LOG2E.value, scale, q.shape[0], k.shape[0]),
+        (p.by_key.order.shape[0] * parts, p.k.shape[1]),
+        *(p.lse, delta),
+        *(head.rows(x) for x in (p.q, p.k, p.v, p.grad_out, grad_k, grad_v)),
+        None if query_sums is None else head.rows(query_sums),
+        *(p.by_key, p.boxes, p.scale * LOG2E.value, p.scale, p.q.shape[0], p.k.shape[0]),
         PARTS=parts,
         BLOCK_M=blocks.other,
         BLOCK_N=blocks.own,
         BLOCKS_PER_TILE=triton.cdiv(query_tile, blocks.other),
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
-        **shared,
+        **p.shared(head),
     )
-    return grads
+
+
+@triton.jit
+def delta_kernel(
+    grad_lse,
+    delta,
+    out,
+    grad_out,
+    num_tokens,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start, head = tl.program_id(0) * BLOCK, tl.program_id(1)
+    exists = start + tl.arange(0, BLOCK) < num_tokens
+    place = head.to(tl.int64) * num_tokens + start + tl.arange(0, BLOCK)
+    do0 = load_main(grad_out, start, head, exists, BLOCK, HEAD)
+    do1 = load_rest(grad_out, start, head, exists, BLOCK, HEAD) if HEAD.rest else do0
+    tl.store(delta + place, _row_delta(do0, do1, out, grad_lse, place, start, head, exists, HEAD), mask=exists)
+
+
+@triton.jit
+def _row_delta(do0, do1, out, grad_lse, place, start, head, exists, HEAD: tl.constexpr):
+    rows: tl.constexpr = do0.shape[0]
+    row_delta = tl.sum(do0.to(tl.float32) * load_main(out, start, head, exists, rows, HEAD).to(tl.float32), 1)
+    if HEAD.rest:
+        row_delta += tl.sum(do1.to(tl.float32) * load_rest(out, start, head, exists, rows, HEAD).to(tl.float32), 1)
+    if grad_lse is not None:
+        row_delta -= tl.load(grad_lse + place, mask=exists, other=0.0)
+    return row_delta
 
 
 @triton.jit
@@ -134,36 +242,33 @@ def grad_query_kernel(
         return
     exists = start + rows < stop
     place = head.to(tl.int64) * num_tokens + start + rows
-    do0 = load_main(grad_out, start, head, exists, HEAD)
-    row_delta = tl.sum(do0.to(tl.float32) * load_main(out, start, head, exists, HEAD).to(tl.float32), 1)
-    do1 = do0
-    if HEAD.rest:
-        do1 = load_rest(grad_out, start, head, exists, HEAD)
-        row_delta += tl.sum(do1.to(tl.float32) * load_rest(out, start, head, exists, HEAD).to(tl.float32), 1)
-    if grad_lse is not None:
-        row_delta -= tl.load(grad_lse + place, mask=exists, other=0.0)
+    do0 = load_main(grad_out, start, head, exists, BLOCK_M, HEAD)
+    do1 = load_rest(grad_out, start, head, exists, BLOCK_M, HEAD) if HEAD.rest else do0
+    row_delta = _row_delta(do0, do1, out, grad_lse, place, start, head, exists, HEAD)
     tl.store(delta + place, row_delta, mask=exists)
     row_lse = _load_lse(lse, place, exists)
-    q0 = load_main(q, start, head, exists, HEAD)
-    q1 = load_rest(q, start, head, exists, HEAD) if HEAD.rest else q0
+    q0 = load_main(q, start, head, exists, BLOCK_M, HEAD)
+    q1 = load_rest(q, start, head, exists, BLOCK_M, HEAD) if HEAD.rest else q0
 
-    begin, full_end, end = tl.load(walk.begin + tile), tl.load(walk.full_end + tile), tl.load(walk.end + tile)
+    if boxes is None:
+        begin, middle, end = token_range(walk, tile, BLOCK_N)
+    else:
+        begin, middle, end = listed_tiles(walk, tile)
     acc0, acc1 = _walk_keys(
-        acc0, acc1, q0, q1, do0, do1, row_lse, row_delta, k, v, walk, begin, full_end, None, start, exists, head,
-        scale_log2, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
+        acc0, acc1, q0, q1, do0, do1, row_lse, row_delta, k, v, walk, begin, middle, boxes, start, exists, head,
+        scale_log2, WHOLE if boxes is None else LISTED, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
     )  # fmt: skip
-    if boxes is not None:
-        acc0, acc1 = _walk_keys(
-            acc0, acc1, q0, q1, do0, do1, row_lse, row_delta, k, v, walk, full_end, end, boxes, start, exists, head,
-            scale_log2, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
-        )  # fmt: skip
+    acc0, acc1 = _walk_keys(
+        acc0, acc1, q0, q1, do0, do1, row_lse, row_delta, k, v, walk, middle, end, boxes, start, exists, head,
+        scale_log2, CUT if boxes is None else TESTED, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
+    )  # fmt: skip
     store_rows(grad_q, start, head, exists, acc0 * scale, acc1 * scale if HEAD.rest else acc1, HEAD)
 
 
 @triton.jit
 def _load_lse(lse, place, exists):
     """Base-2 logsumexp of queries; +inf, which makes every weight zero, for those that met no key or do not exist."""
-    loaded = tl.load(lse + place, mask=exists, other=float("inf"))
+    loaded = load_numbers(lse, place, exists, float("inf"))
     return tl.where(loaded == float("-inf"), float("inf"), loaded * LOG2E)
 
 
@@ -187,34 +292,38 @@ def _walk_keys(
     valid,
     head,
     scale_log2,
+    STRETCH: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS_PER_TILE: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum dS K over the key tiles at entries first … last of the walk; boxes: test every pair of tokens."""
-    if boxes is not None:
+    """Sum dS K over a stretch of the walk."""
+    kv_head = head // HEAD.group
+    if STRETCH == TESTED:
         low, high, query_raster = load_boxes(boxes, start + tl.arange(0, q0.shape[0]), valid, CAUSAL)
         low, high, query_raster = low[:, None], high[:, None], query_raster[:, None]
-    for step in range(0, (last - first) * BLOCKS_PER_TILE):
-        key_start, key_stop = step_bounds(walk, first, step, BLOCKS_PER_TILE, BLOCK_N)
-        key = key_start + tl.arange(0, BLOCK_N)
-        exists = key < key_stop
-        k0 = load_main(k, key_start, head, exists, HEAD)
-        v0 = load_main(v, key_start, head, exists, HEAD)
+    for step in range(0, count_blocks(first, last, STRETCH, BLOCKS_PER_TILE, BLOCK_N)):
+        key, stop = block_bounds(walk, first, last, step, STRETCH, BLOCKS_PER_TILE, BLOCK_N)
+        exists = existing(key, stop, STRETCH, BLOCK_N)
+        k0 = load_main(k, key, kv_head, exists, BLOCK_N, HEAD)
+        v0 = load_main(v, key, kv_head, exists, BLOCK_N, HEAD)
         scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         slopes = tl.dot(do0, tl.trans(v0), input_precision=PRECISION)
         if HEAD.rest:
-            k1 = load_rest(k, key_start, head, exists, HEAD)
-            v1 = load_rest(v, key_start, head, exists, HEAD)
+            k1 = load_rest(k, key, kv_head, exists, BLOCK_N, HEAD)
+            v1 = load_rest(v, key, kv_head, exists, BLOCK_N, HEAD)
             scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
             slopes = tl.dot(do1, tl.trans(v1), slopes, input_precision=PRECISION)
-        allowed = exists[None, :]
-        if boxes is not None:
-            place, key_raster = load_places(boxes, key, exists, CAUSAL)
+        weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
+        if STRETCH == TESTED:
+            place, key_raster = load_places(boxes, key + tl.arange(0, BLOCK_N), exists, CAUSAL)
             allowed = is_allowed(low, high, query_raster, place[None, :], key_raster[None, :], CAUSAL)
-        weights = tl.where(allowed, tl.exp2(scores * scale_log2 - row_lse[:, None]), 0.0)
+            weights = tl.where(allowed, weights, 0.0)
+        elif STRETCH != WHOLE:  # noqa: SIM102
+            if key + BLOCK_N > stop:
+                weights = tl.where(exists[None, :], weights, 0.0)
         slopes = (weights * (slopes - row_delta[:, None])).to(k0.dtype)
         acc0 = tl.dot(slopes, k0, acc0, input_precision=PRECISION)
         if HEAD.rest:
@@ -232,6 +341,7 @@ def grad_key_value_kernel(
     grad_out,
     grad_k,
     grad_v,
+    query_sums,
     walk,
     boxes,
     scale_log2,
@@ -246,10 +356,9 @@ def grad_key_value_kernel(
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """dK and dV, and where `query_sums` is given, dQ / scale into it."""
     slot, head = tl.program_id(0), tl.program_id(1)
     rows = tl.arange(0, BLOCK_N)
-    lse += head.to(tl.int64) * num_queries
-    delta += head.to(tl.int64) * num_queries
     dk0, dk1 = zero_block(BLOCK_N, HEAD)
     dv0, dv1 = zero_block(BLOCK_N, HEAD)
     first, stride = padding_bounds(walk, slot, PARTS, BLOCK_N)
@@ -263,21 +372,25 @@ def grad_key_value_kernel(
     if start >= stop:
         return
     exists = start + rows < stop
-    k0 = load_main(k, start, head, exists, HEAD)
-    v0 = load_main(v, start, head, exists, HEAD)
-    k1 = load_rest(k, start, head, exists, HEAD) if HEAD.rest else k0
-    v1 = load_rest(v, start, head, exists, HEAD) if HEAD.rest else v0
+    k0 = load_main(k, start, head, exists, BLOCK_N, HEAD)
+    v0 = load_main(v, start, head, exists, BLOCK_N, HEAD)
+    k1 = load_rest(k, start, head, exists, BLOCK_N, HEAD) if HEAD.rest else k0
+    v1 = load_rest(v, start, head, exists, BLOCK_N, HEAD) if HEAD.rest else v0
 
-    begin, full_end, end = tl.load(walk.begin + tile), tl.load(walk.full_end + tile), tl.load(walk.end + tile)
+    if boxes is None:
+        begin, middle, end = token_range(walk, tile, BLOCK_M)
+    else:
+        begin, middle, end = listed_tiles(walk, tile)
     dk0, dk1, dv0, dv1 = _walk_queries(
-        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, lse, delta, walk, begin, full_end, None, start, exists, head,
-        scale_log2, HEAD, BLOCK_M, BLOCKS_PER_TILE, CAUSAL, PRECISION,
+        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, query_sums, lse, delta, walk, begin, middle, boxes, start,
+        exists, head, scale_log2, num_queries, WHOLE if boxes is None else LISTED,
+        HEAD, BLOCK_M, BLOCKS_PER_TILE, CAUSAL, PRECISION,
     )  # fmt: skip
-    if boxes is not None:
-        dk0, dk1, dv0, dv1 = _walk_queries(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, lse, delta, walk, full_end, end, boxes, start, exists,
-            head, scale_log2, HEAD, BLOCK_M, BLOCKS_PER_TILE, CAUSAL, PRECISION,
-        )  # fmt: skip
+    dk0, dk1, dv0, dv1 = _walk_queries(
+        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, query_sums, lse, delta, walk, middle, end, boxes, start,
+        exists, head, scale_log2, num_queries, CUT if boxes is None else TESTED,
+        HEAD, BLOCK_M, BLOCKS_PER_TILE, CAUSAL, PRECISION,
+    )  # fmt: skip
     store_rows(grad_k, start, head, exists, dk0 * scale, dk1 * scale if HEAD.rest else dk1, HEAD)
     store_rows(grad_v, start, head, exists, dv0, dv1, HEAD)
 
@@ -294,6 +407,7 @@ def _walk_queries(
     v1,
     q,
     grad_out,
+    query_sums,
     lse,
     delta,
     walk,
@@ -302,40 +416,43 @@ def _walk_queries(
     boxes,
     start,
     valid,
-    head,
+    kv_head,
     scale_log2,
+    num_queries,
+    STRETCH: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCKS_PER_TILE: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum dSᵀ Q and Pᵀ dO over the query tiles at entries first … last of the walk.
+    """Sum dSᵀ Q and Pᵀ dO over a stretch of the walk, and over all query heads of the group at every block of it.
 
     All blocks are [keys, queries]. A query that does not exist has logsumexp +inf: its weights are zero, and no other
-    test is needed. Keys that do not exist gather numbers that are never stored.
+    test is needed. Keys that do not exist gather numbers that are never stored; their K is zero, so dQ gets nothing.
     """
-    if boxes is not None:
+    if STRETCH == TESTED:
         place, key_raster = load_places(boxes, start + tl.arange(0, k0.shape[0]), valid, CAUSAL)
         place, key_raster = place[:, None], key_raster[:, None]
-    for step in range(0, (last - first) * BLOCKS_PER_TILE):
-        query_start, query_stop = step_bounds(walk, first, step, BLOCKS_PER_TILE, BLOCK_M)
-        query = query_start + tl.arange(0, BLOCK_M)
-        exists = query < query_stop
-        q0 = load_main(q, query_start, head, exists, HEAD)
-        do0 = load_main(grad_out, query_start, head, exists, HEAD)
+    for step in range(0, count_blocks(first, last, STRETCH, BLOCKS_PER_TILE, BLOCK_M) * HEAD.group):
+        head = kv_head * HEAD.group + step % HEAD.group
+        query, stop = block_bounds(walk, first, last, step // HEAD.group, STRETCH, BLOCKS_PER_TILE, BLOCK_M)
+        exists = existing(query, stop, STRETCH, BLOCK_M)
+        q0 = load_main(q, query, head, exists, BLOCK_M, HEAD)
+        do0 = load_main(grad_out, query, head, exists, BLOCK_M, HEAD)
         scores = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
         slopes = tl.dot(v0, tl.trans(do0), input_precision=PRECISION)
         if HEAD.rest:
-            q1 = load_rest(q, query_start, head, exists, HEAD)
-            do1 = load_rest(grad_out, query_start, head, exists, HEAD)
+            q1 = load_rest(q, query, head, exists, BLOCK_M, HEAD)
+            do1 = load_rest(grad_out, query, head, exists, BLOCK_M, HEAD)
             scores = tl.dot(k1, tl.trans(q1), scores, input_precision=PRECISION)
             slopes = tl.dot(v1, tl.trans(do1), slopes, input_precision=PRECISION)
-        row_lse = _load_lse(lse, query, exists)
-        row_delta = tl.load(delta + query, mask=exists, other=0.0)
+        rows = head.to(tl.int64) * num_queries + query + tl.arange(0, BLOCK_M)
+        row_lse = _load_lse(lse, rows, exists)
+        row_delta = load_numbers(delta, rows, exists, 0.0)
         weights = tl.exp2(scores * scale_log2 - row_lse[None, :])
-        if boxes is not None:
-            low, high, query_raster = load_boxes(boxes, query, exists, CAUSAL)
+        if STRETCH == TESTED:
+            low, high, query_raster = load_boxes(boxes, query + tl.arange(0, BLOCK_M), exists, CAUSAL)
             allowed = is_allowed(low[None, :], high[None, :], query_raster[None, :], place, key_raster, CAUSAL)
             weights = tl.where(allowed, weights, 0.0)
         slopes = (weights * (slopes - row_delta[None, :])).to(q0.dtype)
@@ -345,4 +462,8 @@ def _walk_queries(
         if HEAD.rest:
             dv1 = tl.dot(weights, do1, dv1, input_precision=PRECISION)
             dk1 = tl.dot(slopes, q1, dk1, input_precision=PRECISION)
+        if query_sums is not None:
+            dq0 = tl.dot(tl.trans(slopes), k0, input_precision=PRECISION)
+            dq1 = tl.dot(tl.trans(slopes), k1, input_precision=PRECISION) if HEAD.rest else dq0
+            add_rows(query_sums, query, head, exists, dq0, dq1, HEAD)
     return dk0, dk1, dv0, dv1

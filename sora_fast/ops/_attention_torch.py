@@ -172,6 +172,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[Block], scale: flo
     """Output [N, H, D] and natural logsumexp [H, N]; zeros and −inf for queries that meet no key."""
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=_wide(q), device=q.device)
+    k, v = (_spread(x, q) for x in (k, v))
     flash = has_flash(q)
     for block in blocks if flash else _bounded(blocks, q.shape[1]):
         queries, keys, values = (_pieces(x, place, block) for x, place in _paired((q, k, v), block))
@@ -194,6 +195,8 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. grad_lse: [H, N], or None for zero."""
+    heads = [x.shape[1] for x in (q, k, v)]
+    k, v = (_spread(x, q) for x in (k, v))
     grads = [torch.zeros(x.shape, dtype=_wide(x), device=x.device) for x in (q, k, v)]
     flash = has_flash(q, grad_lse)
     for block in blocks if flash else _bounded(blocks, q.shape[1]):
@@ -212,8 +215,18 @@ def backward(
             if isinstance(place, slice):
                 _pieces(grad, place, block).add_(part)
             else:
-                grad.index_add_(0, place, part.squeeze(0).transpose(0, 1))
-    return tuple(grad.to(q.dtype) for grad in grads)
+                grad.index_add_(0, place, part.squeeze(0).transpose(0, 1).to(grad.dtype))
+    return tuple(_gathered(grad, count).to(q.dtype) for grad, count in zip(grads, heads, strict=True))
+
+
+def _spread(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values [Nk, Hk, D] with a copy of each head for every query head of its group: [Nk, H, D]."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def _gathered(grad: Tensor, heads: int) -> Tensor:
+    """The sums over every group of heads, so that `heads` are left."""
+    return grad if grad.shape[1] == heads else grad.unflatten(1, (heads, -1)).sum(2)
 
 
 def has_flash(q: Tensor, grad_lse: Tensor | None = None) -> bool:

@@ -34,12 +34,15 @@ def packed_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q kᵀ · scale) v over the keys that each query may attend.
 
-    q: [N, H, D]; k, v: [Nk, H, D] of the same dtype: bf16, fp16 or fp32 (fp64 on the torch backend), any strides.
+    q: [N, H, D]; k, v: [Nk, Hk, D] of the same dtype: bf16, fp16 or fp32 (fp64 on the torch backend), any strides. Hk
+        divides H: grouped queries, head h attends head h // (H / Hk) of k and v.
     layout: of the queries, N tokens. mask: None is the full one. A mask is made into a schedule at every call; give
         the TileSchedule itself where several layers share it.
     kv_layout: cross-attention, segment s of q attends all of segment s of k and v; the mask must be full.
     scale: default D^−½. return_lse: also the natural logsumexp of the scores, [N, H], differentiable.
-    deterministic: all backends sum in a fixed order, so True and False give the same bits.
+    deterministic: whether gradients must be the same bits in every run; None: what
+        torch.are_deterministic_algorithms_enabled() says. False lets the triton backend's backward pass add up in any
+        order where that is known to be faster. Results, and the torch backend's gradients, always are the same bits.
 
     Returns [N, H, D] in q's dtype. A query without a key gives zeros and −inf; padding likewise, with zero gradients,
     whatever stands in it. Raises TypeError or ValueError for arguments that do not fit together.
@@ -56,7 +59,8 @@ def packed_attention(
         return getattr(peers, chosen)(q, k, v, schedule, scale=scale, deterministic=deterministic)
     op = _plain_attention if chosen == "torch" else _triton_attention
     tile_sizes = [schedule.layout.tile_size, schedule.kv_layout.tile_size]
-    out, lse = op(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule.mask), scale)
+    deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
+    out, lse = op(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule.mask), scale, deterministic)
     return (out, lse.transpose(0, 1)) if return_lse else out
 
 
@@ -84,7 +88,14 @@ def _tensors(schedule: TileSchedule) -> list[Tensor]:
 
 @torch.library.custom_op("sora_fast::packed_attention_plain", mutates_args=())
 def _plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, schedule: list[Tensor], tile_sizes: list[int], kind: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    schedule: list[Tensor],
+    tile_sizes: list[int],
+    kind: int,
+    scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     return plain.forward(q, k, v, _blocks(schedule, kind, join=plain.may_join(q)), scale)
 
@@ -102,6 +113,7 @@ def _plain_attention_backward(
     tile_sizes: list[int],
     kind: int,
     scale: float,
+    deterministic: bool,
     keys: bool,  # whether anybody asks for the gradients of k and v
 ) -> list[Tensor]:
     blocks = _blocks(schedule, kind, join=plain.may_join(q, grad_lse))
@@ -118,7 +130,14 @@ def _blocks(schedule: list[Tensor], kind: int, *, join: bool) -> Iterator[plain.
 
 @torch.library.custom_op("sora_fast::packed_attention", mutates_args=())
 def _triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, schedule: list[Tensor], tile_sizes: list[int], kind: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    schedule: list[Tensor],
+    tile_sizes: list[int],
+    kind: int,
+    scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     from sora_fast.kernels.packed_attention import forward
 
@@ -140,6 +159,7 @@ def _triton_attention_backward(
     tile_sizes: list[int],
     kind: int,
     scale: float,
+    deterministic: bool,
     keys: bool,  # whether anybody asks for the gradients of k and v
 ) -> list[Tensor]:
     from sora_fast.kernels.packed_attention_backward import backward
@@ -147,8 +167,8 @@ def _triton_attention_backward(
     walks = _walks(schedule, kind)
     # The gradient of a transposed or summed logsumexp comes in any strides, expanded ones too.
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    options = {"tile_sizes": tuple(tile_sizes), "scale": scale, "causal": kind == _CAUSAL_BOXES, "keys": keys}
-    return backward(grad_out, grad_lse, q, k, v, out, lse, *walks, **options)
+    options = {"tile_sizes": tuple(tile_sizes), "scale": scale, "causal": kind == _CAUSAL_BOXES}
+    return backward(grad_out, grad_lse, q, k, v, out, lse, *walks, **options, keys=keys, deterministic=deterministic)
 
 
 def _walks(schedule: list[Tensor], kind: int) -> tuple[Any, Any, Any]:
@@ -183,7 +203,7 @@ def _backward_with(op: Any) -> Any:
         keys = any(ctx.needs_input_grad[1:3])
         grads = op(grad_out, grad_lse, q, k, v, out, lse, schedule, *ctx.options, keys)
         missing = [None] * (3 - len(grads))
-        return *grads, *missing, [None] * len(schedule), None, None, None
+        return *grads, *missing, [None] * len(schedule), *[None] * len(ctx.options)
 
     return backward
 
@@ -214,12 +234,15 @@ def _check(
     check_dtype("q", q, FLOAT_DTYPES)
     check_device("layout", layout.segment_ids, "q", q.device)
     keys = layout if kv_layout is None else kv_layout
+    check_shape("k", k, [keys.capacity, "Hk", q.shape[2]])
     for name, tensor in (("k", k), ("v", v)):
-        check_shape(name, tensor, [keys.capacity, *q.shape[1:]])
+        check_shape(name, tensor, [keys.capacity, *k.shape[1:]])
         check_dtype(name, tensor, [q.dtype])
         check_device(name, tensor, "q", q.device)
     if q.shape[1] == 0 or q.shape[2] == 0:
         raise ValueError(f"q: shape {tuple(q.shape)}; it must have at least one head and one channel")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"k: {k.shape[1]} heads; their number must divide the {q.shape[1]} heads of q")
     if mask is not None and not isinstance(mask, SpacetimeMask | TileSchedule):
         raise TypeError(f"mask: {type(mask).__name__}; it must be a SpacetimeMask, a TileSchedule or None")
     if isinstance(mask, TileSchedule):
