@@ -42,6 +42,14 @@ class World:
         parts = flat.div_(self.size).split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """What the workers have, each the same shape [B, …], one after the other: [size · B, …]."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
     def total(self, *numbers: float) -> list[float]:
         """The sum of each number over the workers. The numbers live on the host: no accelerator is waited for."""
         if self.size == 1:

@@ -1,13 +1,15 @@
 """Two workers in processes of their own, a few small steps each."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from sora_fast.training.distributed import World, workers
-from sora_fast.training.run import LOG
+from sora_fast.training.muon import _shared, orthogonal
+from sora_fast.training.run import LOG, RunConfig
 from sora_fast.training.trainer import Trainer, read_log
 from tests.training.test_trainer import Gradients, _assert_same_run, tiny
 
@@ -17,17 +19,22 @@ def _exchange(folder: Path) -> None:
     tensors = [torch.full((2, 3), float(world.rank)), torch.tensor(10.0 * world.rank)]
     world.average(tensors)
     totals = world.total(world.rank, 1.5)
-    torch.save((tensors, totals, torch.get_num_threads()), folder / f"{world.rank}.pt")
+    gathered = world.gather(torch.full((2, 1), world.rank))
+    torch.save((tensors, totals, gathered, torch.get_num_threads()), folder / f"{world.rank}.pt")
 
 
 def _fail() -> None:
     raise ArithmeticError("a worker's own")
 
 
+def _config(steps: int) -> RunConfig:
+    # A rate that does not depend on where the run ends: it ends twice. Two blocks: equal matrices to share out.
+    config = tiny(steps=steps, decay="constant", optimizer="muon")
+    return replace(config, model=replace(config.model, depth=2))
+
+
 def _train(folder: Path, steps: int, resume: bool = False) -> bool:
-    # A rate that does not depend on where the run ends: it ends twice.
-    config = tiny(steps=steps, decay="constant")
-    trainer = Trainer(config, Gradients(), folder / "run", resume=resume)
+    trainer = Trainer(_config(steps), Gradients(), folder / "run", resume=resume)
     finished = trainer.fit(progress=False)
     weights = torch.cat([p.detach().flatten() for p in trainer.parameters.values()])
     torch.save((trainer.step, weights), folder / f"weights{trainer.world.rank}.pt")
@@ -46,7 +53,7 @@ def test_a_single_worker_exchanges_nothing() -> None:
         tensor = torch.ones(3)
         world.average([tensor])
         assert world.total(2, 3) == [2, 3]
-        assert tensor.tolist() == [1, 1, 1]
+        assert world.gather(tensor).tolist() == tensor.tolist() == [1, 1, 1]
 
 
 def test_two_workers_exchange(tmp_path: Path) -> None:
@@ -56,10 +63,11 @@ def test_two_workers_exchange(tmp_path: Path) -> None:
         _exchange(tmp_path)
     assert torch.get_num_threads() == threads
     for rank in range(2):
-        (matrix, scalar), totals, share = torch.load(tmp_path / f"{rank}.pt")
+        (matrix, scalar), totals, gathered, share = torch.load(tmp_path / f"{rank}.pt")
         assert matrix.tolist() == [[0.5] * 3] * 2
         assert scalar.item() == 5
         assert totals == [1, 3]
+        assert gathered.tolist() == [[0], [0], [1], [1]]
         assert share == max(1, threads // 2)
     assert World.current() == World()
 
@@ -70,6 +78,23 @@ def test_a_failing_worker_takes_the_others_along() -> None:
         world.total(1)
     assert time.monotonic() - began < 60
     assert World.current() == World()
+
+
+def _orthogonal(folder: Path) -> None:
+    matrices = torch.randn(4, 8, 20, generator=torch.Generator().manual_seed(0))
+    world = World.current()
+    torch.save(
+        [_shared(world, matrices[:count]) - orthogonal(matrices[:count]) for count in (4, 3)],
+        folder / f"{world.rank}.pt",
+    )
+
+
+def test_workers_share_the_work_of_muon(tmp_path: Path) -> None:
+    with workers(2, _orthogonal, tmp_path):
+        _orthogonal(tmp_path)
+    for rank in range(2):
+        for difference in torch.load(tmp_path / f"{rank}.pt"):
+            torch.testing.assert_close(difference, torch.zeros_like(difference), rtol=0, atol=1e-6)
 
 
 def test_without_workers_is_an_error() -> None:
@@ -98,7 +123,7 @@ def test_two_workers_train_one_model(tmp_path: Path) -> None:
 def test_the_step_is_along_the_mean_of_the_gradients(tmp_path: Path) -> None:
     losses, gradients = [], []
     for rank in range(2):
-        trainer = Trainer(tiny(steps=1), Gradients(), tmp_path / f"alone{rank}")
+        trainer = Trainer(_config(1), Gradients(), tmp_path / f"alone{rank}")
         trainer.world = trainer.batches.world = World(rank, 2)
         batch = next(iter(trainer.batches))
         loss = trainer._loss(batch.latents, batch.layout, batch.prompts, *trainer._draw(batch))
