@@ -46,8 +46,9 @@ class World:
         """What the workers have, each the same shape [B, …], one after the other: [size · B, …]."""
         if self.size == 1:
             return tensor
+        tensor = tensor.contiguous()
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous())
+        dist.all_gather(parts, tensor)
         return torch.cat(parts)
 
     def total(self, *numbers: float) -> list[float]:

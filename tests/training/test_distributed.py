@@ -81,12 +81,11 @@ def test_a_failing_worker_takes_the_others_along() -> None:
 
 
 def _orthogonal(folder: Path) -> None:
-    matrices = torch.randn(4, 8, 20, generator=torch.Generator().manual_seed(0))
-    world = World.current()
-    torch.save(
-        [_shared(world, matrices[:count]) - orthogonal(matrices[:count]) for count in (4, 3)],
-        folder / f"{world.rank}.pt",
-    )
+    world, differences = World.current(), []
+    for shape in ((4, 8, 20), (4, 20, 8), (3, 8, 20)):
+        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        differences.append(_shared(world, matrices) - orthogonal(matrices))
+    torch.save(differences, folder / f"{world.rank}.pt")
 
 
 def test_workers_share_the_work_of_muon(tmp_path: Path) -> None:
