@@ -176,6 +176,10 @@ class MovingDigits:
         scene = self.scene(index)
         return Sample(video=self.render(scene), caption=scene.caption)
 
+    def shape(self, index: int) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of `self[index].video`, without drawing it."""
+        return 1, *self._draw_shape(np.random.default_rng((self.seed, index)))
+
     def scene(self, index: int, *, shape: Shape | None = None, caption: str | None = None) -> Scene:
         """The scene behind `source[index]`, or one of the given shape or caption with everything else drawn."""
         if index < 0:

@@ -1,5 +1,8 @@
 """The two feed-forward branches of a block."""
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +17,15 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C] → [N, C]"""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(_tanh_gelu(self.fc1(x)))
+
+
+def _tanh_gelu(x: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling() or x.device.type != "cpu":
+        return F.gelu(x, approximate="tanh")
+    # (1 + tanh u) / 2 = sigmoid 2u. Inductor's exponential is quick on a CPU, its hyperbolic tangent is not: forward
+    # and backward over 1,024 × 512 on one core take 1.7 ms in place of 3.9.
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
 class SwiGLU(nn.Module):

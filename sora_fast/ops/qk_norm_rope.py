@@ -76,7 +76,8 @@ def qk_norm_rope(
     _check(q, k, q_weight, k_weight, layout, rope)
     check_eps(eps)
     if choose("qk_norm_rope", backend, q.device, offered(q)) == "torch":
-        return _torch(q, q_weight, layout, rope, eps), _torch(k, k_weight, layout, rope, eps)
+        turns = None if rope is None else _turns(layout.coords, *_rotation(rope, q.shape[2])[:3])
+        return _torch(q, q_weight, layout, rope, turns, eps), _torch(k, k_weight, layout, rope, turns, eps)
     rotation = _rotation(rope, q.shape[2])
     group = q.shape[1] // max(k.shape[1], 1)
     # The kernel walks over the heads of both at once.
@@ -85,19 +86,33 @@ def qk_norm_rope(
     return q, k if group == 1 else k[:, ::group]
 
 
-def _torch(x: Tensor, weight: Tensor | None, layout: PackedLayout, rope: Rope3D | None, eps: float) -> Tensor:
+def _torch(
+    x: Tensor, weight: Tensor | None, layout: PackedLayout, rope: Rope3D | None, turns: Tensor | None, eps: float
+) -> Tensor:
     used = (layout.segment_ids >= 0)[:, None, None]
     # Masked twice: on the way in for the norm and its gradient, on the way out for the gradients that arrive.
     y = torch.where(used, x, 0).to(torch.promote_types(x.dtype, torch.float32))
     if weight is not None:
         y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps) * weight
     if rope is not None:
-        y = _rotate(y, rope.angles(layout.coords, x.shape[-1])[:, None], rope.interleaved)
+        y = _rotate(y, *turns[:, :, None], rope.interleaved)
     return torch.where(used, y.to(x.dtype), 0)
 
 
-def _rotate(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
-    cos, sin = angles.cos(), angles.sin()
+@torch.library.custom_op("sora_fast::rope_turns", mutates_args=())
+def _turns(coords: Tensor, split: list[int], theta: float, scale: list[float]) -> Tensor:
+    """Cosine and sine, [2, N, D/2] fp32. An op of its own, or else Inductor computes them again for every head of the
+    queries and the keys, and once more in the backward pass."""
+    angles = Rope3D(tuple(split), theta, scale=tuple(scale)).angles(coords, sum(split))
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+@_turns.register_fake
+def _(coords: Tensor, split: list[int], theta: float, scale: list[float]) -> Tensor:
+    return coords.new_empty(2, coords.shape[0], sum(split) // 2, dtype=torch.float32)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
     turned = (a * cos - b * sin, a * sin + b * cos)
     return torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)

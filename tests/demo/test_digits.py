@@ -81,6 +81,11 @@ def test_a_stream_is_determined_by_seed_and_index_alone() -> None:
     assert [SOURCE[index].caption for index in range(20)] != [sample.caption for sample in reversed(backwards)]
 
 
+def test_the_shape_is_known_without_drawing() -> None:
+    source = MovingDigits(seed=3)
+    assert all(source.shape(index) == tuple(source[index].video.shape) for index in range(50))
+
+
 def test_the_draw_follows_the_configuration() -> None:
     config = SOURCE.config
     scenes = [SOURCE.scene(index) for index in range(4000)]
