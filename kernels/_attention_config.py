@@ -30,19 +30,30 @@ _FLOAT32 = BlockSizes(16, 16, 8, 1)
 # the load of the tile's index takes one. Numbers in comments: registers a thread, of 255.
 _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
     "forward": {
-        # 128×64 spills at head dim 96, and needs all registers at any other.
-        8: [(128, BlockSizes(128, 32, 8, 3)), (256, BlockSizes(64, 32, 8, 2))],
+        # 128×64 spills at head dim 96, and needs all registers at any other. 64×32 spills at 192, and not at 256.
+        8: [
+            (128, BlockSizes(128, 32, 8, 3)),
+            (192, BlockSizes(64, 16, 8, 2)),
+            (256, BlockSizes(64, 32, 8, 2)),
+        ],
         # 128×128: 250 at head dim 64; it spills at 72. 128×64: 232 at 128.
         9: [(64, BlockSizes(128, 128, 8, 3)), (128, BlockSizes(128, 64, 8, 3)), (256, BlockSizes(128, 32, 8, 2))],
         # 128×128 spills at every head dim.
         10: [(128, BlockSizes(128, 64, 8, 3)), (256, BlockSizes(128, 32, 8, 2))],
     },
     "grad_query": {
-        8: [(128, BlockSizes(128, 32, 8, 2)), (256, BlockSizes(64, 32, 8, 2))],
+        # 128×32 spills at head dim 72, 64×32 at 192, where the rest is half as wide as the main part.
+        8: [
+            (64, BlockSizes(128, 32, 8, 2)),
+            (80, BlockSizes(64, 32, 8, 2)),
+            (128, BlockSizes(128, 32, 8, 2)),
+            (192, BlockSizes(64, 16, 8, 2)),
+            (256, BlockSizes(64, 32, 8, 2)),
+        ],
         # 128×64: 238 at head dim 128. 64×32: 251 at 256; 64×64 spills there. Hopper's matrix instructions want 64 rows.
         9: [(128, BlockSizes(128, 64, 8, 2)), (256, BlockSizes(64, 32, 8, 2))],
         # Two stages spill at head dim 64 and a window, as the compiler then aims at 128 registers; three do not.
-        10: [(64, BlockSizes(128, 64, 8, 3)), (128, BlockSizes(128, 64, 8, 2)), (256, BlockSizes(32, 32, 4, 2))],
+        10: [(64, BlockSizes(128, 64, 8, 3)), (128, BlockSizes(128, 64, 8, 2)), (256, BlockSizes(64, 32, 4, 2))],
     },
     # Two accumulators: half the room of the other passes.
     "grad_key_value": {
@@ -66,7 +77,14 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
         10: [(128, BlockSizes(128, 32, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
     },
     "one_pass": {
-        8: [(64, BlockSizes(128, 32, 8, 2)), (128, BlockSizes(64, 32, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
+        # 64×32: 255 at head dims 72 and 80; it spills at 96.
+        8: [
+            (64, BlockSizes(128, 32, 8, 2)),
+            (80, BlockSizes(64, 32, 8, 2)),
+            (96, BlockSizes(64, 16, 8, 2)),
+            (128, BlockSizes(64, 32, 8, 2)),
+            (256, BlockSizes(32, 32, 8, 2)),
+        ],
         # 64×64: 255 at head dim 72; it spills at 96 and 128, and at 96 64×32 too. 128×16: 222 at 96. 64×32: 252 at 128.
         # Past 128 all of 64 rows spill.
         9: [
@@ -76,7 +94,14 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
             (128, BlockSizes(64, 32, 8, 2)),
             (256, BlockSizes(32, 32, 8, 2)),
         ],
-        10: [(64, BlockSizes(128, 64, 8, 2)), (128, BlockSizes(64, 64, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
+        # 128×64 spills at head dim 64, 64×32 at 96 and 192.
+        10: [
+            (64, BlockSizes(128, 32, 8, 2)),
+            (80, BlockSizes(64, 64, 8, 2)),
+            (96, BlockSizes(128, 16, 8, 2)),
+            (128, BlockSizes(64, 32, 8, 2)),
+            (256, BlockSizes(32, 32, 8, 2)),
+        ],
     },
 }
 
