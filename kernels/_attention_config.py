@@ -77,9 +77,8 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
         10: [(128, BlockSizes(128, 32, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
     },
     "one_pass": {
-        # 64×32: 255 at head dims 72 and 80; it spills at 96.
+        # 128×32 spills at head dim 64. 64×32: 255 at 72 and 80; it spills at 96.
         8: [
-            (64, BlockSizes(128, 32, 8, 2)),
             (80, BlockSizes(64, 32, 8, 2)),
             (96, BlockSizes(64, 16, 8, 2)),
             (128, BlockSizes(64, 32, 8, 2)),
@@ -94,10 +93,9 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
             (128, BlockSizes(64, 32, 8, 2)),
             (256, BlockSizes(32, 32, 8, 2)),
         ],
-        # 128×64 spills at head dim 64, 64×32 at 96 and 192.
+        # 128×64 spills at head dim 64, 64×64 at 72 and 80, 64×32 at 96 and 192.
         10: [
             (64, BlockSizes(128, 32, 8, 2)),
-            (80, BlockSizes(64, 64, 8, 2)),
             (96, BlockSizes(128, 16, 8, 2)),
             (128, BlockSizes(64, 32, 8, 2)),
             (256, BlockSizes(32, 32, 8, 2)),
