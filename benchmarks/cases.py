@@ -154,7 +154,7 @@ class OnePassCase(Case):
 
 def one_pass_backward() -> AbstractContextManager[Any]:
     """Inside, attention's backward pass takes the one-pass form, unless it must be deterministic."""
-    return patch.dict(ONE_PASS, dict.fromkeys(ONE_PASS, True))
+    return patch.dict(ONE_PASS, dict.fromkeys(ONE_PASS, 256))
 
 
 def _widened(argument: Any) -> Any:

@@ -30,19 +30,31 @@ _FLOAT32 = BlockSizes(16, 16, 8, 1)
 # the load of the tile's index takes one. Numbers in comments: registers a thread, of 255.
 _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
     "forward": {
-        # 128×64 spills at head dim 96, and needs all registers at any other.
-        8: [(128, BlockSizes(128, 32, 8, 3)), (256, BlockSizes(64, 32, 8, 2))],
+        # 128×64 spills at head dim 96, and needs all registers at any other. 64×32 spills at 192, and not at 256.
+        8: [
+            (128, BlockSizes(128, 32, 8, 3)),
+            (192, BlockSizes(64, 16, 8, 2)),
+            (256, BlockSizes(64, 32, 8, 2)),
+        ],
         # 128×128: 250 at head dim 64; it spills at 72. 128×64: 232 at 128.
         9: [(64, BlockSizes(128, 128, 8, 3)), (128, BlockSizes(128, 64, 8, 3)), (256, BlockSizes(128, 32, 8, 2))],
         # 128×128 spills at every head dim.
         10: [(128, BlockSizes(128, 64, 8, 3)), (256, BlockSizes(128, 32, 8, 2))],
     },
     "grad_query": {
-        8: [(128, BlockSizes(128, 32, 8, 2)), (256, BlockSizes(64, 32, 8, 2))],
+        # 128×32 spills at head dim 72, and at 128 under a full mask; 64×32 spills at 192.
+        8: [
+            (64, BlockSizes(128, 32, 8, 2)),
+            (80, BlockSizes(64, 32, 8, 2)),
+            (96, BlockSizes(128, 32, 8, 2)),
+            (128, BlockSizes(64, 64, 8, 2)),
+            (192, BlockSizes(64, 16, 8, 2)),
+            (256, BlockSizes(64, 32, 8, 2)),
+        ],
         # 128×64: 238 at head dim 128. 64×32: 251 at 256; 64×64 spills there. Hopper's matrix instructions want 64 rows.
         9: [(128, BlockSizes(128, 64, 8, 2)), (256, BlockSizes(64, 32, 8, 2))],
         # Two stages spill at head dim 64 and a window, as the compiler then aims at 128 registers; three do not.
-        10: [(64, BlockSizes(128, 64, 8, 3)), (128, BlockSizes(128, 64, 8, 2)), (256, BlockSizes(32, 32, 4, 2))],
+        10: [(64, BlockSizes(128, 64, 8, 3)), (128, BlockSizes(128, 64, 8, 2)), (256, BlockSizes(64, 32, 8, 2))],
     },
     # Two accumulators: half the room of the other passes.
     "grad_key_value": {
@@ -66,7 +78,15 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
         10: [(128, BlockSizes(128, 32, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
     },
     "one_pass": {
-        8: [(64, BlockSizes(128, 32, 8, 2)), (128, BlockSizes(64, 32, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
+        # 128×32 spills at head dim 64. 64×32: 255 at 72 and 80; it spills at 96. 32×32 spills at 256 with grouped
+        # heads.
+        8: [
+            (80, BlockSizes(64, 32, 8, 2)),
+            (96, BlockSizes(64, 16, 8, 2)),
+            (128, BlockSizes(64, 32, 8, 2)),
+            (192, BlockSizes(32, 32, 8, 2)),
+            (256, BlockSizes(32, 16, 8, 2)),
+        ],
         # 64×64: 255 at head dim 72; it spills at 96 and 128, and at 96 64×32 too. 128×16: 222 at 96. 64×32: 252 at 128.
         # Past 128 all of 64 rows spill.
         9: [
@@ -76,19 +96,25 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
             (128, BlockSizes(64, 32, 8, 2)),
             (256, BlockSizes(32, 32, 8, 2)),
         ],
-        10: [(64, BlockSizes(128, 64, 8, 2)), (128, BlockSizes(64, 64, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
+        # 128×64 spills at head dim 64, 64×64 at 72 and 80, 64×32 at 96 and 192.
+        10: [
+            (64, BlockSizes(128, 32, 8, 2)),
+            (96, BlockSizes(128, 16, 8, 2)),
+            (128, BlockSizes(64, 32, 8, 2)),
+            (256, BlockSizes(32, 32, 8, 2)),
+        ],
     },
 }
 
 
-# major compute capability → whether the backward pass in one (five products, and atomics in fp32) beats the two passes
-# (seven, no atomics). Not measured on any yet: the form that gives equal bits in every run then costs nobody anything.
-ONE_PASS: dict[int, bool] = {8: False, 9: False, 10: False}
+# major compute capability → the widest head at which the backward pass in one (five products, and atomics in fp32) beats
+# the two passes (seven, no atomics). Not measured on any yet: two passes, whose bits are equal in every run.
+ONE_PASS: dict[int, int] = {8: 0, 9: 0, 10: 0}
 
 
-def is_one_pass_faster(arch: tuple[int, int]) -> bool:
-    """Which backward form is taken where the bits may differ from run to run. arch: (9, 0)."""
-    return ONE_PASS.get(arch[0], ONE_PASS[8])
+def is_one_pass_faster(width: int, arch: tuple[int, int]) -> bool:
+    """Which backward form is taken where the bits may differ from run to run; width, arch: as for `block_sizes`."""
+    return width <= ONE_PASS.get(arch[0], ONE_PASS[8])
 
 
 def block_sizes(kernel: str, dtype: torch.dtype, width: int, arch: tuple[int, int]) -> BlockSizes:

@@ -39,6 +39,7 @@ from sora_fast.kernels._attention import (
     load_rest,
     own_block,
     padding_bounds,
+    split_head_dim,
     store_rows,
     token_range,
     zero_block,
@@ -98,7 +99,7 @@ def backward(
     )  # fmt: skip
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    if keys and not deterministic and is_one_pass_faster(target_arch(q.device)):
+    if keys and not deterministic and is_one_pass_faster(sum(split_head_dim(q.shape[2])), target_arch(q.device)):
         sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         _launch_delta(problem, delta)
         _launch_grad_key_value(problem, delta, grad_k, grad_v, sums)
