@@ -134,19 +134,30 @@ def _pointers(x, token, head, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl
 
 
 @triton.jit
+def _columns(FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr):
+    return (FIRST + tl.arange(0, WIDTH) < HEAD.dim)[None, :]
+
+
+@triton.jit
 def _within(exists, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr):
-    """Which of the rows and columns exist, as a mask for them; None: all. exists: which rows; None: all."""
-    mask = None if exists is None else exists[:, None]
+    """Mask of the rows and columns that exist. exists: which rows do."""
+    mask = exists[:, None]
     if HEAD.dim < FIRST + WIDTH:
-        columns = (FIRST + tl.arange(0, WIDTH) < HEAD.dim)[None, :]
-        mask = columns if mask is None else mask & columns
+        mask = mask & _columns(FIRST, WIDTH, HEAD)
     return mask
 
 
 @triton.jit
 def _load(x, token, head, exists, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr):
-    pointers, mask = _pointers(x, token, head, FIRST, WIDTH, ROWS, HEAD), _within(exists, FIRST, WIDTH, HEAD)
-    return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
+    """exists: None if all rows do."""
+    pointers = _pointers(x, token, head, FIRST, WIDTH, ROWS, HEAD)
+    if exists is not None:
+        block = tl.load(pointers, mask=_within(exists, FIRST, WIDTH, HEAD), other=0.0)
+    elif HEAD.dim < FIRST + WIDTH:
+        block = tl.load(pointers, mask=_columns(FIRST, WIDTH, HEAD), other=0.0)
+    else:
+        block = tl.load(pointers)
+    return block
 
 
 @triton.jit
@@ -176,11 +187,21 @@ def store_rows(x, token, head, exists, main, rest, HEAD: tl.constexpr):
 def add_rows(x, token, head, exists, main, rest, HEAD: tl.constexpr):
     """Add a block, given as for `store_rows`, to what stands there, by atomics: in no fixed order."""
     ROWS: tl.constexpr = main.shape[0]
-    pointers = _pointers(x, token, head, 0, HEAD.main, ROWS, HEAD)
-    tl.atomic_add(pointers, main, mask=_within(exists, 0, HEAD.main, HEAD), sem="relaxed")
+    _add(x, token, head, exists, main, 0, ROWS, HEAD)
     if HEAD.rest:
-        pointers = _pointers(x, token, head, HEAD.main, HEAD.rest, ROWS, HEAD)
-        tl.atomic_add(pointers, rest, mask=_within(exists, HEAD.main, HEAD.rest, HEAD), sem="relaxed")
+        _add(x, token, head, exists, rest, HEAD.main, ROWS, HEAD)
+
+
+@triton.jit
+def _add(x, token, head, exists, block, FIRST: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr):
+    WIDTH: tl.constexpr = block.shape[1]
+    pointers = _pointers(x, token, head, FIRST, WIDTH, ROWS, HEAD)
+    if exists is not None:
+        tl.atomic_add(pointers, block, mask=_within(exists, FIRST, WIDTH, HEAD), sem="relaxed")
+    elif HEAD.dim < FIRST + WIDTH:
+        tl.atomic_add(pointers, block, mask=_columns(FIRST, WIDTH, HEAD), sem="relaxed")
+    else:
+        tl.atomic_add(pointers, block, sem="relaxed")
 
 
 @triton.jit
@@ -243,12 +264,6 @@ def block_bounds(walk, first, last, step, STRETCH: tl.constexpr, BLOCKS_PER_TILE
         start = tl.load(walk.other + tile) + step % BLOCKS_PER_TILE * BLOCK
         stop = tl.load(walk.other + tile + 1)
     return start, stop
-
-
-@triton.jit
-def existing(start, stop, STRETCH: tl.constexpr, BLOCK: tl.constexpr):
-    """Which of a block's rows exist; None: all."""
-    return None if STRETCH == WHOLE else start + tl.arange(0, BLOCK) < stop
 
 
 @triton.jit

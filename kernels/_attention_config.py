@@ -107,8 +107,8 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
 }
 
 
-# major compute capability → the widest head at which the backward pass in one (five products, and atomics in fp32) beats
-# the two passes (seven, no atomics). Not measured on any yet: two passes, whose bits are equal in every run.
+# major compute capability → the widest head at which the backward pass in one (five products, and atomics in fp32)
+# beats the two passes (seven, no atomics). Not measured on any yet: two passes, whose bits are equal in every run.
 ONE_PASS: dict[int, int] = {8: 0, 9: 0, 10: 0}
 
 

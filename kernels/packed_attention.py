@@ -18,7 +18,6 @@ from sora_fast.kernels._attention import (
     block_bounds,
     count_blocks,
     dot_precision,
-    existing,
     is_allowed,
     listed_tiles,
     load_boxes,
@@ -171,7 +170,7 @@ def _walk_keys(
         low, high, query_raster = low[:, None], high[:, None], query_raster[:, None]
     for step in range(0, count_blocks(first, last, STRETCH, BLOCKS_PER_TILE, BLOCK_N)):
         key, stop = block_bounds(walk, first, last, step, STRETCH, BLOCKS_PER_TILE, BLOCK_N)
-        exists = existing(key, stop, STRETCH, BLOCK_N)
+        exists = None if STRETCH == WHOLE else key + tl.arange(0, BLOCK_N) < stop
         k0 = load_main(k, key, kv_head, exists, BLOCK_N, HEAD)
         scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         if HEAD.rest:

@@ -29,7 +29,6 @@ from sora_fast.kernels._attention import (
     block_bounds,
     count_blocks,
     dot_precision,
-    existing,
     is_allowed,
     listed_tiles,
     load_boxes,
@@ -307,7 +306,7 @@ def _walk_keys(
         low, high, query_raster = low[:, None], high[:, None], query_raster[:, None]
     for step in range(0, count_blocks(first, last, STRETCH, BLOCKS_PER_TILE, BLOCK_N)):
         key, stop = block_bounds(walk, first, last, step, STRETCH, BLOCKS_PER_TILE, BLOCK_N)
-        exists = existing(key, stop, STRETCH, BLOCK_N)
+        exists = None if STRETCH == WHOLE else key + tl.arange(0, BLOCK_N) < stop
         k0 = load_main(k, key, kv_head, exists, BLOCK_N, HEAD)
         v0 = load_main(v, key, kv_head, exists, BLOCK_N, HEAD)
         scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
@@ -438,7 +437,7 @@ def _walk_queries(
     for step in range(0, count_blocks(first, last, STRETCH, BLOCKS_PER_TILE, BLOCK_M) * HEAD.group):
         head = kv_head * HEAD.group + step % HEAD.group
         query, stop = block_bounds(walk, first, last, step // HEAD.group, STRETCH, BLOCKS_PER_TILE, BLOCK_M)
-        exists = existing(query, stop, STRETCH, BLOCK_M)
+        exists = None if STRETCH == WHOLE else query + tl.arange(0, BLOCK_M) < stop
         q0 = load_main(q, query, head, exists, BLOCK_M, HEAD)
         do0 = load_main(grad_out, query, head, exists, BLOCK_M, HEAD)
         scores = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
