@@ -25,6 +25,8 @@ _GUARD = tl.constexpr(GUARD)
 # What a stretch of a walk is made of, and so what its blocks must be asked for. Of neighbouring tokens: blocks that
 # exist entirely (nothing), and the one behind them that is cut by the segment's end (which of its tokens exist). Of
 # listed tiles: tiles that are met entirely (the same, if the tile's end cuts the block), and in part (every pair).
+# Blocks that are asked nothing leave 370 instructions of 520 in the forward's loop, 308 of 436 in dQ's, 281 of 344 in
+# that of dK and dV (sm_90, head dim 128). Listed tiles: 470, as the compiler selects rather than branches.
 WHOLE, CUT, LISTED, TESTED = (tl.constexpr(kind) for kind in range(4))
 
 
