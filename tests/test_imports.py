@@ -20,6 +20,7 @@ PARTS = (
     "training",
     "generation",
     "demo",
+    "report",
     "cli",
 )
 
