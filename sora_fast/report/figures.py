@@ -99,6 +99,8 @@ class _Canvas:
     def plot(self, name: str, title: str, caption: str) -> Plot:
         name = re.sub(r"[^\w-]+", "-", name)
         svg, png = io.StringIO(), io.BytesIO()
+        self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")  # laid out once, not once a format
         # The salt makes ids that are the same in every run and that no other plot of the page has.
         with matplotlib.rc_context({"svg.hashsalt": name}):
             self.figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_fast.report import write_report
 from tests.report.browser import CHROMIUM, Browser
-from tests.report.made_up import save, suite
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
@@ -19,26 +17,18 @@ CELLS = "[..." + COLUMN.strip() + "].map(row => row.cells[{place}].textContent)"
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("browser")
-    files = [save(suite(), folder / "a.json"), save(suite(commit="b" * 40, slower=1.2), folder / "b.json")]
-    write_report(files, folder / "report.html")
-    return folder / "report.html"
-
-
-@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with Browser() as browser:
         yield browser
 
 
 @pytest.mark.parametrize("width", [1280, 375])
-def test_it_loads_whole_and_fits(browser: Browser, page: Path, width: int) -> None:
+def test_it_loads_whole_and_fits(browser: Browser, two_commits: Path, width: int) -> None:
     browser.requests.clear()
-    browser.open(page, width=width)
+    browser.open(two_commits, width=width)
     assert browser.errors == []
-    assert browser.requests == [page.as_uri()], "nothing else is asked for"
-    assert browser.evaluate("document.documentElement.scrollWidth") == width, "nothing sticks out"
+    assert browser.requests == [two_commits.as_uri()], "nothing else is asked for"
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
     boxes = browser.evaluate(
         "[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect()).map(b => [b.width, b.height])"
     )
@@ -51,8 +41,8 @@ def test_it_loads_whole_and_fits(browser: Browser, page: Path, width: int) -> No
     assert browser.evaluate("document.querySelectorAll('figure svg title').length") > 50
 
 
-def test_text_of_plots_does_not_leave_them(browser: Browser, page: Path) -> None:
-    browser.open(page, width=375)
+def test_text_of_plots_does_not_leave_them(browser: Browser, two_commits: Path) -> None:
+    browser.open(two_commits, width=375)
     outside = browser.evaluate("""
         [...document.querySelectorAll("figure svg")].flatMap(svg => {
           const edge = svg.getBoundingClientRect();
@@ -63,8 +53,8 @@ def test_text_of_plots_does_not_leave_them(browser: Browser, page: Path) -> None
     assert outside == []
 
 
-def test_a_click_sorts(browser: Browser, page: Path) -> None:
-    browser.open(page, width=1280)
+def test_a_click_sorts(browser: Browser, two_commits: Path) -> None:
+    browser.open(two_commits, width=1280)
     place = 5  # ms
     shown = [float(cell) for cell in browser.evaluate(CELLS.format(place=place))]
     assert shown != sorted(shown)
@@ -76,8 +66,8 @@ def test_a_click_sorts(browser: Browser, page: Path) -> None:
     assert names == sorted(names) and browser.errors == []
 
 
-def test_typing_filters(browser: Browser, page: Path) -> None:
-    browser.open(page, width=1280)
+def test_typing_filters(browser: Browser, two_commits: Path) -> None:
+    browser.open(two_commits, width=1280)
     browser.evaluate(
         "(i => { i.value = 'ADALN backward'; i.dispatchEvent(new Event('input')) })"
         "(document.querySelector('input[type=search]'))"

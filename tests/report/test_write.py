@@ -68,17 +68,11 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     assert r"$x_{2$ a\|b" in (tmp_path / "report.md").read_text()
 
 
-def test_two_commits(tmp_path: Path) -> None:
-    files = [
-        save(suite(), tmp_path / "before.json"),
-        save(suite(commit="b" * 40, slower=1.2), tmp_path / "after.json"),
-    ]
-    write_report(files, tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
+def test_two_commits(two_commits: Path) -> None:
+    page = two_commits.read_text()
     assert page.count("<tr class=marked>") == 2 and "2 of 24 regressed beyond the noise" in page
     assert page.index("1.2</td>") > page.index("aaaaaaa → bbbbbbb")
-    text = (tmp_path / "report.md").read_text()
-    assert "| **adaln** | **C1152** | **backward** | **triton** |" in text
+    assert "| **adaln** | **C1152** | **backward** | **triton** |" in two_commits.with_suffix(".md").read_text()
 
 
 def test_two_devices(tmp_path: Path) -> None:
