@@ -1,11 +1,15 @@
 """Compile every Triton kernel ahead of time, without a GPU, and inspect what came out.
 
-    python -m benchmarks.aot [--json FILE] [--target sm_90 ...] [--kernel NAME ...]
+    python -m benchmarks.aot [--check | --update] [--json FILE] [--target sm_90 ...] [--kernel NAME ...]
 
 Every case of benchmarks/cases.py is run forward and backward on small CPU tensors while the kernels' launches are
 recorded instead of made; each launch is then compiled as Triton itself would compile it on that GPU (the same
 specialisation of arguments, the same configuration). What is inspected is therefore what ships. Exit code 1 if a
 kernel does not compile, spills registers, or wants more shared memory than the GPU has.
+
+--check compares with benchmarks/results/aot.json, names every change, and exits with 1 if there is one; under another
+version of Triton than the file's it says so and compares nothing. --update rewrites the file, a target at a time:
+interrupted, it goes on where it was, because Triton keeps what it has compiled. Both obey --target and --kernel.
 """
 
 import argparse
@@ -13,7 +17,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,28 +28,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks import _checkout, cubin
-
-# The largest dynamic shared memory of one block, in bytes (CUDA C++ programming guide, compute capabilities).
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One kernel on one target. registers: a thread's; spills: bytes a thread; hgmma: how many instructions."""
-
-    kernel: str
-    target: str
-    registers: int
-    spills: int
-    shared_bytes: int
-    hgmma: int
-
-    @property
-    def problem(self) -> str:
-        limit = SHARED_LIMIT[self.target]
-        if self.spills:
-            return f"spills {self.spills} bytes a thread"
-        return f"wants more shared memory than {limit} bytes" if self.shared_bytes > limit else ""
+from benchmarks.snapshot import FILE, SHARED_LIMIT, Row, Selection, Snapshot
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +53,12 @@ def compile_launch(launch: Launch, target: str) -> Row:
     options, signature, constants, attributes = kernel._pack_args(backend, meta, bound, specialization, options)
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=gpu, options=options.__dict__)
-    found = cubin.inspect(compiled.asm["cubin"])
-    return Row(launch.name, target, found.registers, found.spills, compiled.metadata.shared, found.hgmma)
+    found = asdict(cubin.inspect(compiled.asm["cubin"]))
+    return Row(launch.name, target, shared_bytes=compiled.metadata.shared, **found)
 
 
-def record(target: str, only: Sequence[str] = ()) -> Iterator[Launch]:
-    """What the cases launch on `target`, forward and backward; `only`: parts of names (case/kernel) to keep."""
+def record(target: str, selection: Selection) -> Iterator[Launch]:
+    """What the cases launch on `target`, forward and backward, as far as `selection` names it."""
     from benchmarks.cases import Setting, all_cases
     from sora_fast import use_backend
     from sora_fast.kernels._launch import recording
@@ -87,10 +70,11 @@ def record(target: str, only: Sequence[str] = ()) -> Iterator[Launch]:
         for case in all_cases(Setting.ahead_of_time()):
             with recording(arch) as recorder:
                 case.step()
-            yield from _distinct(case.name, recorder.launches, only)
+            launches = _distinct(case.name, recorder.launches)
+            yield from (launch for launch in launches if selection.names(launch.name))
 
 
-def _distinct(case: str, launches: Sequence[tuple[Any, ...]], only: Sequence[str]) -> Iterator[Launch]:
+def _distinct(case: str, launches: Sequence[tuple[Any, ...]]) -> Iterator[Launch]:
     """Launches that compile to something of their own: of one kernel, those that differ in their options."""
     seen: dict[str, list[dict[str, Any]]] = {}
     for kernel, args, meta in launches:
@@ -99,45 +83,97 @@ def _distinct(case: str, launches: Sequence[tuple[Any, ...]], only: Sequence[str
             continue
         variants.append(meta)
         name = f"{case}/{kernel.fn.__name__}" + (f"#{len(variants)}" if len(variants) > 1 else "")
-        if not only or any(part in name for part in only):
-            yield Launch(name, kernel, args, meta)
+        yield Launch(name, kernel, args, meta)
+
+
+def compile_all(target: str, selection: Selection) -> tuple[list[Row], list[str]]:
+    """The rows of what compiles for `target`, and a line for each launch that does not."""
+    rows, failures = [], []
+    for launch in record(target, selection):
+        print(f"compiling {launch.name} for {target}", file=sys.stderr)
+        try:
+            with redirect_stdout(sys.stderr):  # where Triton prints whole listings when the assembler fails
+                rows.append(compile_launch(launch, target))
+        except Exception as error:  # Triton's compiler raises many kinds; the other kernels still count
+            failures.append(f"{launch.name} for {target} does not compile: {str(error)[:1000]}")
+    return rows, failures
 
 
 def _table(rows: Sequence[Row]) -> str:
-    width = max((len(row.kernel) for row in rows), default=6)
-    head = f"{'kernel':{width}}  target  registers  spills  shared_bytes  hgmma"
-    lines = [
-        f"{r.kernel:{width}}  {r.target:6}  {r.registers:9}  {r.spills:6}  {r.shared_bytes:12}  {r.hgmma:5}"
-        f"{'  ← ' + r.problem if r.problem else ''}"
-        for r in rows
+    columns = [field.name for field in fields(Row)]
+    lines = [columns, *([str(getattr(row, name)) for name in columns] for row in rows)]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+    texts = [
+        "  ".join(f"{cell:{'<' if place < 2 else '>'}{widths[place]}}" for place, cell in enumerate(line))
+        for line in lines
     ]
-    return "\n".join([head, *lines])
+    notes = ["", *(f"  ← {row.problem}" if row.problem else "" for row in rows)]
+    return "\n".join(text + note for text, note in zip(texts, notes, strict=True))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="name what differs from the snapshot in the repository")
+    what.add_argument("--update", action="store_true", help="rewrite that snapshot: the differences are intended")
+    parser.add_argument("--snapshot", type=Path, default=FILE, metavar="FILE", help="another one than the repository's")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--target", nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT), help="GPUs")
     parser.add_argument("--kernel", nargs="+", default=(), metavar="NAME", help="only names that contain this")
+    return parser
+
+
+def _comparable(options: argparse.Namespace, selection: Selection) -> Snapshot:
+    """The snapshot to compare with or to update. ValueError if it cannot be that, _Foreign if it need not be."""
+    here = triton.__version__
+    known = Snapshot.read(options.snapshot)
+    if known is None and options.check:
+        raise ValueError(f"{options.snapshot} is not there yet; --update writes it")
+    if known is None or known.triton == here:
+        return known or Snapshot(here, ())
+    reason = f"the snapshot is of Triton {known.triton}, this is {here}"
+    if options.check:
+        raise _Foreign(f"not compared: {reason}")
+    if options.update and not selection.everything:
+        raise ValueError(f"{reason}: update all of it, without --target and --kernel")
+    return Snapshot(here, ())
+
+
+class _Foreign(Exception):
+    """The snapshot was made by another compiler: its counts say nothing about this one's."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
+    selection = Selection(options.target, options.kernel)
+    try:
+        snapshot = _comparable(options, selection)
+    except ValueError as error:
+        parser.error(str(error))
+    except _Foreign as reason:
+        print(reason)
+        return 0
 
     rows: list[Row] = []
     failures: list[str] = []
     for target in options.target:
-        for launch in record(target, options.kernel):
-            print(f"compiling {launch.name} for {target}", file=sys.stderr)
-            try:
-                with redirect_stdout(sys.stderr):  # where Triton prints whole listings when the assembler fails
-                    rows.append(compile_launch(launch, target))
-            except Exception as error:  # Triton's compiler raises many kinds; the other kernels still count
-                failures.append(f"{launch.name} for {target} does not compile: {str(error)[:1000]}")
+        compiled, failed = compile_all(target, selection)
+        rows += compiled
+        failures += failed
+        if options.update and not failed:
+            snapshot = snapshot.with_rows(compiled, Selection([target], options.kernel))
+            snapshot.write(options.snapshot)
     print(_table(rows))
     print(*failures, sep="\n")
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return 1 if failures or not rows or any(row.problem for row in rows) else 0
+    changes = list(snapshot.differences(rows, selection)) if options.check else []
+    if changes:
+        print("changed since the snapshot (if intended: the same command with --update):", *changes, sep="\n")
+    return 1 if changes or failures or not rows or any(row.problem for row in rows) else 0
 
 
 if __name__ == "__main__":

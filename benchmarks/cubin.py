@@ -8,6 +8,8 @@ from pathlib import Path
 
 from triton import knobs
 
+# "        /*0010*/   @P0 LDG.E.128 R4, ...": a line a machine instruction, predicated or not.
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)", re.MULTILINE)
 _FUNCTION = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:\d+ LOCAL:(?P<local>\d+)")
 
 
@@ -17,7 +19,10 @@ class Cubin:
 
     registers: int  # a thread
     spills: int  # bytes of local memory a thread: registers that did not fit
+    instructions: int  # without the NOPs that fill the end up
     hgmma: int  # warpgroup matrix instructions, Hopper's way to its full rate
+    wide_loads: int  # 16 bytes a thread from global memory: LDG, or LDGSTS, straight to shared memory
+    wide_stores: int  # 16 bytes a thread to global memory
 
 
 def inspect(cubin: bytes) -> Cubin:
@@ -30,8 +35,12 @@ def inspect(cubin: bytes) -> Cubin:
     functions = [{k: int(v) for k, v in m.groupdict().items()} for m in _FUNCTION.finditer(text)]
     if not functions:
         raise ValueError(f"cannot read the cubin: cuobjdump lists no function in it\n{text[:2000]}")
+    names = [match["name"].split(".") for match in _INSTRUCTION.finditer(text)]
     return Cubin(
         registers=max(f["registers"] for f in functions),
         spills=max(f["stack"] + f["local"] for f in functions),
-        hgmma=len(re.findall(r"\bHGMMA\b", text)),
+        instructions=sum(name[0] != "NOP" for name in names),
+        hgmma=sum(name[0] == "HGMMA" for name in names),
+        wide_loads=sum(name[0] in ("LDG", "LDGSTS") and "128" in name for name in names),
+        wide_stores=sum(name[0] == "STG" and "128" in name for name in names),
     )

@@ -1,4 +1,4 @@
-"""The command line: `sora-fast demo`, `sora-fast train`, `sora-fast sample`.
+"""The command line: `sora-fast demo`, `sora-fast train`, `sora-fast sample`, `sora-fast report`.
 
 Heavy imports happen inside the commands, so that --help and --version answer at once.
 """
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", help="train on moving digits, sample, measure: the whole thing in minutes")
     _add_train(commands)
     _add_sample(commands)
+    _add_report(commands)
     return parser
 
 
@@ -188,6 +189,24 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
     add("--fps", type=_POSITIVE, help="frames per second of the result (default: those of the run)")
     add("--scale", type=_COUNT, default=1, help="enlarge every pixel so many times (default: %(default)s)")
     add("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+
+
+def _add_report(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
+        "report",
+        help="show the results of benchmarks on one page",
+        description="Make one HTML page of benchmark results, and Markdown and PNGs beside it.",
+    )
+    parser.set_defaults(command=_report)
+    add = parser.add_argument
+    add(
+        "results",
+        metavar="RESULTS",
+        nargs="+",
+        type=Path,
+        help="JSON of benchmarks.gpu_suite or pytest --benchmark-json; later files are compared with the first",
+    )
+    add("--out", type=Path, default=Path("report.html"), help="page to write (default: %(default)s)")
 
 
 def _options(names: Sequence[str]) -> str:
@@ -415,6 +434,13 @@ def _request(a: argparse.Namespace, config: "RunConfig") -> "Request":
         raise ValueError(f"--size, --image and --end must agree, but they are {listed} pixels")
     height, width = sizes.pop() if sizes else (64, 64)
     return Request(a.prompt, a.frames, height, width, head, tail, guidance=a.guidance, seed=a.seed)
+
+
+def _report(a: argparse.Namespace) -> int:
+    from sora_fast.report import write_report
+
+    print(*write_report(a.results, a.out), sep="\n")
+    return 0
 
 
 def _given(file: Path | None, config: "RunConfig") -> "Tensor | None":

@@ -21,6 +21,7 @@ PARTS = (
     "training",
     "generation",
     "demo",
+    "report",
     "cli",
 )
 

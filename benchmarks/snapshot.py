@@ -1,0 +1,109 @@
+"""The ahead-of-time table as the repository keeps it: what every kernel cost when it was last looked at.
+
+One line a row, sorted, so that a change of one kernel is a change of one line. Counts depend on the compiler, so the
+file names the version of Triton that made it and is compared under that version only.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks._checkout import ROOT
+
+FILE = ROOT / "benchmarks" / "results" / "aot.json"
+# The largest dynamic shared memory of one block, in bytes (CUDA C++ programming guide, compute capabilities).
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one target. registers: a thread's; spills: bytes a thread; the rest counts instructions."""
+
+    kernel: str
+    target: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    instructions: int
+    hgmma: int
+    wide_loads: int
+    wide_stores: int
+
+    @property
+    def problem(self) -> str:
+        limit = SHARED_LIMIT[self.target]
+        if self.spills:
+            return f"spills {self.spills} bytes a thread"
+        return f"wants more shared memory than {limit} bytes" if self.shared_bytes > limit else ""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some targets, and kernels whose names contain one of `parts` (every kernel if there are none)."""
+
+    targets: Sequence[str]
+    parts: Sequence[str] = ()
+
+    @property
+    def everything(self) -> bool:
+        return set(self.targets) == SHARED_LIMIT.keys() and not self.parts
+
+    def names(self, kernel: str) -> bool:
+        return not self.parts or any(part in kernel for part in self.parts)
+
+    def __contains__(self, row: Row) -> bool:
+        return row.target in self.targets and self.names(row.kernel)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Rows, and the version of Triton that compiled them."""
+
+    triton: str
+    rows: tuple[Row, ...]
+
+    @staticmethod
+    def read(file: Path) -> "Snapshot | None":
+        """None if there is none yet. Raises ValueError if the file is something else."""
+        if not file.exists():
+            return None
+        try:
+            content = json.loads(file.read_text())
+            return Snapshot(content["triton"], tuple(Row(**row) for row in content["rows"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no snapshot ({error}); remove it, then --update writes one") from error
+
+    def write(self, file: Path) -> None:
+        """Whole or not at all, so that an interrupted update leaves the last good file."""
+        rows = [json.dumps(asdict(row)) for row in sorted(self.rows, key=_identity)]
+        text = f'{{"triton": {json.dumps(self.triton)}, "rows": [\n' + ",\n".join(rows) + "\n]}\n"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(text)
+        unfinished.replace(file)
+
+    def with_rows(self, rows: Iterable[Row], selection: Selection) -> "Snapshot":
+        """`rows` in place of whatever `selection` covers."""
+        kept = [row for row in self.rows if row not in selection]
+        return Snapshot(self.triton, (*kept, *rows))
+
+    def differences(self, rows: Iterable[Row], selection: Selection) -> Iterator[str]:
+        """What has changed within `selection` from this snapshot to `rows`, a line each."""
+        before = {_identity(row): row for row in self.rows if row in selection}
+        after = {_identity(row): row for row in rows}
+        for key in sorted(before.keys() | after.keys()):
+            name = f"{key[0]} on {key[1]}"
+            if key not in after:
+                yield f"{name}: vanished"
+            elif key not in before:
+                yield f"{name}: new"
+            else:
+                old, new = asdict(before[key]), asdict(after[key])
+                changes = [f"{what} {old[what]} → {new[what]}" for what in old if old[what] != new[what]]
+                if changes:
+                    yield f"{name}: {', '.join(changes)}"
+
+
+def _identity(row: Row) -> tuple[str, str]:
+    return row.kernel, row.target

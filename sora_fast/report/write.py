@@ -1,0 +1,40 @@
+"""Results in, report out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sora_fast.report import markdown, page, tables
+from sora_fast.report.compare import labels
+from sora_fast.report.figures import all_plots
+from sora_fast.report.results import read_result
+
+
+def write_report(files: Sequence[Path], out: Path) -> list[Path]:
+    """Write `out` (.html), the same as Markdown, and a PNG a plot beside it; all that was written, the page first.
+
+    files: JSON of `benchmarks.gpu_suite` or of pytest-benchmark; the second and later ones are compared with the
+    first. Raises ValueError if a file holds no results or `out` is not called .html.
+    """
+    if not files:
+        raise ValueError("files is empty; give at least one JSON file of results")
+    if out.suffix != ".html":
+        raise ValueError(f"{out}: a report must be called .html")
+    results = [read_result(file) for file in files]
+    names = labels(results)
+    environment = tables.environment(results, names)
+    comparisons = [
+        tables.comparison(results[0], result, (names[0], name))
+        for result, name in zip(results[1:], names[1:], strict=True)
+    ]
+    rows, missing = tables.everything(results, names), tables.not_measured(results, names)
+    plots = all_plots(results, names)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [out.with_name(f"{out.stem}-{plot.name}.png") for plot in plots]
+    for file, plot in zip(pictures, plots, strict=True):
+        file.write_bytes(plot.png)
+    titled = [(plot.title, file.name) for plot, file in zip(plots, pictures, strict=True)]
+    text = out.with_suffix(".md")
+    text.write_text(markdown.document(environment, comparisons, titled, rows, missing), encoding="utf-8")
+    out.write_text(page.document(environment, comparisons, plots, rows, missing), encoding="utf-8")
+    return [out, text, *pictures]

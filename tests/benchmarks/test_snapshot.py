@@ -1,0 +1,104 @@
+"""The snapshot of the ahead-of-time table: what changed is named, and an intended change is one command."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import aot
+from benchmarks.snapshot import SHARED_LIMIT, Row, Selection, Snapshot
+
+ALL = Selection(tuple(SHARED_LIMIT))
+FORWARD = Row("adaln[C64]/_forward", "sm_90", 40, 0, 1024, 300, 0, 6, 2)
+BACKWARD = replace(FORWARD, kernel="adaln[C64]/_backward", registers=64)
+AMPERE = replace(FORWARD, target="sm_80")
+KNOWN = Snapshot(aot.triton.__version__, (FORWARD, BACKWARD, AMPERE))
+
+
+def test_changed_new_and_vanished_rows_are_named() -> None:
+    new = replace(FORWARD, kernel="unpatchify[K64]/_gather")
+    lines = list(KNOWN.differences([replace(FORWARD, registers=48, hgmma=2), AMPERE, new], ALL))
+    assert lines == [
+        "adaln[C64]/_backward on sm_90: vanished",
+        "adaln[C64]/_forward on sm_90: registers 40 → 48, hgmma 0 → 2",
+        "unpatchify[K64]/_gather on sm_90: new",
+    ]
+
+
+def test_what_is_not_selected_is_neither_compared_nor_replaced() -> None:
+    one = Selection(["sm_90"], ["_forward"])
+    changed = replace(FORWARD, spills=8)
+    assert list(KNOWN.differences([FORWARD], one)) == []
+    assert list(KNOWN.differences([], one)) == ["adaln[C64]/_forward on sm_90: vanished"]
+    assert set(KNOWN.with_rows([changed], one).rows) == {changed, BACKWARD, AMPERE}
+    assert set(KNOWN.with_rows([], Selection(["sm_90"])).rows) == {AMPERE}
+
+
+def test_a_row_is_a_line_and_the_order_is_fixed(tmp_path: Path) -> None:
+    first, second = tmp_path / "deep" / "first.json", tmp_path / "second.json"
+    KNOWN.write(first)
+    replace(KNOWN, rows=KNOWN.rows[::-1]).write(second)
+    assert first.read_bytes() == second.read_bytes()
+    assert len(first.read_text().splitlines()) == len(KNOWN.rows) + 2
+    read = Snapshot.read(first)
+    assert read is not None and read.triton == KNOWN.triton and set(read.rows) == set(KNOWN.rows)
+    assert Snapshot.read(tmp_path / "absent.json") is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"triton": "3", "rows": [{"kernel": "a"}]}'])
+def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "aot.json").write_text(text)
+    with pytest.raises(ValueError, match="is no snapshot"):
+        Snapshot.read(tmp_path / "aot.json")
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A snapshot of KNOWN, which is also what compiling gives."""
+
+    def compile_all(target: str, selection: Selection) -> tuple[list[Row], list[str]]:
+        return [row for row in KNOWN.rows if row.target == target and row in selection], []
+
+    monkeypatch.setattr(aot, "compile_all", compile_all)
+    monkeypatch.setattr(aot.triton.knobs.runtime, "interpret", False)
+    KNOWN.write(tmp_path / "aot.json")
+    return tmp_path / "aot.json"
+
+
+def test_check_finds_a_change_and_update_accepts_it(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--snapshot", str(file)]
+    assert aot.main([*command, "--check"]) == 0
+    good = file.read_bytes()
+    KNOWN.with_rows([replace(AMPERE, registers=9)], Selection(["sm_80"])).write(file)
+    assert aot.main([*command, "--check", "--target", "sm_90"]) == 0
+    assert aot.main([*command, "--check"]) == 1
+    assert "adaln[C64]/_forward on sm_80: registers 9 → 40" in capsys.readouterr().out
+    assert aot.main([*command, "--update"]) == 0
+    assert file.read_bytes() == good
+
+
+def test_update_keeps_what_does_not_compile(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = file.read_bytes()
+    monkeypatch.setattr(aot, "compile_all", lambda *_: ([], ["does not compile"]))
+    assert aot.main(["--snapshot", str(file), "--update"]) == 1
+    assert file.read_bytes() == good
+
+
+def test_another_triton_is_not_compared(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replace(KNOWN, triton="2.0", rows=(AMPERE,)).write(file)
+    command = ["--snapshot", str(file)]
+    assert aot.main([*command, "--check"]) == 0
+    assert "not compared: the snapshot is of Triton 2.0" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        aot.main([*command, "--update", "--target", "sm_90"])
+    assert "update all of it" in capsys.readouterr().err
+    assert aot.main([*command, "--update"]) == 0
+    assert set(Snapshot.read(file).rows) == set(KNOWN.rows)
+
+
+def test_there_must_be_one_to_compare_with(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for spoil, complaint in ((lambda: file.write_text("{"), "is no snapshot"), (file.unlink, "--update writes it")):
+        spoil()
+        with pytest.raises(SystemExit):
+            aot.main(["--check", "--snapshot", str(file)])
+        assert complaint in capsys.readouterr().err
