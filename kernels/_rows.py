@@ -1,4 +1,4 @@
-"""What the row-wise kernels share: LayerNorm in registers, and the ordered reduction of tokens into rows.
+"""What the row-wise kernels share: norms in registers, and the ordered reduction of tokens into rows.
 
 The reduction: a backward kernel walks the tokens sorted by row (the CSR form of the index) in chunks of CHUNK and sums
 in fp32 while the row stays the same. Whenever the row or the chunk ends it stores what it has in a slot of its own;
@@ -6,6 +6,11 @@ then `fold` adds the slots of a row in a fixed order. From one (chunk, row) pair
 the row grows, so chunk + row numbers the pairs without a gap to compute on the host, and ⌈N / CHUNK⌉ + M slots are
 enough for every batch. Nothing depends on the number of multiprocessors, and there are no atomics: the bits are the
 same on every GPU and in every run.
+
+The gradients of the norm's weight and bias need no sum over tokens of their own. All that tokens of a row share can
+stand before the sum, so from a row's A = Σ dy and B = Σ dy · normed, which are d_shift and d_scale of a norm without
+affine, follow d_scale = weight · B + bias · A, and d_weight and d_bias as the sums of (1 + scale) · B and
+(1 + scale) · A over the rows: `fold` makes them all.
 """
 
 from dataclasses import dataclass
@@ -15,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sora_fast.kernels import _fold
 from sora_fast.kernels._launch import launch, next_power_of_two
 
 # Tokens a program walks. 32: 16k tokens make 512 programs, enough for 132 multiprocessors, and the partial sums of
@@ -63,22 +69,48 @@ def load_fp32(pointer, strides, row, column, mask):
 
 
 @triton.jit
-def layer_norm(x, inside, WIDTH: tl.constexpr, EPS: tl.constexpr):
-    """Normed rows of x [tokens, columns], their mean and 1/std; columns outside must be zero and stay so."""
-    mean = tl.sum(x, axis=1) / WIDTH
-    # Centred before squaring: E[x²] − E[x]² loses everything when the mean is large.
-    centred = tl.where(inside, x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / WIDTH + EPS)
-    return centred * rstd[:, None], mean, rstd
+def load_vector(pointer, column, mask):
+    """Elements `column` of a norm's weight or bias, contiguous; zero where `mask` is false."""
+    return tl.load(pointer + column, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def layer_norm_backward(d_normed, normed, rstd, WIDTH: tl.constexpr):
+def norm_rows(x, inside, stats, token, tokens, WIDTH: tl.constexpr, EPS: tl.constexpr, CENTRED: tl.constexpr):
+    """Normed rows of x [tokens, columns], LayerNorm or (not CENTRED) RMSNorm; columns outside must be zero and stay so.
+
+    stats: [2, N] or, if not CENTRED, [1, N]: 1/std, and the mean, are stored there for `normed_again`.
+    """
+    exists = token < tokens
+    if CENTRED:
+        mean = tl.sum(x, axis=1) / WIDTH
+        tl.store(stats + tokens + token, mean, mask=exists)
+        # Centred before squaring: E[x²] − E[x]² loses everything when the mean is large.
+        x = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + EPS)
+    tl.store(stats + token, rstd, mask=exists)
+    return x * rstd[:, None]
+
+
+@triton.jit
+def normed_again(x, stats, token, tokens, CENTRED: tl.constexpr):
+    """One row x in its normed form, and its 1/std, from what `norm_rows` stored."""
+    rstd = tl.load(stats + token)
+    if CENTRED:
+        x -= tl.load(stats + tokens + token)
+    return x * rstd, rstd
+
+
+@triton.jit
+def norm_backward(d_normed, normed, rstd, WIDTH: tl.constexpr, CENTRED: tl.constexpr):
     """Gradient of one row x from that of its normed form."""
-    # Both sums in one reduction: one round through shared memory, not two.
-    sums = tl.sum(tl.join(d_normed, d_normed * normed), axis=0) / WIDTH
-    along_mean, along_normed = tl.split(sums)
-    return rstd * (d_normed - along_mean - normed * along_normed)
+    if CENTRED:
+        # Both sums in one reduction: one round through shared memory, not two.
+        sums = tl.sum(tl.join(d_normed, d_normed * normed), axis=0) / WIDTH
+        along_mean, along_normed = tl.split(sums)
+        d_normed -= along_mean
+    else:
+        along_normed = tl.sum(d_normed * normed, axis=0) / WIDTH
+    return rstd * (d_normed - normed * along_normed)
 
 
 @triton.jit
@@ -112,29 +144,43 @@ def empty_partials(tokens: int, rows: int, tables: int, like: Tensor) -> Tensor:
     return torch.empty(slots, tables, like.shape[1], dtype=torch.float32, device=like.device)
 
 
-def fold(partials: Tensor | None, offsets: Tensor, like: Tensor) -> Tensor:
-    """Sum the slots of every row: [tables, M, C] in the dtype of the table `like`; zeros for rows without a token.
+def fold(
+    partials: Tensor | None,
+    offsets: Tensor,
+    table: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum the slots of every row: [tables, M, C] in the dtype of `table`; zeros for rows without a token.
 
-    partials None, which nobody asked for: [0, M, C].
+    weight, bias: of a norm, whose scale `table` must then be, and whose shift and scale must be the last two tables.
+    Their gradients, [2, C] fp32, come second; else [0, C]. partials None, which nobody asked for: [0, M, C] and [0, C].
     """
     if partials is None:
-        return like.new_empty(0, *like.shape)
+        return table.new_empty(0, *table.shape), table.new_empty(0, table.shape[1], dtype=torch.float32)
     rows, (_, tables, width) = offsets.shape[0] - 1, partials.shape
-    sums = like.new_empty(tables, rows, width)
+    sums = table.new_empty(tables, rows, width)
+    terms = None if weight is None and bias is None else partials.new_empty(rows, 2, width)
     # 32 slots of 64 columns at a time, 16 elements a thread: a row's slots may be hundreds, and the programs of a
     # table with few rows are few, so each must keep many bytes in flight.
     grid = (rows, triton.cdiv(width, 64), tables)
     meta = {"WIDTH": width, "CHUNK": CHUNK, "BLOCK_S": 32, "BLOCK_C": 64, "num_warps": 4}
-    launch(_fold, grid, partials, offsets, sums, rows, **meta)
-    return sums
+    launch(_fold_rows, grid, partials, offsets, table, weight, bias, sums, terms, rows, table.stride(), **meta)
+    return sums, partials.new_empty(0, width) if terms is None else _fold.fold(terms)
 
 
 @triton.jit
-def _fold(
+def _fold_rows(
     partials,
     offsets,
+    scale,
+    weight,
+    bias,
     sums,
+    terms,
     rows,
+    scale_strides,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -142,14 +188,44 @@ def _fold(
 ):
     row, table, tables = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < WIDTH
     begin, end = tl.load(offsets + row), tl.load(offsets + row + 1)
     # The chunks that the row's tokens lie in; none, if it has no tokens.
     first = begin // CHUNK
     last = tl.where(end > begin, tl.cdiv(end, CHUNK), first)
+    total = _sum_slots(partials, row, table, tables, first, last, column, WIDTH, BLOCK_S, BLOCK_C)
+    if terms is not None and table == tables - 1:
+        shift = _sum_slots(partials, row, table - 1, tables, first, last, column, WIDTH, BLOCK_S, BLOCK_C)
+        # A row that no token uses may hold anything.
+        factor = 1.0 + load_fp32(scale, scale_strides, row, column, inside & (end > begin))
+        place = terms + row.to(tl.int64) * 2 * WIDTH + column
+        tl.store(place, factor * total, mask=inside)
+        tl.store(place + WIDTH, factor * shift, mask=inside)
+        if weight is not None:
+            total *= load_vector(weight, column, inside)
+        if bias is not None:
+            total += load_vector(bias, column, inside) * shift
+    offset = (table * rows + row).to(tl.int64) * WIDTH + column
+    tl.store(sums + offset, total, mask=inside)
+
+
+@triton.jit
+def _sum_slots(
+    partials,
+    row,
+    table,
+    tables,
+    first,
+    last,
+    column,
+    WIDTH: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The sum of a row's slots, one for each of the chunks [first, last), for one table."""
     total = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
     for start in range(first, last, BLOCK_S):
         chunk = start + tl.arange(0, BLOCK_S)
         offset = ((chunk + row) * tables + table).to(tl.int64)[:, None] * WIDTH + column[None, :]
         total += tl.load(partials + offset, mask=(chunk < last)[:, None] & (column < WIDTH)[None, :], other=0.0)
-    offset = (table * rows + row).to(tl.int64) * WIDTH + column
-    tl.store(sums + offset, tl.sum(total, axis=0), mask=column < WIDTH)
+    return tl.sum(total, axis=0)

@@ -1,4 +1,4 @@
-"""adaln: LayerNorm without affine, scaled and shifted by the token's row of the modulation table."""
+"""adaln: LayerNorm or RMSNorm, scaled and shifted by the token's row of the modulation table."""
 
 import torch
 import triton
@@ -11,27 +11,42 @@ from sora_fast.kernels._rows import (
     RowBlock,
     empty_partials,
     fold,
-    layer_norm,
-    layer_norm_backward,
     load_fp32,
+    load_vector,
+    norm_backward,
+    norm_rows,
+    normed_again,
     store_partial,
     store_zeros,
     walk,
 )
 
 
-def adaln_forward(x: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The output [N, C], and for the backward pass mean and 1/std, [2, N] fp32. Any strides."""
+def adaln_forward(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor,
+    *,
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output [N, C], and for the backward pass 1/std of every row, and its mean, [2, N] fp32. Any strides.
+
+    weight, bias: [C] contiguous, of the norm. centred: LayerNorm; else RMSNorm, whose statistics are [1, N].
+    """
     tokens, width = x.shape
     y = x.new_empty(tokens, width)
-    stats = x.new_empty(2, tokens, dtype=torch.float32)
+    stats = x.new_empty(1 + centred, tokens, dtype=torch.float32)
     block = RowBlock.forward(width)
     launch(
         _forward,
         (triton.cdiv(tokens, block.tokens),),
-        *(x, shift, scale, index, y, stats, tokens),
+        *(x, shift, scale, weight, bias, index, y, stats, tokens),
         *(x.stride(), shift.stride(), scale.stride()),
-        **{"WIDTH": width, "EPS": eps, "BLOCK_N": block.tokens, "BLOCK_C": block.columns},
+        **{"WIDTH": width, "EPS": eps, "CENTRED": centred, "BLOCK_N": block.tokens, "BLOCK_C": block.columns},
         num_warps=block.num_warps,
     )
     return y, stats
@@ -41,32 +56,35 @@ def adaln_backward(
     dy: Tensor,
     x: Tensor,
     scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     stats: Tensor,
     index: Tensor,
     offsets: Tensor,
     order: Tensor,
     *,
-    tables: bool,
-) -> tuple[Tensor, Tensor]:
-    """d_x [N, C], and d_shift and d_scale as one [2, M, C] in the table's dtype.
+    centred: bool,
+    sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_x [N, C], d_shift and d_scale as [2, M, C] in the tables' dtype, and d_weight and d_bias as [2, C] fp32.
 
-    offsets [M+1], order [N]: the tokens sorted by row, with padding past offsets[M]. tables: False: [0, M, C] in place
-    of the tables' gradients.
+    offsets [M+1], order [N]: the tokens sorted by row, with padding past offsets[M]. Without weight and bias, [0, C] in
+    place of their gradients; sums: False: [0, M, C] and [0, C] in place of all but d_x.
     """
     tokens, width = x.shape
     rows = scale.shape[0]
     dx = x.new_empty(tokens, width)
-    partials = empty_partials(tokens, rows, 2, x) if tables else None
+    partials = empty_partials(tokens, rows, 2, x) if sums else None
     block = RowBlock.backward(width)
     launch(
         _backward,
         (triton.cdiv(tokens, CHUNK),),
-        *(dy, x, scale, stats, index, offsets, order, dx, partials, tokens, rows),
+        *(dy, x, scale, weight, stats, index, offsets, order, dx, partials, tokens, rows),
         *(dy.stride(), x.stride(), scale.stride()),
-        **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": CHUNK},
+        **{"WIDTH": width, "CENTRED": centred, "BLOCK_C": block.columns, "CHUNK": CHUNK},
         num_warps=block.num_warps,
     )
-    return dx, fold(partials, offsets, scale)
+    return dx, *fold(partials, offsets, scale, weight=weight, bias=bias)
 
 
 @triton.jit
@@ -74,6 +92,8 @@ def _forward(
     x,
     shift,
     scale,
+    weight,
+    bias,
     index,
     y,
     stats,
@@ -83,6 +103,7 @@ def _forward(
     scale_strides,
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,
+    CENTRED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -92,14 +113,16 @@ def _forward(
     row = tl.load(index + token, mask=exists, other=-1)
     inside = column < WIDTH
     used = inside & (row >= 0)[:, None]
-    # Padding is read as zeros, shift too, and so comes out as zeros.
+    # Padding is read as zeros, shift and bias too, and so comes out as zeros.
     values = load_fp32(x, x_strides, token[:, None], column, used)
-    normed, mean, rstd = layer_norm(values, inside, WIDTH, EPS)
+    normed = norm_rows(values, inside, stats, token, tokens, WIDTH, EPS, CENTRED)
+    if weight is not None:
+        normed *= load_vector(weight, column, inside)
+    if bias is not None:
+        normed += load_vector(bias, column, used)
     factor = 1.0 + load_fp32(scale, scale_strides, row[:, None], column, used)
     result = normed * factor + load_fp32(shift, shift_strides, row[:, None], column, used)
     tl.store(y + token.to(tl.int64)[:, None] * WIDTH + column, result, mask=inside & exists[:, None])
-    tl.store(stats + token, mean, mask=exists)
-    tl.store(stats + tokens + token, rstd, mask=exists)
 
 
 @triton.jit
@@ -107,6 +130,7 @@ def _backward(
     dy,
     x,
     scale,
+    weight,
     stats,
     index,
     offsets,
@@ -119,6 +143,7 @@ def _backward(
     x_strides,
     scale_strides,
     WIDTH: tl.constexpr,
+    CENTRED: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -134,12 +159,13 @@ def _backward(
         ends = position + 1 == tl.minimum(middle, tl.load(offsets + row + 1))
         gradient = load_fp32(dy, dy_strides, token, column, inside)
         values = load_fp32(x, x_strides, token, column, inside)
-        mean, rstd = tl.load(stats + token), tl.load(stats + tokens + token)
-        normed = (values - mean) * rstd
+        normed, rstd = normed_again(values, stats, token, tokens, CENTRED)
         d_shift += gradient
         d_scale += gradient * normed
         d_normed = gradient * (1.0 + load_fp32(scale, scale_strides, row, column, inside))
-        result = layer_norm_backward(d_normed, normed, rstd, WIDTH)
+        if weight is not None:
+            d_normed *= load_vector(weight, column, inside)
+        result = norm_backward(d_normed, normed, rstd, WIDTH, CENTRED)
         tl.store(dx + token.to(tl.int64) * WIDTH + column, result, mask=inside)
         if ends:
             store_partial(partials, chunk + row, 0, column, d_shift, WIDTH, 2)

@@ -46,7 +46,7 @@ def gated_residual_backward(
         **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": CHUNK},
         num_warps=block.num_warps,
     )
-    return d_residual, d_branch, fold(partials, offsets, gate)
+    return d_residual, d_branch, fold(partials, offsets, gate)[0]
 
 
 @triton.jit

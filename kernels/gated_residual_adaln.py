@@ -11,9 +11,11 @@ from sora_fast.kernels._rows import (
     RowBlock,
     empty_partials,
     fold,
-    layer_norm,
-    layer_norm_backward,
     load_fp32,
+    load_vector,
+    norm_backward,
+    norm_rows,
+    normed_again,
     store_partial,
     store_zeros,
     walk,
@@ -21,19 +23,32 @@ from sora_fast.kernels._rows import (
 
 
 def gated_residual_adaln_forward(
-    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float
+    residual: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor,
+    *,
+    eps: float,
+    centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The new residual h and its norm y [N, C], and mean and 1/std of h, [2, N] fp32. Any strides."""
+    """The new residual h and its norm y [N, C], and 1/std of every row of h, and its mean, [2, N] fp32. Any strides.
+
+    weight, bias: [C] contiguous, of the norm. centred: LayerNorm; else RMSNorm, whose statistics are [1, N].
+    """
     tokens, width = residual.shape
     h, y = residual.new_empty(tokens, width), residual.new_empty(tokens, width)
-    stats = residual.new_empty(2, tokens, dtype=torch.float32)
+    stats = residual.new_empty(1 + centred, tokens, dtype=torch.float32)
     block = RowBlock.forward(width)
     launch(
         _forward,
         (triton.cdiv(tokens, block.tokens),),
-        *(residual, branch, gate, shift, scale, index, h, y, stats, tokens),
+        *(residual, branch, gate, shift, scale, weight, bias, index, h, y, stats, tokens),
         *(residual.stride(), branch.stride(), gate.stride(), shift.stride(), scale.stride()),
-        **{"WIDTH": width, "EPS": eps, "BLOCK_N": block.tokens, "BLOCK_C": block.columns},
+        **{"WIDTH": width, "EPS": eps, "CENTRED": centred, "BLOCK_N": block.tokens, "BLOCK_C": block.columns},
         num_warps=block.num_warps,
     )
     return h, y, stats
@@ -46,33 +61,39 @@ def gated_residual_adaln_backward(
     branch: Tensor,
     gate: Tensor,
     scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     stats: Tensor,
     index: Tensor,
     offsets: Tensor,
     order: Tensor,
     *,
-    tables: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """d_residual, d_branch [N, C], and d_gate, d_shift, d_scale as one [3, M, C] in the tables' dtype.
+    centred: bool,
+    sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_residual and d_branch [N, C], d_gate, d_shift and d_scale as [3, M, C] in the tables' dtype, and d_weight and
+    d_bias as [2, C] fp32.
 
     dh: None where nothing but the norm uses h. offsets [M+1], order [N]: the tokens sorted by row, with padding past
-    offsets[M]. tables: False: [0, M, C] in place of the tables' gradients, and the branch is not read.
+    offsets[M]. Without weight and bias, [0, C] in place of their gradients; sums: False: [0, M, C] and [0, C] in place
+    of all but the first two, and the branch is not read.
     """
     tokens, width = h.shape
     rows = gate.shape[0]
     d_residual, d_branch = h.new_empty(tokens, width), branch.new_empty(tokens, width)
-    partials = empty_partials(tokens, rows, 3, h) if tables else None
+    partials = empty_partials(tokens, rows, 3, h) if sums else None
     block = RowBlock.backward(width)
     launch(
         _backward,
         (triton.cdiv(tokens, CHUNK),),
-        *(dh, dy, h, branch, gate, scale, stats, index, offsets, order, d_residual, d_branch, partials, tokens, rows),
+        *(dh, dy, h, branch, gate, scale, weight, stats, index, offsets, order),
+        *(d_residual, d_branch, partials, tokens, rows),
         *((dy if dh is None else dh).stride(), dy.stride(), h.stride()),
         *(branch.stride(), gate.stride(), scale.stride()),
-        **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": CHUNK},
+        **{"WIDTH": width, "CENTRED": centred, "BLOCK_C": block.columns, "CHUNK": CHUNK},
         num_warps=block.num_warps,
     )
-    return d_residual, d_branch, fold(partials, offsets, gate)
+    return d_residual, d_branch, *fold(partials, offsets, scale, weight=weight, bias=bias)
 
 
 @triton.jit
@@ -82,6 +103,8 @@ def _forward(
     gate,
     shift,
     scale,
+    weight,
+    bias,
     index,
     h,
     y,
@@ -94,6 +117,7 @@ def _forward(
     scale_strides,
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,
+    CENTRED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -110,12 +134,14 @@ def _forward(
     tl.store(h + written, total, mask=inside & exists[:, None])
     # The norm of h as it is stored: the backward pass sees no other.
     total = total.to(h.dtype.element_ty).to(tl.float32)
-    normed, mean, rstd = layer_norm(total, inside, WIDTH, EPS)
+    normed = norm_rows(total, inside, stats, token, tokens, WIDTH, EPS, CENTRED)
+    if weight is not None:
+        normed *= load_vector(weight, column, inside)
+    if bias is not None:
+        normed += load_vector(bias, column, used)
     factor = 1.0 + load_fp32(scale, scale_strides, row[:, None], column, used)
     result = normed * factor + load_fp32(shift, shift_strides, row[:, None], column, used)
     tl.store(y + written, result, mask=inside & exists[:, None])
-    tl.store(stats + token, mean, mask=exists)
-    tl.store(stats + tokens + token, rstd, mask=exists)
 
 
 @triton.jit
@@ -126,6 +152,7 @@ def _backward(
     branch,
     gate,
     scale,
+    weight,
     stats,
     index,
     offsets,
@@ -142,6 +169,7 @@ def _backward(
     gate_strides,
     scale_strides,
     WIDTH: tl.constexpr,
+    CENTRED: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -158,12 +186,13 @@ def _backward(
         ends = position + 1 == tl.minimum(middle, tl.load(offsets + row + 1))
         gradient = load_fp32(dy, dy_strides, token, column, inside)
         values = load_fp32(h, h_strides, token, column, inside)
-        mean, rstd = tl.load(stats + token), tl.load(stats + tokens + token)
-        normed = (values - mean) * rstd
+        normed, rstd = normed_again(values, stats, token, tokens, CENTRED)
         d_shift += gradient
         d_scale += gradient * normed
         d_normed = gradient * (1.0 + load_fp32(scale, scale_strides, row, column, inside))
-        total = layer_norm_backward(d_normed, normed, rstd, WIDTH)
+        if weight is not None:
+            d_normed *= load_vector(weight, column, inside)
+        total = norm_backward(d_normed, normed, rstd, WIDTH, CENTRED)
         if dh is not None:
             total += load_fp32(dh, dh_strides, token, column, inside)
         start = token.to(tl.int64) * WIDTH

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -67,6 +69,42 @@ class Case:
         return [value.contiguous() if self.layout == "contiguous" else value for value in values]
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A norm of rows; weight, bias: whether it has one."""
+
+    kind: str = "layer"
+    weight: bool = False
+    bias: bool = False
+
+    @property
+    def vectors(self) -> list[str]:
+        return [name for name in ("weight", "bias") if getattr(self, name)]
+
+    def __call__(self, x: Tensor, *vectors: Tensor) -> Tensor:
+        """As plain PyTorch has it. vectors: the weight and the bias, as far as there are any."""
+        given = dict(zip(self.vectors, vectors, strict=True))
+        x = x.to(vectors[0].dtype) if vectors else x
+        if self.kind == "layer":
+            return F.layer_norm(x, x.shape[1:], **given, eps=1e-6)
+        bias = given.pop("bias", 0)
+        return F.rms_norm(x, x.shape[1:], **given, eps=1e-6) + bias
+
+    def bound_to(self, op: Op) -> Op:
+        """`op` with this norm, whose weight and bias come after the tables."""
+
+        def run(*args: Any, **options: Any) -> Tensor | tuple[Tensor, ...]:
+            *tensors, index = args
+            first = len(tensors) - len(self.vectors)
+            vectors = dict(zip(self.vectors, tensors[first:], strict=True))
+            return op(*tensors[:first], index, norm=self.kind, **vectors, **options)
+
+        return run
+
+
+NORMS = [Norm(kind, *affine) for kind in ("layer", "rms") for affine in product((False, True), repeat=2)]
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Any case; small, since the interpreter is slow, but of more than one chunk of the backward walk."""
@@ -82,13 +120,14 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def for_valid_tokens(formula: Op) -> Op:
-    """An op from a formula of (token tensors and gathered rows) that knows no padding: plain PyTorch, naively."""
+    """An op from a formula of (token tensors, gathered rows, vectors) that knows no padding: plain PyTorch, naively."""
 
-    def op(*args: Any, tokens: int) -> tuple[Tensor, ...]:
+    def op(*args: Any, tokens: int, tables: int) -> tuple[Tensor, ...]:
         *tensors, index = args
         valid = index >= 0
-        rows = [table[index[valid].long()] for table in tensors[tokens:]]
-        results = formula(*(x[valid] for x in tensors[:tokens]), *rows)
+        last = tokens + tables
+        rows = [table[index[valid].long()] for table in tensors[tokens:last]]
+        results = formula(*(x[valid] for x in tensors[:tokens]), *rows, *tensors[last:])
         results = results if isinstance(results, tuple) else (results,)
         dtype = tensors[0].dtype
         return tuple(torch.zeros(len(index), r.shape[1], dtype=dtype).index_put((valid,), r.to(dtype)) for r in results)
@@ -105,23 +144,38 @@ def outputs_and_gradients(op: Op, tensors: list[Tensor], d_outputs: list[Tensor]
 
 
 def check_against_oracle(
-    op: Op, formula: Op, case: Case, *, tokens: int, tables: int, device: torch.device, backend: str, csr: bool = True
+    op: Op,
+    formula: Op,
+    case: Case,
+    *,
+    tokens: int,
+    tables: int,
+    device: torch.device,
+    backend: str,
+    csr: bool = True,
+    vectors: int = 0,
 ) -> None:
-    """Outputs and gradients of `op` obey the error rule, with NaN in the padding and in scratch memory; padding and
-    rows without a token are exact zeros.
+    """Outputs and gradients of `op` obey the error rule, with NaN in padding, in rows without a token and in scratch
+    memory; the first two are exact zeros in what comes out.
 
-    formula: the op without padding and with gathered rows. csr: give a RowIndex, not its tensor.
+    formula: the op without padding and with gathered rows. csr: give a RowIndex, not its tensor. vectors: how many
+    [C] follow the tables, for the formula too.
     """
     index = case.index()
     inputs = case.tensors(case.tokens, tokens, case.dtypes[0]) + case.tensors(case.table_rows, tables, case.dtypes[1])
+    inputs += [vector[0] for vector in case.tensors(1, vectors, case.dtypes[1])] if vectors else []
     d_outputs = case.tensors(case.tokens, 2, case.dtypes[0])
     for tensor in [*inputs[:tokens], *d_outputs]:
         tensor[index < 0] = float("nan")
+    for table in inputs[tokens : tokens + tables]:
+        table[~_used(index, len(table))] = float("nan")
 
     def reference(dtype: torch.dtype | None) -> list[Tensor]:
         wide = [t if dtype is None else t.to(dtype) for t in inputs]
         given = [t if dtype is None else t.to(dtype) for t in d_outputs]
-        return outputs_and_gradients(lambda *t: for_valid_tokens(formula)(*t, index, tokens=tokens), wide, given)
+        return outputs_and_gradients(
+            lambda *t: for_valid_tokens(formula)(*t, index, tokens=tokens, tables=tables), wide, given
+        )
 
     rows = RowIndex.from_index(index, case.table_rows).to(device) if csr else index.to(device)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -132,7 +186,9 @@ def check_against_oracle(
     plain, oracle = reference(None), reference(torch.float64)
     for number, (a, p, o) in enumerate(zip(actual, plain, oracle, strict=True)):
         assert_within_rule(a, p, o, name=f"result {number} of {case}")
-        empty = index < 0 if a.shape[0] == case.tokens and number < len(plain) - tables else ~_used(index, len(a))
+        if number >= len(plain) - vectors:
+            continue
+        empty = index < 0 if number < len(plain) - vectors - tables else ~_used(index, len(a))
         assert (a.cpu()[empty] == 0).all(), f"result {number} of {case}: padding or an unused row is not zero"
 
 
@@ -149,7 +205,9 @@ def no_recompilation() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def check_compiles_once(op: Op, *, tokens: int, tables: int, device: torch.device, backend: str, compiler: str) -> None:
+def check_compiles_once(
+    op: Op, *, tokens: int, tables: int, device: torch.device, backend: str, compiler: str, vectors: int = 0
+) -> None:
     """Compiled in one graph, forward and backward, `op` gives what it gives otherwise, for any content of the batch."""
 
     def call(*tensors: Any) -> Tensor | tuple[Tensor, ...]:
@@ -161,7 +219,7 @@ def check_compiles_once(op: Op, *, tokens: int, tables: int, device: torch.devic
             case = Case(pattern=pattern, tokens=20)
             rows = RowIndex.from_index(case.index(), case.rows).to(device)
             inputs = case.tensors(20, tokens, torch.float32) + case.tensors(case.rows, tables, torch.float32)
-            inputs = [t.to(device) for t in inputs]
+            inputs = [t.to(device) for t in [*inputs, *torch.randn(vectors, case.width)]]
             d_outputs = [t.to(device) for t in case.tensors(20, 2, torch.float32)]
             expected = outputs_and_gradients(lambda *t, rows=rows: call(*t, rows), inputs, d_outputs)
             actual = outputs_and_gradients(lambda *t, rows=rows: compiled(*t, rows), inputs, d_outputs)

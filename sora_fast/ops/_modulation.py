@@ -77,13 +77,13 @@ def table_gradients(grads: Tensor, count: int) -> tuple[Tensor | None, ...]:
 
 def without_padding(x: Tensor, index: Index) -> Tensor:
     """`x` [N, C], widened, with zeros for padding, whatever stands there; in its gradient too."""
-    return _widened(torch.where((parts(index)[0] >= 0)[:, None], x, 0))
+    return widened(torch.where((parts(index)[0] >= 0)[:, None], x, 0))
 
 
 def gather_rows(table: Tensor, index: Index) -> Tensor:
     """table[index], [N, C], widened, with zeros for padding."""
     if table.device.type == "cpu" and not (torch.compiler.is_compiling() and _on_one_core()):
-        return _GatherRows.apply(_widened(table), *parts(index))
+        return _GatherRows.apply(widened(table), *parts(index))
     return without_padding(table[parts(index)[0].clamp(min=0)], index)
 
 
@@ -97,7 +97,7 @@ def _on_one_core() -> bool:
 _on_one_core._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _widened(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """In the dtype that plain PyTorch computes in: fp32, or fp64 for fp64."""
     return x if x.dtype == torch.float64 else x.float()
 

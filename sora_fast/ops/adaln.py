@@ -1,12 +1,10 @@
-"""adaln: LayerNorm without affine, scaled and shifted by the row of a modulation table that each token points to."""
+"""adaln: LayerNorm or RMSNorm, scaled and shifted by the row of a modulation table that each token points to."""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sora_fast.ops._checks import check_eps
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import (
     Index,
@@ -18,32 +16,56 @@ from sora_fast.ops._modulation import (
     table_gradients,
     without_padding,
 )
+from sora_fast.ops._norm import affine_gradients, check_norm, contiguous, fake_affine, fake_stats, plain_norm
 
 
 def adaln(
-    x: Tensor, shift: Tensor, scale: Tensor, index: Index, *, eps: float = 1e-6, backend: str | None = None
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    index: Index,
+    *,
+    norm: str = "layer",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
 ) -> Tensor:
-    """LayerNorm(x) · (1 + scale[index]) + shift[index] (adaLN of DiT, arXiv:2212.09748).
+    """(norm(x) · weight + bias) · (1 + scale[index]) + shift[index] (adaLN of DiT, arXiv:2212.09748).
 
     x: [N, C], bf16, fp16 or fp32 (fp64 on the torch backend), any strides.
     shift, scale: [M, C] in fp32 or in x's dtype, any strides (chunks of one [M, 6C], say).
     index: [N] int32, the row of each token, −1 for padding; or a RowIndex, which saves the backward pass a sort.
         Rows are not checked to be below M.
+    norm: "layer" or "rms", LayerNorm or RMSNorm (arXiv:1910.07467) of every row.
+    weight, bias: [C] in fp32 or in x's dtype, each on its own; None costs nothing.
 
     Returns [N, C] in x's dtype; statistics are fp32. Padding gives zeros, in the gradients too, whatever stands there.
     Raises TypeError or ValueError for arguments that do not fit together.
     """
     check_modulated({"x": x}, {"shift": shift, "scale": scale}, index)
-    check_eps(eps)
+    check_norm("x", x, norm, weight, bias, eps)
     if choose("adaln", backend, x.device, offered_rows(x)) == "torch":
-        return plain_adaln(x, shift, scale, index, eps)
-    return _adaln(x, shift, scale, *parts(index), eps)[0]
+        return plain_adaln(x, shift, scale, index, norm, weight, bias, eps)
+    return _adaln(x, shift, scale, contiguous(weight), contiguous(bias), *parts(index), norm, eps)[0]
 
 
-def plain_adaln(x: Tensor, shift: Tensor, scale: Tensor, index: Index, eps: float) -> Tensor:
+def plain_adaln(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    index: Index,
+    norm: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
     """The torch backend. Padding is zero in every factor, so that no NaN in it reaches a gradient."""
-    normed = F.layer_norm(without_padding(x, index), x.shape[1:], eps=eps)
-    return (normed * (1 + gather_rows(scale, index)) + gather_rows(shift, index)).to(x.dtype)
+    normed = plain_norm(without_padding(x, index), norm, weight, bias, eps)
+    y = normed * (1 + gather_rows(scale, index)) + gather_rows(shift, index)
+    # A weight and a bias are no token's own: only this keeps them from padding, and padding from them.
+    y = y if weight is None and bias is None else without_padding(y, index)
+    return y.to(x.dtype)
 
 
 @torch.library.custom_op("sora_fast::adaln", mutates_args=())
@@ -51,14 +73,17 @@ def _adaln(
     x: Tensor,
     shift: Tensor,
     scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     index: Tensor,
     offsets: Tensor | None,  # only the backward pass reads these two
     tokens: Tensor | None,
+    norm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     from sora_fast.kernels.adaln import adaln_forward
 
-    return adaln_forward(x, shift, scale, index, eps)
+    return adaln_forward(x, shift, scale, weight, bias, index, eps=eps, centred=norm == "layer")
 
 
 @torch.library.custom_op("sora_fast::adaln_backward", mutates_args=())
@@ -66,40 +91,51 @@ def _adaln_backward(
     dy: Tensor,
     x: Tensor,
     scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     stats: Tensor,
     index: Tensor,
     offsets: Tensor,
     tokens: Tensor,
-    tables: bool,  # whether anybody asks for the tables' gradients
-) -> tuple[Tensor, Tensor]:
+    norm: str,
+    sums: bool,  # whether anybody asks for more than dx
+) -> tuple[Tensor, Tensor, Tensor]:
     from sora_fast.kernels.adaln import adaln_backward
 
-    return adaln_backward(dy, x, scale, stats, index, offsets, tokens, tables=tables)
+    options = {"centred": norm == "layer", "sums": sums}
+    return adaln_backward(dy, x, scale, weight, bias, stats, index, offsets, tokens, **options)
 
 
 @_adaln.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(2, x.shape[0], dtype=torch.float32)
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, norm, _ = rest
+    return x.new_empty(x.shape), fake_stats(x, norm)
 
 
 @_adaln_backward.register_fake
-def _(dy: Tensor, x: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), scale.new_empty(2 * rest[-1], *scale.shape)
+def _(
+    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = rest[-1]
+    return x.new_empty(x.shape), scale.new_empty(2 * sums, *scale.shape), fake_affine(scale, weight, bias, sums)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, scale, *rows, _ = inputs
+    x, _, scale, weight, bias, *rows, norm, _ = inputs
     _, stats = output
-    ctx.save_for_backward(x, scale, stats, *rows)
+    ctx.save_for_backward(x, scale, weight, bias, stats, *rows)
+    ctx.norm = norm
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    x, scale, stats, index, offsets, tokens = ctx.saved_tensors
+    x, scale, weight, bias, stats, index, offsets, tokens = ctx.saved_tensors
     offsets, tokens = csr(index, offsets, tokens, scale.shape[0])
-    dx, d_tables = _adaln_backward(dy, x, scale, stats, index, offsets, tokens, any(ctx.needs_input_grad[1:3]))
-    return dx, *table_gradients(d_tables, 2), None, None, None, None
+    sums = any(ctx.needs_input_grad[1:5])
+    dx, d_tables, d_affine = _adaln_backward(dy, x, scale, weight, bias, stats, index, offsets, tokens, ctx.norm, sums)
+    gradients = dx, *table_gradients(d_tables, 2), *affine_gradients(d_affine, weight, bias)
+    return *gradients, *(None,) * 5
 
 
 _adaln.register_autograd(_backward, setup_context=_save)

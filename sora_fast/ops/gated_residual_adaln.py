@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sora_fast.ops._checks import check_eps
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import Index, check_modulated, csr, offered_rows, parts, table_gradients
+from sora_fast.ops._norm import affine_gradients, check_norm, contiguous, fake_affine, fake_stats
 from sora_fast.ops.adaln import plain_adaln
 from sora_fast.ops.gated_residual import plain_gated_residual
 
@@ -20,15 +20,20 @@ def gated_residual_adaln(
     scale: Tensor,
     index: Index,
     *,
+    norm: str = "layer",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h = residual + gate[index] · branch, and LayerNorm(h) · (1 + scale[index]) + shift[index]: both.
+    """h = residual + gate[index] · branch, and (norm(h) · weight + bias) · (1 + scale[index]) + shift[index]: both.
 
     residual, branch: [N, C] of one dtype, bf16, fp16 or fp32 (fp64 on the torch backend), any strides.
     gate, shift, scale: [M, C], all in fp32 or all in that dtype, any strides (chunks of one [M, 6C], say).
     index: [N] int32, the row of each token, −1 for padding; or a RowIndex, which saves the backward pass a sort.
         Rows are not checked to be below M.
+    norm: "layer" or "rms", LayerNorm or RMSNorm (arXiv:1910.07467) of every row.
+    weight, bias: [C] in fp32 or in that dtype, each on its own; None costs nothing.
 
     Returns two [N, C] in the inputs' dtype; sums and statistics are fp32, and h is rounded before its norm is taken.
     Padding gives zeros, in the gradients too, whatever stands there. Raises TypeError or ValueError for arguments that
@@ -36,11 +41,12 @@ def gated_residual_adaln(
     """
     tables = {"gate": gate, "shift": shift, "scale": scale}
     check_modulated({"residual": residual, "branch": branch}, tables, index)
-    check_eps(eps)
+    check_norm("residual", residual, norm, weight, bias, eps)
     if choose("gated_residual_adaln", backend, residual.device, offered_rows(residual)) == "torch":
         h = plain_gated_residual(residual, branch, gate, index)
-        return h, plain_adaln(h, shift, scale, index, eps)
-    return _gated_residual_adaln(residual, branch, gate, shift, scale, *parts(index), eps)[:2]
+        return h, plain_adaln(h, shift, scale, index, norm, weight, bias, eps)
+    affine = contiguous(weight), contiguous(bias)
+    return _gated_residual_adaln(residual, branch, gate, shift, scale, *affine, *parts(index), norm, eps)[:2]
 
 
 @torch.library.custom_op("sora_fast::gated_residual_adaln", mutates_args=())
@@ -50,14 +56,18 @@ def _gated_residual_adaln(
     gate: Tensor,
     shift: Tensor,
     scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     index: Tensor,
     offsets: Tensor | None,  # only the backward pass reads these two
     tokens: Tensor | None,
+    norm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from sora_fast.kernels.gated_residual_adaln import gated_residual_adaln_forward
 
-    return gated_residual_adaln_forward(residual, branch, gate, shift, scale, index, eps)
+    tensors = (residual, branch, gate, shift, scale, weight, bias, index)
+    return gated_residual_adaln_forward(*tensors, eps=eps, centred=norm == "layer")
 
 
 @torch.library.custom_op("sora_fast::gated_residual_adaln_backward", mutates_args=())
@@ -68,47 +78,64 @@ def _gated_residual_adaln_backward(
     branch: Tensor,
     gate: Tensor,
     scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     stats: Tensor,
     index: Tensor,
     offsets: Tensor,
     tokens: Tensor,
-    tables: bool,  # whether anybody asks for the tables' gradients
-) -> tuple[Tensor, Tensor, Tensor]:
+    norm: str,
+    sums: bool,  # whether anybody asks for more than d_residual and d_branch
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from sora_fast.kernels.gated_residual_adaln import gated_residual_adaln_backward
 
-    rows = (index, offsets, tokens)
-    return gated_residual_adaln_backward(dh, dy, h, branch, gate, scale, stats, *rows, tables=tables)
+    tensors = (dh, dy, h, branch, gate, scale, weight, bias, stats, index, offsets, tokens)
+    return gated_residual_adaln_backward(*tensors, centred=norm == "layer", sums=sums)
 
 
 @_gated_residual_adaln.register_fake
-def _(residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, norm, _ = rest
     h, y = (residual.new_empty(residual.shape) for _ in range(2))
-    return h, y, residual.new_empty(2, residual.shape[0], dtype=torch.float32)
+    return h, y, fake_stats(residual, norm)
 
 
 @_gated_residual_adaln_backward.register_fake
 def _(
-    dh: Tensor | None, dy: Tensor, h: Tensor, branch: Tensor, gate: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return h.new_empty(h.shape), branch.new_empty(branch.shape), gate.new_empty(3 * rest[-1], *gate.shape)
+    dh: Tensor | None,
+    dy: Tensor,
+    h: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = rest[-1]
+    tables, affine = gate.new_empty(3 * sums, *gate.shape), fake_affine(scale, weight, bias, sums)
+    return h.new_empty(h.shape), branch.new_empty(branch.shape), tables, affine
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, gate, _, scale, *rows, _ = inputs
+    _, branch, gate, _, scale, weight, bias, *rows, norm, _ = inputs
     h, _, stats = output
-    ctx.save_for_backward(h, branch, gate, scale, stats, *rows)
+    ctx.save_for_backward(h, branch, gate, scale, weight, bias, stats, *rows)
+    ctx.norm = norm
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dh: Tensor | None, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    h, branch, gate, scale, stats, index, offsets, tokens = ctx.saved_tensors
+    h, branch, gate, scale, weight, bias, stats, index, offsets, tokens = ctx.saved_tensors
     dy = torch.zeros_like(h) if dy is None else dy
     offsets, tokens = csr(index, offsets, tokens, gate.shape[0])
-    d_residual, d_branch, d_tables = _gated_residual_adaln_backward(
-        dh, dy, h, branch, gate, scale, stats, index, offsets, tokens, any(ctx.needs_input_grad[2:5])
+    sums = any(ctx.needs_input_grad[2:7])
+    d_residual, d_branch, d_tables, d_affine = _gated_residual_adaln_backward(
+        dh, dy, h, branch, gate, scale, weight, bias, stats, index, offsets, tokens, ctx.norm, sums
     )
-    return d_residual, d_branch, *table_gradients(d_tables, 3), None, None, None, None
+    gradients = d_residual, d_branch, *table_gradients(d_tables, 3), *affine_gradients(d_affine, weight, bias)
+    return *gradients, *(None,) * 5
 
 
 _gated_residual_adaln.register_autograd(_backward, setup_context=_save)

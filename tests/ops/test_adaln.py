@@ -5,50 +5,72 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sora_fast.ops.adaln import _adaln, _adaln_backward, adaln
 from sora_fast.packing import RowIndex
-from tests.modulated import DTYPES, PATTERNS, WIDTHS, Case, cases, check_against_oracle, check_compiles_once
+from tests.modulated import (
+    DTYPES,
+    NORMS,
+    PATTERNS,
+    WIDTHS,
+    Case,
+    Norm,
+    cases,
+    check_against_oracle,
+    check_compiles_once,
+)
 from tests.tracing import check_unasked
 
 BACKENDS = ("torch", "triton")
 SHAPE = {"tokens": 1, "tables": 2}
+LAYER, AFFINE_RMS = Norm(), Norm("rms", weight=True, bias=True)
 
 
-def formula(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[1:], eps=1e-6) * (1 + scale) + shift
+def check(case: Case, norm: Norm, device: torch.device, backend: str, *, csr: bool = True) -> None:
+    def formula(x: Tensor, shift: Tensor, scale: Tensor, *vectors: Tensor) -> Tensor:
+        return norm(x, *vectors) * (1 + scale) + shift
+
+    options = {**SHAPE, "vectors": len(norm.vectors), "device": device, "backend": backend, "csr": csr}
+    check_against_oracle(norm.bound_to(adaln), formula, case, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=10)
-@given(case=cases())
-def test_random_cases_match_the_oracle(case: Case, backend: str, device: torch.device) -> None:
-    check_against_oracle(adaln, formula, case, **SHAPE, device=device, backend=backend)
+@settings(max_examples=15)
+@given(case=cases(), norm=st.sampled_from(NORMS))
+def test_random_cases_match_the_oracle(case: Case, norm: Norm, backend: str, device: torch.device) -> None:
+    check(case, norm, device, backend)
 
 
+@pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_row_patterns_match_the_oracle(pattern: str, backend: str, device: torch.device) -> None:
-    check_against_oracle(adaln, formula, Case(pattern=pattern), **SHAPE, device=device, backend=backend, csr=False)
+def test_row_patterns_match_the_oracle(pattern: str, norm: Norm, backend: str, device: torch.device) -> None:
+    check(Case(pattern=pattern), norm, device, backend, csr=False)
 
 
+@pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_widths_match_the_oracle(width: int, device: torch.device) -> None:
-    case = Case(tokens=5, width=width, rows=2, dtypes=DTYPES[-1])
-    check_against_oracle(adaln, formula, case, **SHAPE, device=device, backend="triton")
+def test_widths_match_the_oracle(width: int, norm: Norm, device: torch.device) -> None:
+    check(Case(tokens=5, width=width, rows=2, dtypes=DTYPES[-1]), norm, device, "triton")
 
 
+def test_more_rows_than_one_fold_adds(device: torch.device) -> None:
+    check(Case(tokens=70, width=8, pattern="row a token"), Norm("layer", weight=True, bias=True), device, "triton")
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [torch.zeros(24), torch.full((24,), 3.0), 6e4 * torch.linspace(-1, 1, 24)])
-def test_extreme_rows_in_fp16(value: Tensor, backend: str, device: torch.device) -> None:
+def test_extreme_rows_in_fp16(value: Tensor, backend: str, norm: str, device: torch.device) -> None:
     # Squares of 6e4 overflow fp16, and a constant row has no spread.
     x = value.half().expand(3, 24).to(device).requires_grad_()
     table = torch.zeros(1, 24, device=device)
-    y = adaln(x, table, table, torch.zeros(3, dtype=torch.int32, device=device), backend=backend)
+    y = adaln(x, table, table, torch.zeros(3, dtype=torch.int32, device=device), norm=norm, backend=backend)
     y.backward(torch.ones_like(y))
     assert x.grad is not None and x.grad.isfinite().all()
-    exact = F.layer_norm(x.detach().double(), (24,), eps=1e-6)
+    exact = (F.layer_norm if norm == "layer" else F.rms_norm)(x.detach().double(), (24,), eps=1e-6)
     assert (y.double() - exact).abs().max() <= torch.finfo(torch.float16).eps * exact.abs().max()
 
 
@@ -63,42 +85,59 @@ def test_large_mean_loses_no_digits(device: torch.device) -> None:
     assert (y - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6
 
 
+@pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_repeats_to_the_bit(backend: str, device: torch.device) -> None:
-    x, shift, scale, index = arguments(Case(tokens=40), device)
+def test_repeats_to_the_bit(backend: str, norm: Norm, device: torch.device) -> None:
+    *tensors, index = arguments(Case(tokens=40), device, norm)
     runs = []
-    for rows in (index, index, RowIndex.from_index(index, len(scale))):
-        y = adaln(x, shift, scale, rows, backend=backend)
-        runs.append([y, *torch.autograd.grad(y, (x, shift, scale), torch.ones_like(y))])
+    for rows in (index, index, RowIndex.from_index(index, Case.rows)):
+        y = norm.bound_to(adaln)(*tensors, rows, backend=backend)
+        runs.append([y, *torch.autograd.grad(y, tensors, torch.ones_like(y))])
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
 def test_tables_that_want_no_gradient_cost_nothing(device: torch.device) -> None:
     *tensors, index = arguments(Case(tokens=40), device)
-    check_unasked(partial(adaln, index=index, backend="triton"), tensors, asked=1, spared="_fold")
+    check_unasked(partial(adaln, index=index, backend="triton"), tensors, asked=1, spared="_fold_rows")
 
 
-def test_gradcheck() -> None:
-    _, _, _, index = arguments(Case(tokens=6, width=4, rows=3), torch.device("cpu"))
-    x, shift, scale = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (6, 3, 3))
-    assert torch.autograd.gradcheck(lambda *t: adaln(*t, index), (x, shift, scale))
+def test_only_affine_costs_a_launch(device: torch.device) -> None:
+    from sora_fast.kernels._launch import recording
+
+    for norm in NORMS:
+        *tensors, index = arguments(Case(), device, norm)
+        y = norm.bound_to(adaln)(*tensors, index, backend="triton")
+        with recording((9, 0)) as recorder:
+            torch.autograd.grad(y, tensors, torch.ones_like(y))
+        assert len(recorder.launches) == 2 + bool(norm.vectors), norm
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradcheck(norm: Norm) -> None:
+    *tensors, index = arguments(Case(tokens=6, width=4, rows=3), torch.device("cpu"), norm)
+    inputs = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    assert torch.autograd.gradcheck(lambda *t: norm.bound_to(adaln)(*t, index), inputs)
 
 
 def test_opcheck(device: torch.device) -> None:
-    x, shift, scale, index = arguments(Case(tokens=9, width=8, layout="permuted"), device)
+    norm = Norm("layer", weight=True, bias=True)
+    x, shift, scale, weight, bias, index = arguments(Case(tokens=9, width=8, layout="permuted"), device, norm)
     rows = RowIndex.from_index(index, len(scale))
-    torch.library.opcheck(_adaln, (x, shift, scale, index, rows.offsets, rows.tokens, 1e-6))
-    torch.library.opcheck(_adaln, (x, shift, scale, index, None, None, 1e-6))
-    stats = torch.rand(2, 9, device=device)
-    x, scale = x.detach(), scale.detach()
-    for tables in (True, False):
-        torch.library.opcheck(_adaln_backward, (x, x, scale, stats, index, rows.offsets, rows.tokens, tables))
+    csr = (index, rows.offsets, rows.tokens)
+    torch.library.opcheck(_adaln, (x, shift, scale, weight, bias, *csr, "layer", 1e-6))
+    torch.library.opcheck(_adaln, (x, shift, scale, None, None, index, None, None, "rms", 1e-6))
+    x, scale, weight, bias = (tensor.detach() for tensor in (x, scale, weight, bias))
+    for affine, kind, sums in (((weight, bias), "layer", True), ((weight, None), "rms", False)):
+        stats = torch.rand(2 if kind == "layer" else 1, 9, device=device)
+        torch.library.opcheck(_adaln_backward, (x, x, scale, *affine, stats, *csr, kind, sums))
 
 
+@pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
 @pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])
-def test_compiles_once_for_ragged_batches(backend: str, compiler: str, device: torch.device) -> None:
-    check_compiles_once(adaln, **SHAPE, device=device, backend=backend, compiler=compiler)
+def test_compiles_once_for_ragged_batches(backend: str, compiler: str, norm: Norm, device: torch.device) -> None:
+    shape = {**SHAPE, "vectors": len(norm.vectors)}
+    check_compiles_once(norm.bound_to(adaln), **shape, device=device, backend=backend, compiler=compiler)
 
 
 def test_empty_pack(device: torch.device) -> None:
@@ -128,6 +167,10 @@ WIDE = torch.zeros(5, 8200)
         ((X, TABLE, TABLE, None), {}, TypeError, "index: NoneType; it must be an int32 tensor"),
         ((X, TABLE, TABLE, RowIndex.from_index(INDEX, 2)), {}, ValueError, "index: a RowIndex of 2 rows, .* has 3"),
         ((X, TABLE.to("meta"), TABLE, INDEX), {}, ValueError, "shift: on meta, but x is on cpu"),
+        ((X, TABLE, TABLE, INDEX), {"norm": "batch"}, ValueError, 'norm: .batch.; it must be "layer" or "rms"'),
+        ((X, TABLE, TABLE, INDEX), {"weight": X}, ValueError, r"weight: shape \(5, 8\); it must be \[8\]"),
+        ((X, TABLE, TABLE, INDEX), {"weight": X[0].half()}, TypeError, "weight: float16; it must be float32"),
+        ((X, TABLE, TABLE, INDEX), {"bias": X[0].to("meta")}, ValueError, "bias: on meta, but x is on cpu"),
         ((X, TABLE, TABLE, INDEX), {"eps": 0}, ValueError, "eps: 0; it must be above 0"),
         ((X, TABLE, TABLE, INDEX), {"backend": "cuda"}, ValueError, "backend: 'cuda' cannot run adaln"),
         ((WIDE, WIDE, WIDE, INDEX), {"backend": "triton"}, ValueError, "adaln has no triton backend for such tensors"),
@@ -141,9 +184,9 @@ def test_bad_input_is_named(
         adaln(*arguments, **options)
 
 
-def arguments(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def arguments(case: Case, device: torch.device, norm: Norm = LAYER) -> list[Tensor]:
+    """x, shift, scale, the norm's weight and bias as far as it has any, index."""
     index = case.index().to(device)
-    (x,) = case.tensors(case.tokens, 1, torch.float32)
-    shift, scale = case.tensors(case.rows, 2, torch.float32)
-    x, shift, scale = (tensor.to(device).requires_grad_() for tensor in (x, shift, scale))
-    return x, shift, scale, index
+    tensors = case.tensors(case.tokens, 1, torch.float32) + case.tensors(case.rows, 2, torch.float32)
+    tensors += torch.randn(len(norm.vectors), case.width)
+    return [*(tensor.to(device).requires_grad_() for tensor in tensors), index]
