@@ -429,7 +429,8 @@ def _walk_queries(
     """Sum dSᵀ Q and Pᵀ dO over a stretch of the walk, and over all query heads of the group at every block of it.
 
     All blocks are [keys, queries]. A query that does not exist has logsumexp +inf: its weights are zero, and no other
-    test is needed. Keys that do not exist gather numbers that are never stored; their K is zero, so dQ gets nothing.
+    test is needed. Keys that do not exist gather numbers that are never stored, and that may be infinite: dQ must not
+    see them.
     """
     if STRETCH == TESTED:
         place, key_raster = load_places(boxes, start + tl.arange(0, k0.shape[0]), valid, CAUSAL)
@@ -463,6 +464,7 @@ def _walk_queries(
             dv1 = tl.dot(weights, do1, dv1, input_precision=PRECISION)
             dk1 = tl.dot(slopes, q1, dk1, input_precision=PRECISION)
         if query_sums is not None:
+            slopes = tl.where(valid[:, None], slopes, 0.0)
             dq0 = tl.dot(tl.trans(slopes), k0, input_precision=PRECISION)
             dq1 = tl.dot(tl.trans(slopes), k1, input_precision=PRECISION) if HEAD.rest else dq0
             add_rows(query_sums, query, head, exists, dq0, dq1, HEAD)

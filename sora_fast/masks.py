@@ -39,6 +39,8 @@ class SpacetimeMask:
 
     def __post_init__(self) -> None:
         for name, (low, high), clamped in zip("thw", (self.t, self.h, self.w), self.clamp, strict=True):
+            if not all(bound is None or isinstance(bound, int) for bound in (low, high)):
+                raise TypeError(f"{name}: interval ({low}, {high}); its bounds must be integers or None")
             if low is not None and high is not None and low > high:
                 raise ValueError(f"{name}: interval ({low}, {high}) is empty; lo must not exceed hi")
             if clamped and (low is None or high is None):
@@ -108,7 +110,9 @@ class SpacetimeMask:
 
         Works on numpy arrays and on tensors alike. axis: 0, 1, 2 for t, h, w; extent: the grid's size along it.
         """
-        low, high = (self.t, self.h, self.w)[axis]
+        # What lies beyond every coordinate is as good as no bound, and must not leave int32.
+        bounds = (self.t, self.h, self.w)[axis]
+        low, high = (bound if bound is None else max(-_FAR, min(bound, _FAR)) for bound in bounds)
         stride = self.stride[axis]
         anchor = coords if stride == 1 else coords // stride * stride + (stride - 1) // 2
         if self.clamp[axis]:

@@ -51,6 +51,7 @@ class TileSchedule(TensorBundle):
     query_low, query_high [N] int32: the packed coordinates of the first and last key of each query's box.
     key_place [Nk] int32: the packed coordinate of each key, 0 for padding.
     overflow [] int64: pairs of tiles by which each of the two lists was too short (see `check`).
+    cross: whether the keys have a layout of their own.
     Key k lies in query i's box iff (((k | G) − low) & ((high | G) − k) & G) == G, with G = `GUARD`.
     """
 
@@ -63,6 +64,7 @@ class TileSchedule(TensorBundle):
     query_high: Tensor
     key_place: Tensor
     overflow: Tensor
+    cross: bool = False
 
     @staticmethod
     def build(
@@ -77,7 +79,8 @@ class TileSchedule(TensorBundle):
         kv_layout: cross-attention, segment s of `layout` sees all of segment s of `kv_layout`; needs the full mask.
         max_pairs: room for so many pairs of tiles in each of the two lists. The default is enough for any mask over
             4,096 tiles, a pack of about 250k tokens. Tiles that find no room left visit all tiles from the first to
-            the last that they meet, testing every pair of tokens from the first gap on: the same result, later.
+            the last that they meet, testing every pair of tokens from the first gap on: the same result but for the
+            order of its sums, later.
             `overflow` says so, and `check` how much room there should be.
 
         A full mask costs O(T) for T tiles. Any other takes O(T²) time and 8·min(T², max_pairs) bytes, and while it is
@@ -94,8 +97,8 @@ class TileSchedule(TensorBundle):
             bounds = Bounds.of(tiles, tiles, mask)
             (by_query, pairs), (by_key, _) = (_lists(bounds, max_pairs, by_key=by_key) for by_key in (False, True))
             overflow = (pairs - max_pairs).clamp(min=0)
-        low, high = _packed_bounds(layout, mask)
-        return TileSchedule(mask, layout, keys, by_query, by_key, low, high, _packed_places(keys), overflow)
+        boxes = *_packed_bounds(layout, mask), _packed_places(keys)
+        return TileSchedule(mask, layout, keys, by_query, by_key, *boxes, overflow, cross=kv_layout is not None)
 
     @property
     def max_pairs(self) -> int:
@@ -109,15 +112,22 @@ class TileSchedule(TensorBundle):
         computes the new batch. `self.layout` and `self.kv_layout`, the very layouts that `build` was given, take over
         the content of the new ones too (unless those are the same, filled by the caller). Returns itself.
 
-        Raises ValueError if a size or the device differs.
+        Raises ValueError if a size or the device differs, or a kv_layout is missing or too many.
         """
+        if (kv_layout is not None) != self.cross:
+            raise ValueError(
+                f"kv_layout: {'missing' if self.cross else 'given'}; the schedule was built "
+                f"{'with' if self.cross else 'without'} one"
+            )
+        if self.cross and (layout is self.kv_layout or kv_layout is self.layout):
+            raise ValueError("layout, kv_layout: the schedule's own, exchanged; pass copies")
         _check(layout, self.mask, kv_layout, max_pairs=0)
         batches = (("layout", self.layout, layout), ("kv_layout", self.kv_layout, kv_layout or layout))
         for name, mine, new in batches:
             mine.check_like(name, new)
         for _, mine, new in batches:
             mine.copy_(new)
-        keys, room = (self.kv_layout, 0) if self.mask.is_full else (None, self.max_pairs)
+        keys, room = self.kv_layout if self.cross else None, 0 if self.mask.is_full else self.max_pairs
         self.copy_(TileSchedule.build(self.layout, self.mask, kv_layout=keys, max_pairs=room))
         return self
 

@@ -57,6 +57,18 @@ def test_causal_masks_never_look_ahead() -> None:
         assert not (mask.materialize(layout) & later).any()
 
 
+def test_bounds_beyond_every_coordinate_are_none() -> None:
+    layout = PackedLayout.from_grids([(4, 3, 2)])
+    for far in (1 << 20, (1 << 31) - 1, 1 << 40):
+        wide = SpacetimeMask(t=(0, far), w=(-far, 0))
+        assert torch.equal(wide.materialize(layout), SpacetimeMask(t=(0, None), w=(None, 0)).materialize(layout))
+
+
+def test_bounds_are_integers() -> None:
+    with pytest.raises(TypeError, match=r"t: interval \(-1.5, 1.5\); its bounds must be integers or None"):
+        SpacetimeMask.window(1.5, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -150,8 +150,21 @@ def test_cross_attention_refreshed_in_place() -> None:
     schedule = TileSchedule.build(queries[0], kv_layout=keys[0]).refresh_(queries[1], kv_layout=keys[1])
     assert_same(schedule, TileSchedule.build(queries[1], kv_layout=keys[1]))
     with pytest.raises(ValueError, match=r"kv_layout.segment_ids: \[60\] on cpu; it must be \[9\] on cpu"):
-        schedule.refresh_(queries[0])
+        schedule.refresh_(queries[0], kv_layout=queries[0])
     assert_same(schedule, TileSchedule.build(queries[1], kv_layout=keys[1]))
+
+
+def test_refresh_tells_self_from_cross_attention() -> None:
+    one, other = (PackedLayout.from_grids(grids, max_segments=2) for grids in ([(2, 3, 2)], [(1, 3, 2), (1, 1, 6)]))
+    alone = TileSchedule.build(one).to("cpu")
+    with pytest.raises(ValueError, match="kv_layout: given; the schedule was built without one"):
+        alone.refresh_(one, kv_layout=other)
+    both = TileSchedule.build(one, kv_layout=other)
+    with pytest.raises(ValueError, match="kv_layout: missing; the schedule was built with one"):
+        both.refresh_(other)
+    with pytest.raises(ValueError, match="exchanged"):
+        both.refresh_(other, kv_layout=one)
+    assert_same(both, TileSchedule.build(one, kv_layout=other))
 
 
 def test_refresh_names_other_sizes() -> None:

@@ -51,7 +51,8 @@ def _tile_offsets(cu_seqlens: Tensor, lengths: Tensor, capacity: int, tile_size:
     numbers = torch.arange(2 * capacity // tile_size + len(lengths) + 1, dtype=torch.int32, device=tiles.device)
     segments = torch.searchsorted(first_tile, numbers, right=True, out_int32=True) - 1
     offsets = cu_seqlens[segments] + (numbers - first_tile[segments]) * tile_size
-    return torch.minimum(offsets, cu_seqlens[-1])
+    # Where offsets are not read, one past the capacity must not make a kernel write there.
+    return torch.minimum(offsets, cu_seqlens[-1].clamp(max=capacity))
 
 
 def _check_offsets(name: str, offsets: list[int], capacity: int) -> None:

@@ -264,14 +264,15 @@ def _paired(tensors: Sequence[Tensor], block: Block) -> Iterator[tuple[Tensor, s
 def _pieces(x: Tensor, place: slice | Tensor, block: Block) -> Tensor:
     """Tokens [N, H, D] → [count, H, L, D]; a view where the place is a slice."""
     if isinstance(place, Tensor):
-        return x[place].transpose(0, 1).unsqueeze(0)
+        # Indexing keeps the order of the strides; the kernel takes any but channels that lie apart.
+        return x[place].contiguous().transpose(0, 1).unsqueeze(0)
     # One call in place of three: over a pack of short segments these are a tenth of the time.
     length = (place.stop - place.start) // block.count
     token, head, channel = x.stride()
     shape = (block.count, x.shape[1], length, x.shape[2])
     strides = (length * token, head, token, channel)
     pieces = x.as_strided(shape, strides, x.storage_offset() + place.start * token)
-    # The kernel takes any strides but this one (an expanded gradient has it).
+    # An expanded gradient has channels that lie apart.
     return pieces if channel == 1 else pieces.contiguous()
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -48,9 +49,10 @@ def packed_attention(
     whatever stands in it. Raises TypeError or ValueError for arguments that do not fit together.
     """
     _check(q, k, v, layout, mask, kv_layout)
-    scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: {scale}; it must be a finite number")
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise ValueError(f"scale: {scale!r}; it must be a finite number")
+    scale = float(scale)
     schedule = mask if isinstance(mask, TileSchedule) else TileSchedule.build(layout, mask, kv_layout=kv_layout)
     cross = kv_layout is not None
     others = peers.offered(q, k, schedule, cross=cross, lse=return_lse, deterministic=deterministic)
@@ -230,6 +232,9 @@ def _check(
     mask: SpacetimeMask | TileSchedule | None,
     kv_layout: PackedLayout | None,
 ) -> None:
+    for name, given in (("layout", layout), ("kv_layout", kv_layout)):
+        if not isinstance(given, PackedLayout) and (given is not None or name == "layout"):
+            raise TypeError(f"{name}: {type(given).__name__}; it must be a PackedLayout")
     check_shape("q", q, [layout.capacity, "H", "D"])
     check_dtype("q", q, FLOAT_DTYPES)
     check_device("layout", layout.segment_ids, "q", q.device)

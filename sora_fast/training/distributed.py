@@ -6,6 +6,7 @@ Rank 0 is the process that asked for the others: it keeps the run's folder, and 
 import contextlib
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 
 # A worker that has not ended by itself so many seconds after rank 0 did is stopped.
 _PATIENCE = 10.0
+# Importing torch takes seconds, on a busy machine a minute.
+_START = 300.0
 
 
 @dataclass(frozen=True)
@@ -65,47 +68,69 @@ def workers(size: int, function: Callable[..., Any], *arguments: Any) -> Iterato
     """Inside, this process is rank 0 of `size` workers on this machine's CPU; the others run function(*arguments).
 
     function, arguments: picklable. The cores are shared out evenly. A worker that fails takes the others along: their
-    next exchange raises RuntimeError.
+    next exchange raises RuntimeError. RuntimeError too where torch.distributed is in use already.
     """
     if size < 1:
         raise ValueError(f"size: {size}; there must be at least one worker")
     if size == 1:
         yield World()
         return
+    if dist.is_initialized():
+        raise RuntimeError(f"workers: this process is {World.current()} already")
     threads = torch.get_num_threads()
-    share = max(1, threads // size)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        meeting = (Path(folder) / "meeting").as_uri()
+        meeting = _Meeting(size, str(Path(folder) / "meeting"), max(1, threads // size), context.Semaphore(0))
         others = [
-            context.Process(target=_work, args=(rank, size, meeting, share, function, arguments), daemon=True)
+            context.Process(target=_work, args=(rank, meeting, function, arguments), daemon=True)
             for rank in range(1, size)
         ]
         for process in others:
             process.start()
         try:
-            _join(0, size, meeting, share)
-            yield World.current()
+            _await(others, meeting)
+            with meeting.joined(rank=0):
+                yield World.current()
         finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
             torch.set_num_threads(threads)
             for process in others:
                 process.join(_PATIENCE)
                 process.terminate()
 
 
-def _work(
-    rank: int, size: int, meeting: str, threads: int, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
-    _join(rank, size, meeting, threads)
-    try:
+@dataclass(frozen=True)
+class _Meeting:
+    """How the workers find each other. file: of the store; ready: a semaphore, raised by each that is about to come."""
+
+    size: int
+    file: str
+    threads: int
+    ready: Any
+
+    @contextlib.contextmanager
+    def joined(self, rank: int) -> Iterator[None]:
+        # Small matrices gain little from a second thread; a worker of its own they fill.
+        torch.set_num_threads(self.threads)
+        dist.init_process_group("gloo", store=dist.FileStore(self.file, self.size), rank=rank, world_size=self.size)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def _work(rank: int, meeting: _Meeting, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    meeting.ready.release()
+    with meeting.joined(rank):
         function(*arguments)
-    finally:
-        dist.destroy_process_group()
 
 
-def _join(rank: int, size: int, meeting: str, threads: int) -> None:
-    # Small matrices gain little from a second thread; a worker of its own they fill.
-    torch.set_num_threads(threads)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+def _await(processes: Sequence[Any], meeting: _Meeting) -> None:
+    """Wait until every worker is about to join: joining would wait half an hour for one that cannot."""
+    missing, deadline = len(processes), time.monotonic() + _START
+    while missing:
+        if meeting.ready.acquire(timeout=0.2):
+            missing -= 1
+            continue
+        ended = [process.exitcode for process in processes if process.exitcode]
+        if ended or time.monotonic() > deadline:
+            raise RuntimeError(f"workers: {missing} of {len(processes)} did not start; exit codes {ended}")

@@ -36,8 +36,9 @@ class Trainer:
     Every random number is a function of the seed and of the step or sample that it is for; so a checkpoint needs no
     generator states, and a resumed run continues the loss curve to the bit (on a CPU, limited by steps).
 
-    Where torch.distributed is set up (see `distributed.workers`), every worker makes a Trainer with the same arguments
-    and calls `fit`; rank 0 alone writes. A step is then of as many packs, and its gradient the mean of theirs.
+    Where torch.distributed is set up, with gloo for the CPU (see `distributed.workers`), every worker makes a Trainer
+    with the same arguments and calls `fit`; rank 0 alone writes. A step is then of as many packs, and its gradient the
+    mean of theirs.
 
     folder: made, with config.json in it; with resume=True it holds a run, which goes on from its newest checkpoint.
     config: of a resumed run, a changed one takes the place of config.json; ValueError if its checkpoints do not fit.
@@ -80,6 +81,7 @@ class Trainer:
         if c.compile is not None:
             self._compile(c.compile)
         self.step, self.seconds = 0, 0.0
+        self._updating = False  # weights of two steps are no state to save
         self._saved: tuple[int, Path] | None = None
         self._resume_state = self.batches.state_dict()
         self._log = RunLog(self.folder / LOG)
@@ -109,7 +111,7 @@ class Trainer:
                     self._train_on(batch, done)
                 except Exception:
                     # Ctrl-C reaches the C++ compiler too; what it then makes of the first step is no error.
-                    if interruption.requested:
+                    if interruption.requested and not self._updating:
                         break
                     raise
                 # The workers go by one clock, and stop after the same step.
@@ -194,9 +196,11 @@ class Trainer:
         loss = loss.detach()
         self.world.average([loss, *(p.grad for p in self.parameters.values() if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), c.clip_norm)
+        self._updating = True
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        self._updating = False
         self.average.update(self.step)
         self.step += 1
         self._resume_state = batch.resume

@@ -209,6 +209,33 @@ def test_large_tiles_match_the_oracle(
     Case(layout, mask, head_dim=72, dtype=dtype, one_pass=one_pass).check(backend, device)
 
 
+@pytest.mark.parametrize("strides", ["fused", "heads", "channels"])
+def test_keys_with_gaps_between_them_of_any_strides(strides: str, device: torch.device) -> None:
+    """A run of queries that meets tiles apart from each other, or a part of a tile: its keys are gathered."""
+    mask = SpacetimeMask(w=(-3, -1), stride=(7, 3, 1))
+    Case(PackedLayout.from_grids([(4, 5, 3)]), mask, head_dim=8, strides=strides).check("torch", device)
+    mask = SpacetimeMask.window(1, 1, 1)
+    layout = PackedLayout.from_grids([(6, 6, 6)], order="tiled", for_mask=mask, tile_size=16)
+    Case(layout, mask, head_dim=8, strides=strides).check("torch", device)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_one_pass_with_scores_far_from_zero(sign: float, device: torch.device) -> None:
+    """Rows past a tile's end have the score 0, whose weight would be infinite beside a logsumexp of -100."""
+    layout = PackedLayout.from_grids([(1, 1, 21), (1, 1, 5)], tile_size=16)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(26, 1, 16, device=device) for _ in range(3))
+    q[..., 0], k[..., 0] = 100, sign * 4
+    grads = []
+    for deterministic in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = packed_attention(*leaves, layout.to(device), deterministic=deterministic, backend="triton")
+        with one_pass_backward():
+            grads.append(torch.autograd.grad(out, leaves, torch.ones_like(out)))
+    for two_passes, one_pass in zip(*grads, strict=True):
+        torch.testing.assert_close(one_pass, two_passes, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_cross_attention_matches_the_oracle(backend: str, device: torch.device) -> None:
     # Text of another number of tokens, an empty one, one for a video without tokens; tiles of another size.

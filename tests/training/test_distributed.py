@@ -1,11 +1,15 @@
 """Two workers in processes of their own, a few small steps each."""
 
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sora_fast.training.distributed import World, workers
 from sora_fast.training.muon import _shared, orthogonal
@@ -134,3 +138,34 @@ def test_the_step_is_along_the_mean_of_the_gradients(tmp_path: Path) -> None:
     (row,) = read_log(tmp_path / "run" / LOG)
     assert row["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     assert row["norm"] == pytest.approx(torch.stack(gradients).mean(0).norm().item(), rel=1e-5)
+
+
+def test_a_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a b é"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with workers(2, _exchange, tmp_path):
+        _exchange(tmp_path)
+
+
+def test_a_worker_that_cannot_start_is_an_error(tmp_path: Path) -> None:
+    """In a script without the usual guard the workers run the script again, and fail."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from sora_fast.training.distributed import workers\nwith workers(2, print):\n    print('never here')\n"
+    )
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert "never here" not in result.stdout
+    assert "RuntimeError: workers: 1 of 1 did not start; exit codes [1]" in result.stderr
+
+
+def test_not_within_another_group(tmp_path: Path) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="already"), workers(2, _fail):
+            pass
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
