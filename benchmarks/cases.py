@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
@@ -202,7 +203,22 @@ def modulation_step(
 
 def _modulation(s: Setting) -> Iterator[Case]:
     for width in s.widths:
-        yield from modulation(s, width).values()
+        cases = modulation(s, width)
+        yield from cases.values()
+        yield _with_affine(cases["adaln"], "layer")
+        yield _with_affine(cases["gated_residual_adaln"], "rms")
+
+
+def _with_affine(case: Case, norm: str) -> Case:
+    """The same work with a norm that has a weight and a bias; they move no bytes to speak of."""
+
+    @wraps(case.op)
+    def op(*args: Any) -> Any:
+        *tensors, weight, bias = args
+        return op.__wrapped__(*tensors, norm=norm, weight=weight, bias=bias)
+
+    vectors = torch.randn(2, case.args[0].shape[1]).to(case.args[0]).unbind()
+    return replace(case, op=op, label=f"{norm},affine,{case.label}", args=(*case.args, *vectors))
 
 
 def _qk_norm_rope(s: Setting) -> Iterator[Case]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sora_fast.nn.adaln import AdaLNZero
+from sora_fast.nn.adaln import AdaLNSingle, AdaLNZero
 from sora_fast.nn.attention import PackedAttention, PackedCrossAttention
 from sora_fast.nn.mlp import Mlp, SwiGLU
 from sora_fast.ops.gated_residual_adaln import gated_residual_adaln
@@ -47,14 +47,21 @@ class DiTBlock(nn.Module):
         qk_norm: bool = True,
         rope: Rope3D | None = None,
         context_dim: int | None = None,
+        adaln: str = "zero",
     ) -> None:
+        """adaln: how `adaLN_modulation` makes the block's tables: "zero", from the conditioning rows [M, C], or
+        "single", from a modulation [M, 6C] (with cross-attention 9C) that the blocks share.
+        """
         super().__init__()
+        if adaln not in ("zero", "single"):
+            raise ValueError(f'adaln: {adaln!r}; it must be "zero" or "single"')
         if mlp not in ("gelu", "swiglu"):
             raise ValueError(f'mlp: {mlp!r}; it must be "gelu" or "swiglu"')
         self.attn = PackedAttention(dim, heads, qk_norm=qk_norm, rope=rope)
         self.cross = None if context_dim is None else PackedCrossAttention(dim, heads, context_dim)
         self.mlp = (Mlp if mlp == "gelu" else SwiGLU)(dim, int(mlp_ratio * dim))
-        self.adaLN_modulation = AdaLNZero(dim, 6 if self.cross is None else 9)
+        modulation = AdaLNZero if adaln == "zero" else AdaLNSingle
+        self.adaLN_modulation = modulation(dim, 6 if self.cross is None else 9)
 
     def forward(
         self,

@@ -38,6 +38,9 @@ def gated_residual_adaln(
     Returns two [N, C] in the inputs' dtype; sums and statistics are fp32, and h is rounded before its norm is taken.
     Padding gives zeros, in the gradients too, whatever stands there. Raises TypeError or ValueError for arguments that
     do not fit together.
+
+    Kept for the backward pass, on Triton: h, the branch, and fp32 statistics, so 4C + 8 bytes a token in bf16 (RMSNorm
+    4C + 4); the formula written out keeps 10C + 4. What is normed is made again from h. At C = 1152: 4,616 and 11,524.
     """
     tables = {"gate": gate, "shift": shift, "scale": scale}
     check_modulated({"residual": residual, "branch": branch}, tables, index)

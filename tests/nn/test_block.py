@@ -40,6 +40,17 @@ def test_modulation_starts_at_zero() -> None:
     assert len(tables) == 9 and not any(table.any() for table in tables)
 
 
+def test_single_modulation_is_shared() -> None:
+    block = DiTBlock(32, 2, adaln="single")
+    assert [name for name, _ in block.adaLN_modulation.named_parameters()] == ["scale_shift_table"]
+    assert [table.shape for table in block.adaLN_modulation(torch.randn(5, 6 * 32))] == [(5, 32)] * 6
+
+
+def test_bad_adaln_is_named() -> None:
+    with pytest.raises(ValueError, match="adaln: 'none'"):
+        DiTBlock(32, 2, adaln="none")
+
+
 def test_bad_mlp_is_named() -> None:
     with pytest.raises(ValueError, match="mlp: 'relu'"):
         DiTBlock(32, 2, mlp="relu")

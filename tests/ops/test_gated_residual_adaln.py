@@ -91,6 +91,16 @@ def test_tables_that_want_no_gradient_cost_nothing(device: torch.device) -> None
     check_unasked(partial(gated_residual_adaln, index=index, backend="triton"), tensors, asked=2, spared="_fold_rows")
 
 
+@pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
+def test_keeps_two_tensors_and_statistics(norm: Norm, device: torch.device) -> None:
+    case, kept = Case(tokens=45, width=48), []
+    *tensors, index = arguments(case, device, norm)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        norm.bound_to(gated_residual_adaln)(*tensors, index, backend="triton")
+    of_tokens = sum(x.nbytes for x in kept if case.tokens in x.shape and x.is_floating_point())
+    assert of_tokens == case.tokens * (2 * case.width * 4 + (8 if norm.kind == "layer" else 4))
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_gradcheck(norm: Norm) -> None:
     *tensors, index = arguments(Case(tokens=6, width=4, rows=3), torch.device("cpu"), norm)
