@@ -134,9 +134,12 @@ class Case:
 
 
 def _random(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, strides: str) -> Tensor:
-    """[tokens, heads, head_dim] as one of three in a fused projection, with heads outermost, or channels outermost."""
+    """[tokens, heads, head_dim] as one of three in a fused projection, or with heads, channels outermost, or tokens
+    innermost."""
     if strides == "fused":
         return torch.randn(tokens, 3, heads, head_dim).to(dtype)[:, 1]
+    if strides == "tokens":
+        return torch.randn(head_dim, heads, tokens).to(dtype).permute(2, 1, 0)
     if strides == "heads":
         return torch.randn(heads, tokens, head_dim).to(dtype).transpose(0, 1)
     return torch.randn(head_dim, tokens, heads).to(dtype).permute(1, 2, 0)
@@ -158,7 +161,7 @@ def cases(draw: st.DrawFn) -> Case:
         heads=draw(st.integers(1, 2)),
         group=draw(st.sampled_from([1, 1, 2, 3])),
         head_dim=draw(st.sampled_from([8, 20, 24, 40])),
-        strides=draw(st.sampled_from(["fused", "heads", "channels"])),
+        strides=draw(st.sampled_from(["fused", "heads", "channels", "tokens"])),
         with_lse=draw(st.booleans()),
         one_pass=draw(st.booleans()),
     )
@@ -209,14 +212,14 @@ def test_large_tiles_match_the_oracle(
     Case(layout, mask, head_dim=72, dtype=dtype, one_pass=one_pass).check(backend, device)
 
 
-@pytest.mark.parametrize("strides", ["fused", "heads", "channels"])
+@pytest.mark.parametrize("strides", ["fused", "heads", "channels", "tokens"])
 def test_keys_with_gaps_between_them_of_any_strides(strides: str, device: torch.device) -> None:
     """A run of queries that meets tiles apart from each other, or a part of a tile: its keys are gathered."""
     mask = SpacetimeMask(w=(-3, -1), stride=(7, 3, 1))
-    Case(PackedLayout.from_grids([(4, 5, 3)]), mask, head_dim=8, strides=strides).check("torch", device)
+    Case(PackedLayout.from_grids([(4, 5, 3)]), mask, heads=2, head_dim=8, strides=strides).check("torch", device)
     mask = SpacetimeMask.window(1, 1, 1)
     layout = PackedLayout.from_grids([(6, 6, 6)], order="tiled", for_mask=mask, tile_size=16)
-    Case(layout, mask, head_dim=8, strides=strides).check("torch", device)
+    Case(layout, mask, heads=2, head_dim=8, strides=strides).check("torch", device)
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
