@@ -122,7 +122,7 @@ def run_config(plan: Plan, *, seed: int = 0) -> RunConfig:
             in_channels=1,
             patch_size=(4, 4, 4),
             pooled_dim=text.dim,
-            position="rope+sincos",
+            position="rope+sincos3d",
             rope_theta=100.0,
             position_bias=1.0,
         ),

@@ -1,6 +1,7 @@
 """SoraDiT: a diffusion transformer over packed videos and images."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +9,13 @@ from torch import Tensor, nn
 from sora_fast.masks import SpacetimeMask
 from sora_fast.models.text import PackedText
 from sora_fast.nn import BlockContext, DiTBlock, FinalLayer, LabelEmbedder, PatchEmbed3D, TimestepEmbedder
-from sora_fast.nn.positions import FactorisedTables, FractionalPosition, SinCosPosition
+from sora_fast.nn.positions import FactorisedTables, FractionalPosition, SinCosPosition, SpacetimeSinCosPosition
 from sora_fast.ops.adaln import adaln
 from sora_fast.ops.qk_norm_rope import Rope3D
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
 from sora_fast.schedule import TileSchedule
 
-POSITIONS = ("rope", "factorised", "fractional", "sincos")
+POSITIONS = ("rope", "factorised", "fractional", "sincos", "sincos3d")
 # Depth, width and heads of DiT's four sizes (Peebles & Xie 2023, Table 1).
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
@@ -24,10 +25,11 @@ class SoraDiTConfig:
     """Everything that the shape of a SoraDiT depends on.
 
     position: "rope" (3D, inside attention), or added to the patches: "factorised" (learned tables for t, h, w),
-        "fractional" (place as a share of the side), "sincos" (DiT's, 2D). "rope+sincos" and the like: both. Rotary
-        positions know no edges of the frame; a small model learns much sooner where things are if it is told.
-    rope_theta: of the rotary positions. The slowest pair of a head should turn about once over the longest grid: 10,000
-        suits hundreds of patches a side, 100 a dozen.
+        "fractional" (place as a share of the side), "sincos" (DiT's, of row and column), "sincos3d"
+        (of the frame too). "rope+sincos3d" and the like: both. Rotary positions know no edges of the frame and no first
+        one; a small model learns much sooner where things are if it is told.
+    rope_theta: of the rotary positions, and of sincos3d. The slowest pair of a head should turn about once over the
+        longest grid: 10,000 suits hundreds of patches a side, 100 a dozen.
     position_bias: standard deviation at the start of one bias shared by the queries and keys of a block. Rotated, it
         makes every head prefer near places before it has learned anything; 0, as in DiT, leaves that to training.
     mlp: "gelu" or "swiglu".
@@ -153,7 +155,12 @@ class SoraDiT(nn.Module):
 
 
 def _position(config: SoraDiTConfig) -> nn.Module | None:
-    modules = {"factorised": FactorisedTables, "fractional": FractionalPosition, "sincos": SinCosPosition}
+    modules = {
+        "factorised": FactorisedTables,
+        "fractional": FractionalPosition,
+        "sincos": SinCosPosition,
+        "sincos3d": partial(SpacetimeSinCosPosition, theta=config.rope_theta),
+    }
     added = config.position.removeprefix("rope+")
     return None if added == "rope" else modules[added](config.dim)
 

@@ -50,3 +50,26 @@ class SinCosPosition(nn.Module):
 
     def forward(self, layout: PackedLayout) -> FactorisedPosition:
         return FactorisedPosition(h=self.h, w=self.w)
+
+
+class SpacetimeSinCosPosition(nn.Module):
+    """Fixed sin-cos embedding of frame, row and column: a quarter of the channels for the first, the rest halved.
+
+    theta: pair i of an axis with d channels turns by theta^(−2i/d) radians a patch.
+    """
+
+    def __init__(self, dim: int, theta: float = 10000.0, max_side: int = 512) -> None:
+        super().__init__()
+        if dim % 16:
+            raise ValueError(f"dim: {dim}; it must be a multiple of 16")
+        sizes, end = (dim // 4, 3 * dim // 8, 3 * dim // 8), 0
+        for axis, size in zip("thw", sizes, strict=True):
+            frequency = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+            angle = torch.arange(max_side, dtype=torch.float64)[:, None] * frequency
+            table = torch.zeros(max_side, dim)
+            table[:, end : end + size] = torch.cat([angle.sin(), angle.cos()], dim=1).float()
+            self.register_buffer(axis, table, persistent=False)
+            end += size
+
+    def forward(self, layout: PackedLayout) -> FactorisedPosition:
+        return FactorisedPosition(self.t, self.h, self.w)

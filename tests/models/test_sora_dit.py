@@ -65,7 +65,7 @@ def test_sizes_take_other_fields_and_bad_ones_are_named() -> None:
         SoraDiTConfig.of_size("XXL", in_channels=4)
 
 
-@pytest.mark.parametrize("position", ["rope", "factorised", "fractional", "sincos", "rope+sincos"])
+@pytest.mark.parametrize("position", ["rope", "factorised", "fractional", "sincos", "rope+sincos", "rope+sincos3d"])
 @pytest.mark.parametrize("mask", [SpacetimeMask.full(), SpacetimeMask.window(1, 1, 1, causal=True)], ids=str)
 def test_a_pack_gives_what_each_video_gives_alone(position: str, mask: SpacetimeMask) -> None:
     model = small(position=position, mask=mask)

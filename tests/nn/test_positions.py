@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from sora_fast.nn.positions import FactorisedTables, FractionalPosition, SinCosPosition
+from sora_fast.nn.positions import FactorisedTables, FractionalPosition, SinCosPosition, SpacetimeSinCosPosition
 from sora_fast.packing import PackedLayout
 
 
@@ -13,6 +14,19 @@ def test_sin_cos_encodes_the_column_first_then_the_row() -> None:
         expected = torch.cat([f(place * omega) for place in (column, row) for f in (torch.sin, torch.cos)])
         made = position.h[row] + position.w[column]
         torch.testing.assert_close(made, expected.float())
+
+
+def test_spacetime_sin_cos_has_channels_for_every_axis() -> None:
+    position = SpacetimeSinCosPosition(32, theta=100.0)(PackedLayout.from_grids([(2, 3, 5)]))
+    for place in ((0, 0, 0), (1, 2, 4), (300, 7, 0)):
+        expected = []
+        for coordinate, size in zip(place, (8, 12, 12), strict=True):
+            omega = 100.0 ** (-2 * torch.arange(size // 2, dtype=torch.float64) / size)
+            expected += [torch.sin(coordinate * omega), torch.cos(coordinate * omega)]
+        made = sum(table[coordinate] for table, coordinate in zip(position.tables, place, strict=True))
+        torch.testing.assert_close(made, torch.cat(expected).float())
+    with pytest.raises(ValueError, match="dim: 24; it must be a multiple of 16"):
+        SpacetimeSinCosPosition(24)
 
 
 def test_fractional_positions_depend_on_the_share_of_the_side_only() -> None:
