@@ -37,7 +37,7 @@ INTERRUPTED = 130
 MARK = ".sora_fast_demo"  # stands in a folder that a demo made, and so may replace
 # Another stream than the one trained on: its clips show scans of the same half in places and pairs not drawn before.
 EVALUATION_SEED = 1
-# Two trainers on a core each see 1.4 times the clips of one on both cores: most of its steps is too small to share.
+# Two trainers on a core each see a third more clips than one on both cores: most of a step is too small to share out.
 WORKERS = min(2, torch.get_num_threads())
 FPS, SCALE = 8, 6
 
