@@ -46,8 +46,9 @@ def build_optimizers(
     lr: float,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.95),
+    muon_ratio: float = 1.0,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for everything; or Muon for the blocks' matrices and AdamW for the rest.
+    """AdamW for everything; or Muon, at `muon_ratio` times `lr`, for the blocks' matrices and AdamW for the rest.
 
     parameters: by qualified name; a matrix below a module list `blocks` counts as hidden, which is what Muon is made
     for. Not so the modulation's, which starts at zero: its rows are scales and gates, with no orthogonality to gain.
@@ -60,12 +61,13 @@ def build_optimizers(
     rest = [p for p in trained.values() if id(p) not in hidden_ids]
     # Vectors (biases, norm weights) are not shrunk: decay is meant for matrices.
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay, "ratio": 1.0},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "ratio": 1.0},
     ]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
     if hidden:
-        optimizers.append(Muon(hidden, lr, weight_decay=weight_decay))
+        optimizers.append(Muon([{"params": hidden, "ratio": muon_ratio}], lr, weight_decay=weight_decay))
+    set_lr(optimizers, lr)
     return optimizers
 
 
@@ -74,9 +76,10 @@ def _is_hidden(name: str) -> bool:
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    """Set AdamW's rate, and Muon's in the proportion that `build_optimizers` was given."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["ratio"]
 
 
 def optimizer_tensors(

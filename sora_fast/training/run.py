@@ -51,7 +51,7 @@ class TrainConfig:
 
     minutes: wall-clock time, compilation included; the learning rate decays with it. Such a run can be resumed, but
         only one that is limited by steps gives the same bits again.
-    optimizer: "adamw", or "muon" for the blocks' matrices and AdamW for the rest.
+    optimizer: "adamw", or "muon" for the blocks' matrices, at `muon_ratio` times `lr`, and AdamW for the rest.
     warmup: steps. decay: "cosine", "linear" or "constant".
     clean_share: of the clips have their first frames, last frames or both given clean, which is what image-to-video,
         extension and joining need.
@@ -65,6 +65,7 @@ class TrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: str = "adamw"
     lr: float = 1e-3
+    muon_ratio: float = 1.0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     warmup: int = 100
@@ -82,7 +83,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(f"steps, minutes: {self.steps}, {self.minutes}; exactly one must be given")
-        for name in ("steps", "minutes", "lr", "clip_norm", "save_every", "log_every", "keep"):
+        for name in ("steps", "minutes", "lr", "muon_ratio", "clip_norm", "save_every", "log_every", "keep"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: {value}; it must be positive")

@@ -64,7 +64,12 @@ class Trainer:
         self.parameters = self.networks.trained()
         c = self.config
         self.optimizers = optim.build_optimizers(
-            self.parameters, c.optimizer, lr=c.lr, weight_decay=c.weight_decay, betas=c.betas
+            self.parameters,
+            c.optimizer,
+            lr=c.lr,
+            weight_decay=c.weight_decay,
+            betas=c.betas,
+            muon_ratio=c.muon_ratio,
         )
         self.schedule = optim.Schedule(c.warmup, c.decay)
         self.average = optim.WeightAverage(self.parameters, c.ema_decay)

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from sora_fast.demo.detector import Detection, DigitDetector
-from sora_fast.demo.digits import DIRECTIONS, DigitsConfig, MovingDigits
+from sora_fast.demo.digits import DIRECTIONS, MovingDigits
 from sora_fast.demo.metrics import clean_frames_identical, detector_ceiling, next_position, prompt_scores, prompts
 
 SOURCE = MovingDigits(seed=2)
-TWO_SPEEDS = MovingDigits(DigitsConfig(step=1, speeds=(1, 2)), seed=2)
 SHAPE = (8, 20, 20)
 
 
@@ -64,12 +63,12 @@ def test_the_ceiling_is_high_and_its_shuffle_is_low(detector: DigitDetector) -> 
 
 @pytest.mark.parametrize("given", [1, 2])
 def test_next_position_of_the_truth_of_a_copy_and_of_a_mistake(given: int) -> None:
-    scenes = [TWO_SPEEDS.scene(index, shape=SHAPE, caption=caption) for index, caption in enumerate(prompts())]
-    real = [TWO_SPEEDS.render(scene) for scene in scenes]
+    scenes = [SOURCE.scene(index, shape=SHAPE, caption=caption) for index, caption in enumerate(prompts())]
+    real = [SOURCE.render(scene) for scene in scenes]
     copies = [torch.cat([clip[:, :given], clip[:, given - 1 : given].expand(1, 8 - given, 20, 20)], 1) for clip in real]
     truth, copy = (
-        next_position(TWO_SPEEDS, scenes, real, given=given),
-        next_position(TWO_SPEEDS, scenes, copies, given=given),
+        next_position(SOURCE, scenes, real, given=given),
+        next_position(SOURCE, scenes, copies, given=given),
     )
     assert truth["model"] == 0 and truth["clips"] == 40 and truth["given_frames"] == given
     assert copy["model"] == copy["copy_last_frame"] == truth["copy_last_frame"]
@@ -77,17 +76,17 @@ def test_next_position_of_the_truth_of_a_copy_and_of_a_mistake(given: int) -> No
     speeds = [1 if given == 1 else scene.movers[0].speed for scene in scenes]
     assert truth["copy_last_frame"] == pytest.approx(np.mean(speeds), abs=0.2)
     blank = [torch.full((1, *SHAPE), -1.0)] * 40
-    assert next_position(TWO_SPEEDS, scenes, blank, given=given)["model"] > truth["copy_last_frame"]
+    assert next_position(SOURCE, scenes, blank, given=given)["model"] > truth["copy_last_frame"]
 
 
 def test_next_position_accepts_every_speed_that_one_frame_leaves_open() -> None:
-    scene = TWO_SPEEDS.scene(0, shape=(8, 32, 32), caption="a seven moving right")
-    others = TWO_SPEEDS.continuations(scene, 1)
+    scene = SOURCE.scene(0, shape=(8, 32, 32), caption="a seven moving right")
+    others = SOURCE.continuations(scene, 1)
     for other in others:
-        assert next_position(TWO_SPEEDS, [scene], [TWO_SPEEDS.render(other)])["model"] == 0
-    wrong = TWO_SPEEDS.render(scene).flip(1)
-    wrong[:, :1] = TWO_SPEEDS.render(scene)[:, :1]
-    assert next_position(TWO_SPEEDS, [scene], [wrong])["model"] > 1
+        assert next_position(SOURCE, [scene], [SOURCE.render(other)])["model"] == 0
+    wrong = SOURCE.render(scene).flip(1)
+    wrong[:, :1] = SOURCE.render(scene)[:, :1]
+    assert next_position(SOURCE, [scene], [wrong])["model"] > 1
 
 
 def test_clean_frames_are_compared_bit_for_bit() -> None:

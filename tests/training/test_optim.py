@@ -60,6 +60,15 @@ def test_muon_takes_the_blocks_matrices_only() -> None:
     assert in_adamw == {"embed.weight": 0.1, "blocks.0.bias": 0.0, "blocks.1.bias": 0.0}
 
 
+def test_muon_has_a_rate_in_proportion() -> None:
+    _, parameters = _parameters(0)
+    adamw, muon = optimizers = optim.build_optimizers(parameters, "muon", lr=1e-3, muon_ratio=3.0)
+    for lr in (1e-3, 2e-4):
+        optim.set_lr(optimizers, lr)
+        assert [group["lr"] for group in adamw.param_groups] == [lr, lr]
+        assert [group["lr"] for group in muon.param_groups] == [pytest.approx(3 * lr)]
+
+
 def test_unknown_optimizer() -> None:
     with pytest.raises(ValueError, match="optimizer must be one of adamw, muon, got 'sgd'"):
         optim.build_optimizers({}, "sgd", lr=1.0)
