@@ -30,15 +30,15 @@ class DigitsConfig:
     """Which clips the source draws. The shapes in `unseen` are held out: never drawn, only ever asked for.
 
     A shape (T, H, W) is drawn with probability ∝ (H·W)^−size_bias · T^−duration_bias: 0 is uniform, with 1 each size
-    contributes as many pixels as any other. With 3 and 1.5 the mean clip is 7.6 frames long and 1 in 11 is larger than
-    28 × 28 pixels, so that a CPU sees many clips. (The largest have 576 tokens of 1 × 8 × 8, the mean one has 55.)
+    contributes as many pixels as any other. With 4 and 1.5 the mean clip is 7.6 frames long and 1 in 26 is larger than
+    28 × 28 pixels, so that a CPU sees many clips. (The largest have 576 tokens of 1 × 8 × 8, the mean one has 45.)
     speeds: in pixels a frame.
     """
 
     durations: tuple[int, ...] = tuple(range(4, 17))
     sides: tuple[int, ...] = tuple(range(16, 49, 4))
     max_aspect: float = 2.0
-    size_bias: float = 3.0
+    size_bias: float = 4.0
     duration_bias: float = 1.5
     image_share: float = 0.15
     pair_share: float = 0.05

@@ -98,7 +98,7 @@ def test_the_draw_follows_the_configuration() -> None:
     assert len({(mover.digit, mover.direction) for scene in scenes for mover in scene.movers}) == 50
     assert {mover.speed for scene in scenes for mover in scene.movers if mover.direction} == set(config.speeds)
     tokens = [t * math.ceil(h / 8) * math.ceil(w / 8) for t, h, w in (scene.shape for scene in scenes)]
-    assert np.mean(tokens) == pytest.approx(55, abs=3), "what the configuration's docstring says"
+    assert np.mean(tokens) == pytest.approx(45, abs=3), "what the configuration's docstring says"
 
 
 def test_two_digits_start_apart_where_there_is_room() -> None:
