@@ -252,7 +252,7 @@ def self_attention(
     q, k = (s.random(layout.capacity, heads, head_dim) for heads in (s.heads, s.heads // group))
     v = s.random(layout.capacity, 3, k.shape[1], head_dim)[:, 2]  # as it comes out of a fused projection
     args = (q, k, v, layout, TileSchedule.build(layout, mask))  # shared by a model's layers, so not timed
-    work = _products(sum(_pairs(mask, grid) for grid in s.grids), q)
+    work = _products(sum(attention_pairs(mask, grid) for grid in s.grids), q)
     options = {"deterministic": False}
     return case(packed_attention, f"{label},D{head_dim}", args, options, flops=work, share=s.heads // group)
 
@@ -263,7 +263,7 @@ def _products(pairs: int, q: Tensor) -> tuple[int, int]:
     return 2 * product, 5 * product
 
 
-def _pairs(mask: SpacetimeMask, grid: Grid) -> int:
+def attention_pairs(mask: SpacetimeMask, grid: Grid) -> int:
     """How many (query, key) pairs `mask` allows in a segment: a box counts axis by axis."""
     tokens = math.prod(grid)
     if mask.causal_tokens:

@@ -1,4 +1,4 @@
-"""pytest-benchmark on this project's terms: the device's clock where there is a GPU, and the ceilings measured first."""
+"""pytest-benchmark on this project's terms: the device's clock on a GPU, and the ceilings measured first."""
 
 from typing import Any
 
@@ -23,6 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_timer = "benchmarks.timing.device_clock"
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, object]) -> None:
     machine_info.update(versions(), device=environment()["device"])
 

@@ -13,18 +13,23 @@ from benchmarks.entrants import Absent, Entrant, Ours, Tensors
 from benchmarks.environment import Ceilings
 from benchmarks.nvml import Gauge
 from benchmarks.timing import Timing, Work
+from sora_fast.ops import packed_attention
 from sora_fast.ops._dispatch import interpreting
 
 DIRECTIONS = ("forward", "backward")
 # Ours may be twice as far from the truth as PyTorch's fp32 sums rounded once. A peer may round products on its way to
 # 16 bits, three in a row in attention's backward pass: what is asked of it is whether it does the same work at all.
 _OURS, _PEERS = 2.0, 4.0
+# Attention in plain PyTorch goes block by block; past so many tokens nobody would use it on a GPU.
+_LONGEST_REFERENCE = 40_000
 
 Maker = Callable[[Case], Entrant]
 Timer = Callable[[Mapping[str, Work]], dict[str, list[float]]]
 
 
 def _torch(case: Case) -> Entrant:
+    if case.op is packed_attention and case.args[0].is_cuda and len(case.args[0]) > _LONGEST_REFERENCE:
+        raise Absent("a reference that takes seconds at this length")
     return Ours.on("torch", case)
 
 
@@ -72,7 +77,7 @@ class Row:
         return not self.failure and all(ours <= times * plain + 1e-6 for ours, plain in pairs)
 
     def rate(self, name: str, ceilings: Ceilings) -> tuple[float, str, float]:
-        """What `name` reaches, its unit, and the share of the device's ceiling; zeros if bytes and FLOPs are not known."""
+        """What `name` reaches, its unit, and the share of the device's ceiling."""
         milliseconds = Timing.of(self.rounds[name]).median
         if self.flops:
             rate, unit, ceiling = self.flops / milliseconds / 1e9, "TFLOP/s", ceilings.teraflops
@@ -82,42 +87,50 @@ class Row:
 
     def record(self) -> dict[str, Any]:
         """Ready for JSON: times in place of the single rounds."""
-        return {**asdict(self), "rounds": None, "times": {name: asdict(time) for name, time in self.times.items()}}
+        fields = {name: value for name, value in asdict(self).items() if name != "rounds"}
+        return {**fields, "times": {name: asdict(time) for name, time in self.times.items()}}
 
 
 def measure(
-    case: Case, timer: Timer, makers: Mapping[str, Maker] = OURS, *, gauge: Gauge | None = None
+    case: Case,
+    timer: Timer,
+    makers: Mapping[str, Maker] = OURS,
+    *,
+    gauge: Gauge | None = None,
+    directions: Sequence[str] = DIRECTIONS,
 ) -> list[Row]:
     """A row a direction. Who is too far from the truth is not timed; a failure of ours is one of the case."""
+    places = list(map(DIRECTIONS.index, directions))
     rows = [
-        Row(case.op.__name__, case.label, direction, case.bytes_moved[place], case.flops[place])
-        for place, direction in enumerate(DIRECTIONS)
+        Row(case.op.__name__, case.label, DIRECTIONS[place], case.bytes_moved[place], case.flops[place])
+        for place in places
     ]
     plain = _Run(Ours.on("torch", case))
     truth = _Run(Ours.on("torch", case.exact()), tuple(map(case.part, plain.upstream))).results
     runs: dict[str, _Run] = {}
     for name, make in makers.items():
         try:
-            runs[name] = plain if name == "torch" else _Run(make(case), plain.upstream)
+            entrant = make(case)
+            runs[name] = plain if name == "torch" else _Run(entrant, plain.upstream)
         except Exception as error:
             if name in OURS and not isinstance(error, Absent):
                 raise
             reason = str(error) if isinstance(error, Absent) else f"{type(error).__name__}: {error}"
             for row in rows:
                 row.absent[name] = reason[:500]
-    for place, row in enumerate(rows):
+    for place, row in zip(places, rows, strict=True):
         _check(row, {"torch": plain, **runs}, truth[place], place, case.part)
         taking_part = {name: run.work(place) for name, run in runs.items() if name not in row.absent}
         if taking_part:
             row.rounds = timer(taking_part)
         if gauge is not None:
-            row.notes = {name: gauge.read(work, Timing.of(row.rounds[name]).median) for name, work in taking_part.items()}
+            row.notes = {
+                name: gauge.read(work, Timing.of(row.rounds[name]).median) for name, work in taking_part.items()
+            }
     return rows
 
 
-def _check(
-    row: Row, runs: Mapping[str, "_Run"], truth: Tensors, place: int, part: Callable[[Tensor], Tensor]
-) -> None:
+def _check(row: Row, runs: Mapping[str, "_Run"], truth: Tensors, place: int, part: Callable[[Tensor], Tensor]) -> None:
     for name, run in runs.items():
         if not run.results[place]:
             row.absent[name] = "it has no backward pass here"
@@ -157,9 +170,7 @@ class _Run:
 
 def _small_integers(like: Tensors) -> Tensors:
     generator = torch.Generator(like[0].device).manual_seed(0)
-    return tuple(
-        torch.randint(-2, 3, x.shape, generator=generator, device=x.device).to(x.dtype) for x in like
-    )
+    return tuple(torch.randint(-2, 3, x.shape, generator=generator, device=x.device).to(x.dtype) for x in like)
 
 
 def _distances(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:

@@ -85,11 +85,12 @@ def _each(
     work: _Work, view: Callable[..., Tensor], *, masks: list[Tensor] | None = None, swap: bool = False
 ) -> Attention:
     """view: a segment [L, H, D] as a batch of sequences [B, L', H, D]. swap: it exchanges the two."""
-    pieces = list(zip(work.lengths, work.grids, masks or [None] * len(work.grids), strict=True))
+    pieces = list(zip(work.grids, masks or [None] * len(work.grids), strict=True))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = []
-        for parts, (_, grid, allowed) in zip(zip(*(x.split(work.lengths) for x in (q, k, v)), strict=True), pieces, strict=True):
+        segments = zip(*(x.split(work.lengths) for x in (q, k, v)), strict=True)
+        for parts, (grid, allowed) in zip(segments, pieces, strict=True):
             batch = (view(x, *grid).transpose(1, 2) for x in parts)
             out = F.scaled_dot_product_attention(*batch, attn_mask=allowed).transpose(1, 2)
             outs.append((out.transpose(0, 1) if swap else out).flatten(0, 1))

@@ -32,7 +32,7 @@ def embed(case: Case, compete: Callable[..., Entrant] = Entrant.peer) -> Entrant
 
 def assemble(case: Case, compete: Callable[..., Entrant] = Entrant.peer) -> Entrant:
     """One permutation a video."""
-    _, layout, patch, latents = case.args
+    _, layout, patch, _ = case.args
     glue = partial(rearrange, pattern="(t h w) (pt ph pw c) -> c (t pt) (h ph) (w pw)", **_sides(patch))
     grids = layout.grids.tolist()
     lengths = [t * h * w for t, h, w in grids]
