@@ -154,12 +154,12 @@ def _headline(scope: Scope) -> list[tuple[str, str]]:
 
 def _prove(suite: "Suite", scope: Scope, deadline: float) -> None:
     """Tests, compute-sanitizer, and the walkers that fill the caches, side by side."""
-    from benchmarks.gpu_tests import read_results, test_jobs
+    from benchmarks.gpu_tests import jobs_of_tests, read_results
     from benchmarks.sanitizer import read_sanitizer, sanitizer_job
 
     folder = suite.folder
-    tests = test_jobs(folder, scope.ops[:1], others=False, shards=1) if scope.dry else None
-    tests = tests or test_jobs(folder, scope.ops, others=len(scope.ops) > 1)
+    tests = jobs_of_tests(folder, scope.ops[:1], others=False, shards=1) if scope.dry else None
+    tests = tests or jobs_of_tests(folder, scope.ops, others=len(scope.ops) > 1)
     sanitizer = sanitizer_job(folder, scope.ops)
     jobs = [*filter(None, [sanitizer]), *_walkers(folder, scope), *tests]
     codes = run_jobs(jobs, workers=scope.workers, deadline=deadline)

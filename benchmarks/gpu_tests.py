@@ -23,7 +23,7 @@ class Counts:
     complete: bool = True
 
 
-def test_jobs(folder: Path, ops: Sequence[str], *, others: bool, shards: int = _SHARDS) -> list[Job]:
+def jobs_of_tests(folder: Path, ops: Sequence[str], *, others: bool, shards: int = _SHARDS) -> list[Job]:
     """Processes for the tests of `ops`, in that order, then for all that belong to no op if `others` is asked for."""
     files = {op: f"tests/ops/test_{op}.py" for op in ops}
     jobs = [_job(folder, op, [file], place, shards) for op, file in files.items() for place in range(shards)]
@@ -36,7 +36,17 @@ def _job(folder: Path, op: str, arguments: Sequence[str], place: int, shards: in
     name = f"{op}-{place}"
     report = folder / f"{name}.xml"
     report.unlink(missing_ok=True)  # of an earlier call, whose passes are not this one's
-    options = ["-m", "gpu", "-q", "-p", "benchmarks.shard", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    options = [
+        "-m",
+        "gpu",
+        "-q",
+        "-p",
+        "benchmarks.shard",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        f"--junitxml={report}",
+    ]
     # Inductor would otherwise fork a pool of compilers in every process.
     environment = {"SORA_FAST_SHARD": f"{place}/{shards}", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", *arguments, *options]

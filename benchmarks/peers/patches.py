@@ -1,12 +1,9 @@
 """Videos cut up and put together one by one, in raster order. Sizes that the patch does not divide are beyond them."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from benchmarks.cases import Case
@@ -17,14 +14,17 @@ from benchmarks.peers.order import Raster
 
 def embed(case: Case, compete: Callable[..., Entrant] = Entrant.peer) -> Entrant:
     """reshape and F.linear."""
-    latents, _, _, layout, patch, *position = case.args
+    latents, _, _, layout, (pt, ph, pw), *position = case.args
     if position or latents.flat.requires_grad:
         raise Absent("it has no positions and no gradient of the pixels")
-    videos = latents.to_list()
-    cut = partial(rearrange, pattern="c (t pt) (h ph) (w pw) -> (t h w) (c pt ph pw)", **_sides(patch))
+    videos = [
+        video.view(len(video), t, pt, h, ph, w, pw)
+        for video, (t, h, w) in zip(latents.to_list(), layout.grids.tolist(), strict=True)
+    ]
 
     def run(weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(torch.cat([cut(video) for video in videos]), weight, bias)
+        patches = [video.permute(1, 3, 5, 0, 2, 4, 6).flatten(0, 2).flatten(1) for video in videos]
+        return F.linear(torch.cat(patches), weight, bias)
 
     order = Raster.of(layout)
     return compete(case, run, pack=order.pack, unpack=order.unpack)
@@ -32,14 +32,14 @@ def embed(case: Case, compete: Callable[..., Entrant] = Entrant.peer) -> Entrant
 
 def assemble(case: Case, compete: Callable[..., Entrant] = Entrant.peer) -> Entrant:
     """One permutation a video."""
-    _, layout, patch, _ = case.args
-    glue = partial(rearrange, pattern="(t h w) (pt ph pw c) -> c (t pt) (h ph) (w pw)", **_sides(patch))
+    _, layout, (pt, ph, pw), _ = case.args
     grids = layout.grids.tolist()
     lengths = [t * h * w for t, h, w in grids]
 
     def run(tokens: Tensor) -> Tensor:
         parts = zip(tokens.split(lengths), grids, strict=True)
-        return torch.cat([glue(part, t=t, h=h, w=w).flatten() for part, (t, h, w) in parts])
+        boxes = (part.view(*grid, pt, ph, pw, -1) for part, grid in parts)
+        return torch.cat([box.permute(6, 0, 3, 1, 4, 2, 5).flatten() for box in boxes])
 
     order = Raster.of(layout)
     return compete(case, run, pack=order.pack, unpack=order.unpack)
@@ -51,7 +51,3 @@ def embed_compiled(case: Case) -> Entrant:
 
 def assemble_compiled(case: Case) -> Entrant:
     return assemble(case, compile_peer)
-
-
-def _sides(patch: tuple[int, int, int]) -> dict[str, Any]:
-    return dict(zip(("pt", "ph", "pw"), patch, strict=True))

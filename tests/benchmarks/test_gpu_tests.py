@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 from benchmarks._checkout import ROOT
-from benchmarks.gpu_tests import Counts, read_results, test_jobs
+from benchmarks.gpu_tests import Counts, jobs_of_tests, read_results
 
 REPORT = """<?xml version="1.0" encoding="utf-8"?>
 <testsuites><testsuite name="pytest">
@@ -20,7 +20,7 @@ OTHERS = """<?xml version="1.0" encoding="utf-8"?>
 
 
 def test_results_are_counted_by_op_over_its_processes(tmp_path: Path) -> None:
-    jobs = test_jobs(tmp_path, ["adaln", "unpatchify"], others=True, shards=2)
+    jobs = jobs_of_tests(tmp_path, ["adaln", "unpatchify"], others=True, shards=2)
     assert [job.name for job in jobs] == ["adaln-0", "adaln-1", "unpatchify-0", "unpatchify-1", "others-0"]
     for job in jobs[:4]:
         (tmp_path / f"{job.name}.xml").write_text(REPORT.format(op=job.name[:-2]))
@@ -34,7 +34,7 @@ def test_results_are_counted_by_op_over_its_processes(tmp_path: Path) -> None:
 
 
 def test_a_process_that_did_not_end_is_no_pass(tmp_path: Path) -> None:
-    jobs = test_jobs(tmp_path, ["adaln", "unpatchify"], others=False, shards=2)
+    jobs = jobs_of_tests(tmp_path, ["adaln", "unpatchify"], others=False, shards=2)
     for name in ("adaln-0", "unpatchify-0", "unpatchify-1"):
         (tmp_path / f"{name}.xml").write_text(REPORT.format(op=name[:-2]))
     # One stopped by the clock, one that crashed after its report, one whose share was empty.
@@ -47,7 +47,7 @@ def test_a_process_that_did_not_end_is_no_pass(tmp_path: Path) -> None:
 
 def test_reports_of_an_earlier_call_are_removed(tmp_path: Path) -> None:
     (tmp_path / "adaln-0.xml").write_text(REPORT)
-    test_jobs(tmp_path, ["adaln"], others=False, shards=1)
+    jobs_of_tests(tmp_path, ["adaln"], others=False, shards=1)
     assert not (tmp_path / "adaln-0.xml").exists()
 
 
