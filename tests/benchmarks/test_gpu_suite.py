@@ -142,7 +142,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 def test_dry_walk_measures_every_op(tmp_path: Path) -> None:
     proved = ROOT / "sora_fast" / "ops" / "validated.json"
     before = proved.read_bytes() if proved.exists() else None
-    result = _call("--dry", "--out", tmp_path)
+    result = _call("--dry", "--minutes", "30", "--out", tmp_path)  # a busy machine is no failure
     assert result.returncode == 0, result.stdout + result.stderr
     suite = json.loads((tmp_path / "suite.json").read_text())
     assert suite["environment"]["torch"] and suite["ceilings"]["gigabytes_per_second"] > 0 and not suite["stopped"]

@@ -59,7 +59,7 @@ def test_shards_are_every_test_once(tmp_path: Path) -> None:
     found = []
     for place in range(2):
         command = [sys.executable, "-m", "pytest", "-c", "/dev/null", str(tmp_path), *options]
-        environment = {"SORA_FAST_SHARD": f"{place}/2", "PYTHONPATH": str(ROOT), "PATH": ""}
+        environment = {"SORA_FAST_SHARD": f"{place}/2", "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         printed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
         found.append([line for line in printed.splitlines() if "::test" in line])
     assert [len(lines) for lines in found] == [3, 2] and len({*found[0], *found[1]}) == 5
