@@ -35,8 +35,8 @@ def arena() -> Arena:
 
 
 @pytest.fixture(scope="session")
-def measured() -> dict[Key, list[Row]]:
-    """Rows of the contests so far."""
+def measured() -> dict[Key, list[Row] | Exception]:
+    """Rows of the contests so far, or why there are none."""
     return {}
 
 
@@ -44,7 +44,7 @@ def measured() -> dict[Key, list[Row]]:
 def contest(
     request: pytest.FixtureRequest,
     arena: Arena,
-    measured: dict[Key, list[Row]],
+    measured: dict[Key, list[Row] | Exception],
     benchmark: Any,
     op: str,
     case: str,
@@ -55,7 +55,12 @@ def contest(
     key = op, case
     if key not in measured:
         plan = next(plan for plan in plans(op, on_gpu=torch.cuda.is_available()) if plan.label == case)
-        measured[key] = arena.measure(plan, _selected(request.session, key), timed=benchmark.enabled)
+        try:
+            measured[key] = arena.measure(plan, _selected(request.session, key), timed=benchmark.enabled)
+        except Exception as error:
+            measured[key] = error
+    if isinstance(measured[key], Exception):
+        raise measured[key]
     row = next(row for row in measured[key] if row.direction == direction)
     return Contest(benchmark, row, variant, arena)
 

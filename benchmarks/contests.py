@@ -21,7 +21,7 @@ from benchmarks.environment import Ceilings
 from benchmarks.grid import Plan, plans
 from benchmarks.nvml import Gauge
 from benchmarks.peers import everyone
-from benchmarks.rows import DIRECTIONS, Row, measure
+from benchmarks.rows import DIRECTIONS, Row, measure, start_afresh
 from benchmarks.timing import ReplayClock, Timing, time_variants
 
 CLOCK = ReplayClock()
@@ -60,7 +60,7 @@ class Arena:
 
     def measure(self, plan: Plan, variants: Sequence[str], *, timed: bool) -> list[Row]:
         """A row a direction."""
-        torch.compiler.reset()  # or else the shapes of all cases would count as recompilations of one
+        start_afresh()
         timer = partial(time_variants, device=self.device)
         # Long enough for some ten rounds of everyone, where the case is small.
         timer = partial(timer, seconds=0.5 * len(variants)) if timed else partial(timer, max_samples=1, warmup=0)

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -73,8 +74,8 @@ class Scope:
             return [Plan("packed_attention", Model(64, 1), "tiny", "frame_causal")]
         first = [plan for plan in headline() if plan.op in self.ops]
         # What time is left goes round the ops.
-        rest = [plan for op in self.ops for plan in plans(op, on_gpu=True)]
-        return list(dict.fromkeys([*first, *rest]))
+        rounds = zip_longest(*(plans(op, on_gpu=True) for op in self.ops))
+        return list(dict.fromkeys([*first, *(plan for plans in rounds for plan in plans if plan)]))
 
     def makers(self, op: str) -> "Mapping[str, Maker]":
         from benchmarks.peers import everyone
@@ -195,11 +196,11 @@ def _validate(suite: "Suite", scope: Scope) -> None:
 
 
 def _compare(suite: "Suite", scope: Scope) -> None:
-    from benchmarks.rows import try_to_measure
+    from benchmarks.rows import start_afresh, try_to_measure
 
     gauge = Gauge(scope.device) if scope.device.type == "cuda" else None
     for plan in scope.plans():
-        torch.compiler.reset()
+        start_afresh()
         rows = try_to_measure(plan.build(scope.device), scope.timer(1.0), scope.makers(plan.op), gauge)
         suite.compared += [replace(row, tokens=plan.tokens, series=plan.series) for row in rows]
         suite.save()

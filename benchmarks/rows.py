@@ -1,5 +1,6 @@
 """Measure a case: everyone who can do its work, checked against fp64 and then timed in turn."""
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -177,6 +178,15 @@ def _distances(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
     """The relative distance of each tensor; NaN if it holds a NaN."""
     pairs = zip(ours, truth, strict=True)
     return [float((a.to(b.dtype) - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs]
+
+
+def start_afresh() -> None:
+    """Before a case: the shapes of all would count as recompilations of one, and graphs that refer to themselves keep
+    the tensors of the last until they are looked for."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def failed(op: str, case: str, reason: str) -> Row:

@@ -33,7 +33,7 @@ def warm(device: torch.device, ops: Sequence[str], place: int, count: int) -> No
     from benchmarks.cases import Case, Setting, all_cases
     from benchmarks.grid import headline
     from benchmarks.peers import everyone
-    from benchmarks.rows import OURS, Maker, try_to_measure
+    from benchmarks.rows import OURS, Maker, start_afresh, try_to_measure
 
     def work() -> Iterator[tuple[Case, Mapping[str, Maker]]]:
         for number, case in enumerate(all_cases(Setting.on_gpu())):
@@ -45,7 +45,7 @@ def warm(device: torch.device, ops: Sequence[str], place: int, count: int) -> No
 
     for case, makers in work():
         if case.op.__name__ in ops:
-            torch.compiler.reset()
+            start_afresh()
             rows = try_to_measure(case, _untimed, makers, None)
             print(*(row.failure for row in rows if row.failure), sep="\n", flush=True)
 

@@ -111,6 +111,7 @@ def test_everyone_has_both_backends() -> None:
     assert all({"torch", "triton", "eager"} <= everyone(op).keys() for op in grid.OPS if op != "packed_attention")
 
 
+@pytest.mark.timeout(1200)  # it starts a pytest of its own, whose imports take minutes on a busy machine
 def test_pytest_benchmark_gets_rounds_that_took_turns(tmp_path: Path) -> None:
     """Through the plugin's own files: what it writes is what the report reads, and what it compares with later."""
     pytest.importorskip("pytest_benchmark")
