@@ -84,6 +84,7 @@ def test_a_gpu_without_a_table_is_named() -> None:
         rewrite(SOURCE, [Winner("forward", 128, NEW, "why")], 7, where="GPU")
 
 
+@pytest.mark.slow
 def test_a_walk_with_a_made_up_timer(tmp_path: Path) -> None:
     """The last of the candidates seems the fastest: so it is written, into the folder alone."""
     ran: list[str] = []
