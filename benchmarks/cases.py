@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from benchmarks.shapes import PACKS, Grid
 from sora_fast import use_backend
 from sora_fast.kernels._attention_config import ONE_PASS
 from sora_fast.kernels._launch import recording
@@ -32,8 +33,6 @@ from sora_fast.ops import (
 )
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents, RowIndex
 from sora_fast.schedule import TileSchedule
-
-Grid = tuple[int, int, int]
 
 # A latent of 16 channels in patches of 1×2×2, as the Sora-like models with a modern video autoencoder have it.
 CHANNELS, PATCH = 16, (1, 2, 2)
@@ -60,19 +59,14 @@ class Setting:
 
     @staticmethod
     def on_gpu() -> "Setting":
-        """About 32k tokens: four videos and three images, of seven shapes."""
-        grids = ((16, 24, 40), (8, 30, 32), (1, 64, 48), (1, 32, 32), (4, 16, 24), (1, 24, 40), (4, 16, 32))
+        """32k tokens: four videos and four images, of eight shapes."""
+        grids = PACKS["32k ragged"].grids
         return Setting(torch.device("cuda"), torch.bfloat16, grids, (1152, 3072), (72, 128), 16)
-
-    @staticmethod
-    def on_one_core() -> "Setting":
-        """About 1,700 tokens in fp32: a video and an image."""
-        return Setting(torch.device("cpu"), torch.float32, ((4, 12, 20), (1, 32, 24)), (384,), (64,), 6)
 
     @staticmethod
     def small(device: torch.device) -> "Setting":
         """A walk through every case in seconds, even interpreted."""
-        return Setting(device, torch.float32, ((2, 4, 4), (1, 5, 3)), (64,), (64,), 2)
+        return Setting(device, torch.float32, PACKS["tiny"].grids, (64,), (64,), 2)
 
     def layout(self, **options: Any) -> PackedLayout:
         """The batch, laid out."""
@@ -93,7 +87,8 @@ class Case:
     pixels of ragged latents that require one.
 
     label: tells the case from the op's others. bytes_moved, flops: (forward, backward), the least that any
-    implementation must do; zeros where that is not what limits the op.
+    implementation must do; zeros where that is not what limits the op. share: the truth is computed for one head in
+    so many, which has nothing to do with the others; 1: for everything.
     """
 
     op: Callable[..., Any]
@@ -102,6 +97,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     bytes_moved: tuple[int, int] = (0, 0)
     flops: tuple[int, int] = (0, 0)
+    share: int = 1
 
     def __post_init__(self) -> None:
         for argument in self.args:
@@ -118,9 +114,14 @@ class Case:
         tensors = [a.flat if isinstance(a, RaggedLatents) else a for a in self.args]
         return tuple(t for t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad)
 
-    def widened(self) -> "Case":
-        """The same work on the same numbers, in the next wider dtype: fp32, or fp64 for fp32."""
-        return replace(self, args=tuple(_widened(argument) for argument in self.args))
+    def part(self, x: Tensor) -> Tensor:
+        """What the truth is computed of, of an argument, an output or a gradient."""
+        return x if self.share == 1 else x[:, : x.shape[1] // self.share]
+
+    def exact(self) -> "Case":
+        """The same work on the same numbers in fp64, on a part of the heads if `share` says so."""
+        args = (self.part(a) if isinstance(a, Tensor) else a for a in self.args)
+        return replace(self, args=tuple(map(_widened, args)), share=1)
 
     def has_kernels(self) -> bool:
         """True if the op launches Triton kernels here."""
@@ -160,8 +161,7 @@ def one_pass_backward() -> AbstractContextManager[Any]:
 
 def _widened(argument: Any) -> Any:
     if isinstance(argument, Tensor) and argument.is_floating_point():
-        wide = torch.float64 if argument.dtype == torch.float32 else torch.float32
-        return argument.detach().to(wide).requires_grad_(argument.requires_grad)
+        return argument.detach().double().requires_grad_(argument.requires_grad)
     if isinstance(argument, RaggedLatents):
         return argument.with_flat(_widened(argument.flat))
     if isinstance(argument, FactorisedPosition):
@@ -171,7 +171,7 @@ def _widened(argument: Any) -> Any:
 
 def all_cases(setting: Setting) -> Iterator[Case]:
     """Every case of every op, one at a time, so that only one case's tensors are alive."""
-    for cases in (_modulation, _qk_norm_rope, _attention, _patches, _segment_mean):
+    for cases in (modulation_cases, qk_norm_rope_cases, attention_cases, patch_cases, segment_mean_cases):
         yield from cases(setting)
 
 
@@ -190,18 +190,7 @@ def modulation(s: Setting, width: int) -> dict[str, Case]:
     return {case.op.__name__: case for case in cases}
 
 
-def modulation_step(
-    op: Callable[..., Any], peer: Callable[..., Any], *, compiled: bool
-) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward and backward of `peer` on what `op` is measured with on one core; run once already."""
-    torch.manual_seed(0)
-    case = modulation(Setting.on_one_core(), 384)[op.__name__]
-    case = replace(case, op=torch.compile(peer, fullgraph=True) if compiled else peer)
-    case.step()
-    return case.step
-
-
-def _modulation(s: Setting) -> Iterator[Case]:
+def modulation_cases(s: Setting) -> Iterator[Case]:
     for width in s.widths:
         cases = modulation(s, width)
         yield from cases.values()
@@ -221,7 +210,7 @@ def _with_affine(case: Case, norm: str) -> Case:
     return replace(case, op=op, label=f"{norm},affine,{case.label}", args=(*case.args, *vectors))
 
 
-def _qk_norm_rope(s: Setting) -> Iterator[Case]:
+def qk_norm_rope_cases(s: Setting) -> Iterator[Case]:
     layout = s.layout()
     for head_dim in s.head_dims:
         q, k, _ = s.random(layout.capacity, 3, s.heads, head_dim).unbind(1)
@@ -231,7 +220,7 @@ def _qk_norm_rope(s: Setting) -> Iterator[Case]:
         yield Case(qk_norm_rope, f"D{head_dim}", args, bytes_moved=(4 * once, 6 * once))
 
 
-def _attention(s: Setting) -> Iterator[Case]:
+def attention_cases(s: Setting) -> Iterator[Case]:
     masks = {
         "full": SpacetimeMask.full(),
         "frame_causal": SpacetimeMask.frame_causal(),
@@ -241,30 +230,31 @@ def _attention(s: Setting) -> Iterator[Case]:
     text = PackedLayout.from_grids([(77, 1, 1)] * len(s.grids), device=s.device)
     for head_dim in s.head_dims:
         for name, mask in masks.items():
-            yield _self_attention(s, head_dim, name, mask)
+            yield self_attention(s, head_dim, name, mask)
         for name in ("full", "window"):
-            yield _self_attention(s, head_dim, f"{name},one pass", masks[name], case=OnePassCase)
+            yield self_attention(s, head_dim, f"{name},one pass", masks[name], case=OnePassCase)
         for case in (Case, OnePassCase):
             label = "window,grouped" + ",one pass" * (case is OnePassCase)
-            yield _self_attention(s, head_dim, label, masks["window"], case=case, group=2)
+            yield self_attention(s, head_dim, label, masks["window"], case=case, group=2)
         layout = s.layout(order="tiled")
         q = s.random(layout.capacity, s.heads, head_dim)
         k, v = s.random(text.capacity, 2, s.heads, head_dim).unbind(1)
         work = _products(77 * layout.capacity, q)
         options = {"kv_layout": text}
-        yield Case(packed_attention, f"cross,D{head_dim}", (q, k, v, layout), options, flops=work)
+        yield Case(packed_attention, f"cross,D{head_dim}", (q, k, v, layout), options, flops=work, share=s.heads)
 
 
-def _self_attention(
+def self_attention(
     s: Setting, head_dim: int, label: str, mask: SpacetimeMask, *, case: type[Case] = Case, group: int = 1
 ) -> Case:
-    """group: query heads that share one of keys and values."""
+    """Attention of the batch to itself. group: query heads that share one of keys and values."""
     layout = s.layout(order="tiled", for_mask=mask)
     q, k = (s.random(layout.capacity, heads, head_dim) for heads in (s.heads, s.heads // group))
     v = s.random(layout.capacity, 3, k.shape[1], head_dim)[:, 2]  # as it comes out of a fused projection
     args = (q, k, v, layout, TileSchedule.build(layout, mask))  # shared by a model's layers, so not timed
-    work = _products(sum(_pairs(mask, grid) for grid in s.grids), q)
-    return case(packed_attention, f"{label},D{head_dim}", args, {"deterministic": False}, flops=work)
+    work = _products(sum(attention_pairs(mask, grid) for grid in s.grids), q)
+    options = {"deterministic": False}
+    return case(packed_attention, f"{label},D{head_dim}", args, options, flops=work, share=s.heads // group)
 
 
 def _products(pairs: int, q: Tensor) -> tuple[int, int]:
@@ -273,7 +263,7 @@ def _products(pairs: int, q: Tensor) -> tuple[int, int]:
     return 2 * product, 5 * product
 
 
-def _pairs(mask: SpacetimeMask, grid: Grid) -> int:
+def attention_pairs(mask: SpacetimeMask, grid: Grid) -> int:
     """How many (query, key) pairs `mask` allows in a segment: a box counts axis by axis."""
     tokens = math.prod(grid)
     if mask.causal_tokens:
@@ -282,7 +272,7 @@ def _pairs(mask: SpacetimeMask, grid: Grid) -> int:
     return math.prod(int(mask.materialize(PackedLayout.from_grids([line])).sum()) for line in lines)
 
 
-def _patches(s: Setting) -> Iterator[Case]:
+def patch_cases(s: Setting) -> Iterator[Case]:
     layout = s.layout(order="tiled")
     pt, ph, pw = PATCH
     videos = [s.random(CHANNELS, t * pt, h * ph, w * pw) for t, h, w in s.grids]
@@ -302,7 +292,7 @@ def _patches(s: Setting) -> Iterator[Case]:
     yield Case(unpatchify, f"K{volume}", (tokens, layout, PATCH, latents), bytes_moved=moved)
 
 
-def _segment_mean(s: Setting) -> Iterator[Case]:
+def segment_mean_cases(s: Setting) -> Iterator[Case]:
     layout = s.layout()
     for width in s.widths:
         x = s.random(layout.capacity, width)

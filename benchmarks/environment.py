@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks._checkout import ROOT
-from benchmarks.timing import time_variants
+from benchmarks.timing import Timing, time_variants
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
@@ -19,9 +19,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit or _commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda,
+        **versions(),
     }
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(0)
@@ -31,8 +29,14 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         record["memory_bytes"] = device.total_memory
         record["nvidia_smi"] = _output("nvidia-smi", "-i", "0", f"--query-gpu={asked}", "--format=csv")
     else:
-        record["device"] = platform.processor() or platform.machine()
+        record["device"] = _cpu()
+        record["threads"] = torch.get_num_threads()
     return record
+
+
+def versions() -> dict[str, str | None]:
+    """Of what computes."""
+    return {"torch": torch.__version__, "triton": _version("triton"), "cuda": torch.version.cuda}
 
 
 @dataclass(frozen=True)
@@ -44,18 +48,29 @@ class Ceilings:
 
     @staticmethod
     def measure(device: torch.device) -> "Ceilings":
-        """Copy and multiply, large on a GPU and small on a CPU."""
+        """Copy and multiply; on a GPU tensors of 2 GiB and 8192 × 8192, on a CPU of 64 MiB and 1024 × 1024."""
         on_gpu = device.type == "cuda"
-        dtype, elements, side = (torch.bfloat16, 1 << 30, 8192) if on_gpu else (torch.float32, 1 << 22, 256)
+        dtype, elements, side = (torch.bfloat16, 1 << 30, 8192) if on_gpu else (torch.float32, 1 << 24, 1024)
         source = torch.ones(elements, dtype=dtype, device=device)
         target = torch.empty_like(source)
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         work = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
-        times = time_variants(work, device=device, seconds=1.0, max_samples=20)
+        rounds = time_variants(work, device=device, seconds=1.0, max_samples=20)
+        times = {name: Timing.of(samples).median for name, samples in rounds.items()}
         return Ceilings(
-            gigabytes_per_second=2 * source.nbytes / times["copy"].median / 1e6,
-            teraflops=2 * side**3 / times["product"].median / 1e9,
+            gigabytes_per_second=2 * source.nbytes / times["copy"] / 1e6,
+            teraflops=2 * side**3 / times["product"] / 1e9,
         )
+
+
+def _cpu() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:

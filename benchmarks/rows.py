@@ -1,26 +1,58 @@
-"""Measure a case on every backend that it has here, and print what came out."""
+"""Measure a case: everyone who can do its work, checked against fp64 and then timed in turn."""
 
+import gc
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Setting, all_cases
+from benchmarks.cases import Case
+from benchmarks.entrants import Absent, Entrant, Ours, Tensors
 from benchmarks.environment import Ceilings
-from benchmarks.timing import Timing, Work, time_variants
-from sora_fast import use_backend
+from benchmarks.nvml import Gauge
+from benchmarks.timing import Timing, Work
+from sora_fast.ops import packed_attention
+from sora_fast.ops._dispatch import interpreting
+
+DIRECTIONS = ("forward", "backward")
+# Ours may be twice as far from the truth as PyTorch's fp32 sums rounded once. A peer may round products on its way to
+# 16 bits, three in a row in attention's backward pass: what is asked of it is whether it does the same work at all.
+_OURS, _PEERS = 2.0, 4.0
+# Attention in plain PyTorch goes block by block; past so many tokens nobody would use it on a GPU.
+_LONGEST_REFERENCE = 40_000
+
+Maker = Callable[[Case], Entrant]
+Timer = Callable[[Mapping[str, Work]], dict[str, list[float]]]
+
+
+def _torch(case: Case) -> Entrant:
+    if case.op is packed_attention and case.args[0].is_cuda and len(case.args[0]) > _LONGEST_REFERENCE:
+        raise Absent("a reference that takes seconds at this length")
+    return Ours.on("torch", case)
+
+
+def _triton(case: Case) -> Entrant:
+    if not (case.inputs[0].is_cuda or interpreting()):
+        raise Absent("Triton needs a GPU")
+    if not case.has_kernels():
+        raise Absent("it has no Triton kernel")
+    return Ours.on("triton", case)
+
+
+# Our own backends; the peers stand in benchmarks/peers.
+OURS: Mapping[str, Maker] = {"torch": _torch, "triton": _triton}
 
 
 @dataclass
 class Row:
     """One case in one direction.
 
-    times: by backend. errors: by backend, of each output or gradient: the relative distance to what PyTorch gives in
-    the next wider dtype.
+    rounds: milliseconds, by who did it. errors: likewise, of each output or gradient: the relative distance to what
+    PyTorch gives in fp64; PyTorch's own in the case's dtype stands under "torch", timed or not. notes: likewise, what
+    else was read. absent: who did not do it, and why.
     """
 
     op: str
@@ -28,72 +60,118 @@ class Row:
     direction: str
     bytes_moved: int = 0
     flops: int = 0
-    times: dict[str, Timing] = field(default_factory=dict)
+    tokens: int = 0
+    series: str = ""
+    rounds: dict[str, list[float]] = field(default_factory=dict)
     errors: dict[str, list[float]] = field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
     failure: str = ""
 
-    def agrees(self, backend: str) -> bool:
-        """True if `backend` is at most twice as far from the truth as PyTorch in the same dtype, beyond 1e-6."""
-        pairs = zip(self.errors.get(backend, [float("nan")]), self.errors["torch"], strict=False)
-        return not self.failure and all(ours <= 2 * plain + 1e-6 for ours, plain in pairs)
+    @property
+    def times(self) -> dict[str, Timing]:
+        return {name: Timing.of(rounds) for name, rounds in self.rounds.items()}
+
+    def agrees(self, name: str, times: float = _OURS) -> bool:
+        """True if `name` is at most so many times as far from the truth as PyTorch in the same dtype, beyond 1e-6."""
+        pairs = zip(self.errors.get(name, [float("nan")]), self.errors["torch"], strict=False)
+        return not self.failure and all(ours <= times * plain + 1e-6 for ours, plain in pairs)
+
+    def rate(self, name: str, ceilings: Ceilings) -> tuple[float, str, float]:
+        """What `name` reaches, its unit, and the share of the device's ceiling."""
+        milliseconds = Timing.of(self.rounds[name]).median
+        if self.flops:
+            rate, unit, ceiling = self.flops / milliseconds / 1e9, "TFLOP/s", ceilings.teraflops
+        else:
+            rate, unit, ceiling = self.bytes_moved / milliseconds / 1e6, "GB/s", ceilings.gigabytes_per_second
+        return rate, unit, rate / ceiling
+
+    def record(self) -> dict[str, Any]:
+        """Ready for JSON: times in place of the single rounds."""
+        fields = {name: value for name, value in asdict(self).items() if name != "rounds"}
+        return {**fields, "times": {name: asdict(time) for name, time in self.times.items()}}
 
 
-def measure_all(device: torch.device, *, small: bool, deadline: float) -> list[Row]:
-    """Every case, one after the other; an error, or `deadline` (of time.monotonic), becomes a row that says so."""
-    setting = Setting.small(device) if small else Setting.on_gpu()
-    timer = partial(time_variants, device=device)
-    # Small cases prove that everything runs; their times, interpreted, say nothing.
-    timer = partial(timer, max_samples=1, warmup=0) if small else partial(timer, seconds=0.5)
-    rows: list[Row] = []
-    for case in all_cases(setting):
-        name = (case.op.__name__, case.label, "both")
-        if time.monotonic() > deadline:
-            rows.append(Row(*name, failure="not run: out of time"))
-            continue
-        print(f"timing {case.name}", file=sys.stderr)
+def measure(
+    case: Case,
+    timer: Timer,
+    makers: Mapping[str, Maker] = OURS,
+    *,
+    gauge: Gauge | None = None,
+    directions: Sequence[str] = DIRECTIONS,
+) -> list[Row]:
+    """A row a direction. Who is too far from the truth is not timed; a failure of ours is one of the case."""
+    places = list(map(DIRECTIONS.index, directions))
+    rows = [
+        Row(case.op.__name__, case.label, DIRECTIONS[place], case.bytes_moved[place], case.flops[place])
+        for place in places
+    ]
+    plain = _Run(Ours.on("torch", case))
+    truth = _Run(Ours.on("torch", case.exact()), tuple(map(case.part, plain.upstream))).results
+    runs: dict[str, _Run] = {}
+    for name, make in makers.items():
         try:
-            rows += measure(case, timer)
-        except Exception as error:  # one broken op must not cost the others their numbers
-            rows.append(Row(*name, failure=f"{type(error).__name__}: {error}"[:2000]))
+            entrant = make(case)
+            runs[name] = plain if name == "torch" else _Run(entrant, plain.upstream)
+        except Exception as error:
+            if name in OURS and not isinstance(error, Absent):
+                raise
+            reason = str(error) if isinstance(error, Absent) else f"{type(error).__name__}: {error}"
+            for row in rows:
+                row.absent[name] = reason[:500]
+    for place, row in zip(places, rows, strict=True):
+        _check(row, {"torch": plain, **runs}, truth[place], place, case.part)
+        taking_part = {name: run.work(place) for name, run in runs.items() if name not in row.absent}
+        if taking_part:
+            row.rounds = timer(taking_part)
+        if gauge is not None:
+            row.notes = {
+                name: gauge.read(work, Timing.of(row.rounds[name]).median) for name, work in taking_part.items()
+            }
     return rows
 
 
-def measure(case: Case, timer: Callable[[dict[str, Work]], dict[str, Timing]]) -> list[Row]:
-    """Time `case` forward and backward on PyTorch and, where it has kernels, on Triton; compare the results."""
-    runs = {"torch": _Run(case, "torch")}
-    if case.has_kernels():
-        runs["triton"] = _Run(case, "triton")
-    truth = _Run(case.widened(), "torch").results
-    rows = []
-    for place, direction in enumerate(("forward", "backward")):
-        row = Row(case.op.__name__, case.label, direction, case.bytes_moved[place], case.flops[place])
-        row.errors = {name: _distances(run.results[place], truth[place]) for name, run in runs.items()}
-        row.times = timer({name: getattr(run, direction) for name, run in runs.items()})
-        rows.append(row)
-    return rows
+def _check(row: Row, runs: Mapping[str, "_Run"], truth: Tensors, place: int, part: Callable[[Tensor], Tensor]) -> None:
+    for name, run in runs.items():
+        if not run.results[place]:
+            row.absent[name] = "it has no backward pass here"
+            continue
+        row.errors[name] = _distances(tuple(map(part, run.results[place])), truth)
+        if name not in OURS and not row.agrees(name, _PEERS):
+            row.absent[name] = (
+                f"wrong: {max(row.errors[name]):.1e} from the truth, where PyTorch is {max(row.errors['torch']):.1e}"
+            )
+        run.results[place] = ()  # large, and not needed again
 
 
 class _Run:
-    """A case on one backend, run once. results: of the forward and of the backward pass."""
+    """An entrant that has run once. results: of the forward and of the backward pass, in the case's own form.
 
-    def __init__(self, case: Case, backend: str) -> None:
-        self.case, self.backend = case, backend
-        self.outputs = self.forward()
-        # The same upstream gradients for every backend, and exact in every dtype.
-        generator = torch.Generator(self.outputs[0].device).manual_seed(0)
-        self.gradients = tuple(
-            torch.randint(-2, 3, output.shape, generator=generator, device=output.device).to(output.dtype)
-            for output in self.outputs
-        )
-        self.results = (tuple(output.detach() for output in self.outputs), self.backward())
+    upstream: gradients of the outputs, in that form; None makes them, the same for every dtype, and exact in each.
+    """
 
-    def forward(self) -> tuple[Tensor, ...]:
-        with use_backend(self.backend):
-            return self.case.forward()
+    def __init__(self, entrant: Entrant, upstream: Tensors | None = None) -> None:
+        self.entrant = entrant
+        self.outputs = entrant.run()
+        outputs = tuple(entrant.unpack(output.detach()) for output in self.outputs)
+        self.upstream = _small_integers(outputs) if upstream is None else upstream
+        # A padded form has padding in its gradients, where anything may stand.
+        self._gradients = tuple(entrant.pack(x.to(y.dtype)) for x, y in zip(self.upstream, outputs, strict=True))
+        gradients: Tensors = ()
+        if entrant.trains:
+            gradients = tuple(map(entrant.unpack, entrant.differentiate(self.outputs, self._gradients)))
+        self.results = [outputs, gradients]
 
-    def backward(self) -> tuple[Tensor, ...]:
-        with use_backend(self.backend):
-            return self.case.backward(self.outputs, self.gradients)
+    def work(self, place: int) -> Work:
+        """One pass, forward or backward, as it is timed."""
+        if place == 0:
+            return self.entrant.run
+        return lambda: self.entrant.differentiate(self.outputs, self._gradients)
+
+
+def _small_integers(like: Tensors) -> Tensors:
+    generator = torch.Generator(like[0].device).manual_seed(0)
+    return tuple(torch.randint(-2, 3, x.shape, generator=generator, device=x.device).to(x.dtype) for x in like)
 
 
 def _distances(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
@@ -102,27 +180,60 @@ def _distances(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
     return [float((a.to(b.dtype) - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs]
 
 
+def start_afresh() -> None:
+    """Before a case: the shapes of all would count as recompilations of one, and graphs that refer to themselves keep
+    the tensors of the last until they are looked for."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def failed(op: str, case: str, reason: str) -> Row:
+    """In place of a case that was not measured."""
+    return Row(op, case, "both", failure=reason[:2000])
+
+
+def try_to_measure(case: Case, timer: Timer, makers: Mapping[str, Maker], gauge: Gauge | None) -> list[Row]:
+    """As `measure`, but an error becomes a row: one broken case must not cost the others their numbers."""
+    print(f"timing {case.name}", file=sys.stderr, flush=True)
+    try:
+        return measure(case, timer, makers, gauge=gauge)
+    except Exception as error:
+        return [failed(case.op.__name__, case.label, f"{type(error).__name__}: {error}")]
+
+
 def table(rows: Sequence[Row], ceilings: Ceilings) -> str:
-    """A line a row: milliseconds, speed-up over PyTorch, and the share of what the device reaches at best."""
+    """A line a row: ours, how much faster it is than the fastest of the others, and the share of what is possible."""
     names = [f"{row.op}[{row.case}]" for row in rows]
     width = max(map(len, names), default=0)
-    head = (
-        f"{'case':{width}}  direction   torch ms  triton ms   faster  rate             of best  torch err  triton err"
-    )
+    head = f"{'case':{width}}  direction    ours ms  rate              of best   torch ms  best of the others"
     lines = [f"{name:{width}}  {_line(row, ceilings)}" for name, row in zip(names, rows, strict=True)]
     return "\n".join([head, *lines])
 
 
 def _line(row: Row, ceilings: Ceilings) -> str:
-    if row.failure:
-        return f"{row.direction:9}  {row.failure.splitlines()[0][:90]}"
-    plain = row.times["torch"].median
-    best = row.times.get("triton", row.times["torch"]).median
-    rate, unit, ceiling = row.bytes_moved / best / 1e6, "GB/s", ceilings.gigabytes_per_second
-    if row.flops:
-        rate, unit, ceiling = row.flops / best / 1e9, "TFLOP/s", ceilings.teraflops
-    shared = f"{rate:8.1f} {unit:7}  {rate / ceiling:7.0%}"
-    if "triton" not in row.times:
-        return f"{row.direction:9}  {plain:9.3f}  {'':9}  {'':7}  {shared}"
-    errors = f"{max(row.errors['torch']):9.1e}  {max(row.errors['triton']):9.1e}"
-    return f"{row.direction:9}  {plain:9.3f}  {best:9.3f}  {plain / best:6.2f}×  {shared}  {errors}"
+    if row.failure or not row.rounds:
+        reason = row.failure or next(iter(row.absent.values()), "nobody did it")
+        return f"{row.direction:9}  {reason.splitlines()[0][:90]}"
+    times = row.times
+    ours = next(name for name in ("triton", "torch", *times) if name in times)
+    rate, unit, share = row.rate(ours, ceilings)
+    line = f"{row.direction:9}  {times[ours].median:9.3f}  {rate:8.1f} {unit:7}  {share:7.0%}"
+    line += f"  {times['torch'].median:9.3f}" if "torch" in times else f"  {'':9}"
+    others = {name: time.median for name, time in times.items() if name not in OURS}
+    if others:
+        best = min(others, key=others.__getitem__)
+        line += f"  {best}: {others[best]:.3f} ms, ours {others[best] / times[ours].median:.2f}× as fast"
+    return line.rstrip()
+
+
+def absent(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    """Who did not take part and why: once, if the reason is the same everywhere, else with the case."""
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        for name, reason in row.absent.items():
+            reasons.setdefault(name, {}).setdefault(reason, []).append(f"{row.op}[{row.case}], {row.direction}")
+    for name, places in reasons.items():
+        for reason, where in places.items():
+            yield (name, reason) if len(places) == 1 else (f"{name} on {where[0]} and {len(where) - 1} others", reason)

@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ class Timing:
     samples: int
 
     @staticmethod
-    def of(samples: list[float]) -> "Timing":
+    def of(samples: Sequence[float]) -> "Timing":
         ordered = sorted(samples)
         last = len(ordered) - 1
         return Timing(
@@ -43,8 +44,8 @@ def time_variants(
     seconds: float = 1.0,
     max_samples: int = 200,
     warmup: int = 2,
-) -> dict[str, Timing]:
-    """Time every variant in turn, round after round, so that a drift of the clocks meets them all alike.
+) -> dict[str, list[float]]:
+    """Milliseconds of every round of every variant, which take turns, so that a drift of the clocks meets them alike.
 
     After `warmup` calls each, rounds go on until `seconds` have passed (all variants together), but at
     least 3 times, or until `max_samples` rounds are done.
@@ -62,7 +63,7 @@ def time_variants(
             break
         for name, work in variants.items():
             samples[name].append(sample(work))
-    return {name: Timing.of(times) for name, times in samples.items()}
+    return samples
 
 
 def _sample_on_host(work: Work) -> float:
@@ -84,3 +85,50 @@ class _CudaSampler:
         end.record()
         torch.cuda.synchronize(self.device)
         return start.elapsed_time(end)
+
+
+class _Moment:
+    """A place in the device's queue of work; the difference of two is in seconds, and waits for the later one."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: "_Moment") -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+def device_clock() -> Any:
+    """A timer for pytest-benchmark that times the device's work, where the host's clock would time its launches.
+
+    It leaves the cache as it is, and variants come one after the other: what is compared belongs into a contest
+    (benchmarks/contests.py).
+    """
+    return _Moment()
+
+
+class ReplayClock:
+    """A timer for pytest-benchmark that stands still, but for the rounds that it is given: `tick` takes the next.
+
+    So rounds that were measured in turn with those of other variants become the rounds of one benchmark.
+    """
+
+    __name__ = "interleaved rounds"
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._rounds = iter(())
+
+    def __call__(self) -> float:
+        return self.now
+
+    def load(self, milliseconds: Sequence[float]) -> None:
+        """The rounds to come. Each starts at 0, so that none loses digits."""
+        self._rounds = iter(milliseconds)
+
+    def restart(self) -> None:
+        self.now = 0.0
+
+    def tick(self) -> None:
+        self.now += next(self._rounds) / 1e3

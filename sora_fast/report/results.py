@@ -147,9 +147,13 @@ def _from_suite(file: Path, content: Mapping[str, Any]) -> Result:
     rows = content["rows"]
     missing = [f"{_name(row)}: {row['failure'].splitlines()[0]}" for row in rows if row.get("failure")]
     missing += _absent(content)
-    missing += [
-        f"{name}: {counts['failed']} tests failed" for name, counts in content["tests"].items() if counts["failed"]
-    ]
+    for name, counts in content["tests"].items():
+        if counts["failed"]:
+            missing.append(f"{name}: {counts['failed']} tests failed")
+        if not counts.get("complete", True):
+            missing.append(f"{name}: not all of its tests were run")
+    if content.get("stopped"):
+        missing.append(f"what comes after the suite was stopped: {content['stopped']}")
     measurements = [
         Measurement(
             row["op"],
@@ -161,7 +165,7 @@ def _from_suite(file: Path, content: Mapping[str, Any]) -> Result:
             row.get("flops", 0),
             row.get("tokens", 0),
             row.get("series", ""),
-            _errors(row, backend),
+            {**_errors(row, backend), **row.get("notes", {}).get(backend, {})},
         )
         for row in rows
         for backend, time in row["times"].items()

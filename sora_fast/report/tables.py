@@ -7,6 +7,14 @@ from sora_fast.report.compare import compare, is_regression
 from sora_fast.report.results import Measurement, Result
 
 Cell = str | float | int
+# Notes of a measurement that have a column, where any has them: its name, and the factor to its unit.
+NOTES = {
+    "peak_bytes": ("peak MiB", 2**-20),
+    "joules": ("J a call", 1),
+    "sm_mhz": ("SM MHz", 1),
+    "throttled_by": ("held back by", 1),
+    "error": ("error", 1),
+}
 ENVIRONMENT = ("device", "commit", "date", "torch", "triton", "cuda", "python")
 
 
@@ -28,13 +36,16 @@ def text(cell: Cell) -> str:
 def everything(results: Sequence[Result], names: Sequence[str]) -> Table:
     """A row a measurement."""
     columns = ("op", "case", "direction", "backend", "ms", "low", "high", "rounds", "rate", "% of ceiling", "× fastest")
+    noted = [note for note in NOTES if any(note in m.notes for result in results for m in result.measurements)]
+    columns += tuple(NOTES[note][0] for note in noted)
     rows: list[tuple[Cell, ...]] = []
     for result, name in zip(results, names, strict=True):
         fastest: dict[tuple[str, str, str], float] = {}
         for m in result.measurements:
             fastest[m.group] = min(m.time.median, fastest.get(m.group, m.time.median))
         for m in result.measurements:
-            row = (*_row(m, result), m.time.median / fastest[m.group])
+            notes = (_note(m, note) for note in noted)
+            row = (*_row(m, result), m.time.median / fastest[m.group], *notes)
             rows.append(row if len(results) == 1 else (name, *row))
     return Table("Everything measured", columns if len(results) == 1 else ("result", *columns), tuple(rows))
 
@@ -43,6 +54,11 @@ def _row(m: Measurement, result: Result) -> tuple[Cell, ...]:
     least, time = m.least(result.ceilings), m.time
     share: Cell = 100 * least / time.median if least else ""
     return m.op, m.case, m.direction, m.backend, time.median, time.low, time.high, time.samples, m.rate, share
+
+
+def _note(m: Measurement, name: str) -> Cell:
+    value = m.notes.get(name, "")
+    return value if isinstance(value, str) else value * NOTES[name][1]
 
 
 def comparison(before: Result, after: Result, names: tuple[str, str]) -> Table:

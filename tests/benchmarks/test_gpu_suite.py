@@ -1,27 +1,36 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from benchmarks import suite as suites
 from benchmarks._checkout import ROOT
 from benchmarks.environment import Ceilings
-from benchmarks.gpu_suite import validate
+from benchmarks.gpu_suite import Stopped, stopping_after
 from benchmarks.gpu_tests import Counts
-from benchmarks.rows import Row, table
-from benchmarks.timing import Timing
+from benchmarks.rows import Row, absent, failed, table
+from benchmarks.suite import Suite, validate
+from sora_fast.report import read_result
 
 RECORD = {"commit": "c0ffee", "torch": "2.13", "triton": "3.7.1", "date": "2026-01-01", "device": "some GPU"}
-FAST, SLOW = Timing(1.0, 0.9, 1.1, 9), Timing(2.0, 1.9, 2.1, 9)
+FAST, SLOW = [0.9, 1.0, 1.1], [1.9, 2.0, 2.1]
 
 
-def _row(op: str = "adaln", *, error: float = 1e-3, failure: str = "", **times: Timing) -> Row:
+def _row(op: str = "adaln", *, error: float = 1e-3, failure: str = "", **rounds: list[float]) -> Row:
     row = Row(op, "C64", "forward", bytes_moved=10**9, failure=failure)
-    row.times = times or {"torch": SLOW, "triton": FAST}
+    row.rounds = rounds or {"torch": SLOW, "triton": FAST}
     row.errors = {"torch": [1e-3, 1e-3], "triton": [1e-3, error]}
     return row
+
+
+def _suite(folder: Path, **options: object) -> Suite:
+    return Suite(folder, "dry", RECORD, Ceilings(2000.0, 1.0), **options)
 
 
 def test_a_backend_is_validated_if_tests_passed_and_results_agree() -> None:
@@ -33,6 +42,7 @@ def test_a_backend_is_validated_if_tests_passed_and_results_agree() -> None:
     ("counts", "rows"),
     [
         pytest.param(Counts(passed=7, failed=1), [_row()], id="a test failed"),
+        pytest.param(Counts(passed=7, complete=False), [_row()], id="not all tests ran"),
         pytest.param(Counts(skipped=3), [_row()], id="no test ran"),
         pytest.param(Counts(passed=7), [_row(), _row(error=2.1e-3)], id="a case disagrees"),
         pytest.param(Counts(passed=7), [_row(), _row(error=float("nan"))], id="a case gives NaN"),
@@ -48,20 +58,83 @@ def test_an_op_without_tests_is_not_validated() -> None:
     assert validate({}, [_row()], RECORD) == {}
 
 
+def test_cut_off_it_validates_what_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And keeps the records of the ops that it did not look at, and of other devices."""
+    repository = tmp_path / "repository.json"
+    repository.write_text(json.dumps({"sm_80": {"x": 1}, "sm_90": {"patch_embed": {"triton": 2}, "adaln": 3}}))
+    monkeypatch.setattr(suites, "VALIDATED", repository)
+    suite = _suite(tmp_path, expected=[("adaln", "C64"), ("unpatchify", "K64"), ("unpatchify", "K32")])
+    suite.kind = "sm_90"
+    suite.tests = {"adaln": Counts(passed=7), "unpatchify": Counts(passed=7)}
+    suite.cases = [_row("adaln"), Row(**{**asdict(_row("unpatchify")), "case": "K64"})]
+    suite.save_validated()
+    found = json.loads(repository.read_text())
+    assert found["sm_80"] == {"x": 1} and found["sm_90"].keys() == {"patch_embed", "adaln"}
+    assert found["sm_90"]["adaln"]["triton"]["tests_passed"] == 7
+    suite.sanitizer = {"errors": 1, "note": ""}
+    suite.save_validated()
+    assert json.loads(repository.read_text())["sm_90"] == {"patch_embed": {"triton": 2}}, "memcheck found something"
+
+
+def test_what_is_saved_is_what_the_report_reads(tmp_path: Path) -> None:
+    row = _row(torch=SLOW, triton=FAST, SDPA=SLOW)
+    row.tokens, row.series, row.absent = 4096, "ragged", {"flash-attn": "not installed"}
+    row.errors["SDPA"], row.notes = [1e-3], {"triton": {"joules": 0.5}}
+    suite = _suite(tmp_path, planned=[("adaln", "C64"), ("adaln", "C128")], compared=[row], stopped="SIGTERM")
+    suite.tests = {"adaln": Counts(passed=1, complete=False)}
+    suite.save()
+    result = read_result(tmp_path / "suite.json")
+    ours = result.by_key["adaln", "C64", "forward", "triton"]
+    assert (ours.time.median, ours.tokens, ours.series, ours.notes["joules"]) == (1.0, 4096, "ragged", 0.5)
+    assert set(result.missing) == {
+        "adaln[C128], both: not run: out of time",
+        "flash-attn: not installed",
+        "adaln: not all of its tests were run",
+        "what comes after the suite was stopped: SIGTERM",
+    }
+
+
+def test_absence_is_told_once_or_with_its_place() -> None:
+    rows = [_row(), _row()]
+    rows[0].absent = {"xformers": "not installed", "varlen": "no such mask"}
+    rows[1].absent = {"xformers": "not installed", "varlen": "wrong"}
+    assert list(absent(rows)) == [
+        ("xformers", "not installed"),
+        ("varlen on adaln[C64], forward and 0 others", "no such mask"),
+        ("varlen on adaln[C64], forward and 0 others", "wrong"),
+    ]
+
+
 def test_table_shows_speed_up_and_share_of_the_ceiling() -> None:
-    text = table([_row(), _row(failure="RuntimeError: broken\nmore")], Ceilings(2000.0, 1.0))
-    assert "2.00×" in text and "1000.0 GB/s" in text and "50%" in text
+    rows = [_row(torch=SLOW, triton=FAST, SDPA=SLOW), failed("adaln", "C64", "RuntimeError: broken\nmore")]
+    text = table(rows, Ceilings(2000.0, 1.0))
+    assert "SDPA: 2.000 ms, ours 2.00× as fast" in text and "1000.0 GB/s" in text and "50%" in text
     assert "RuntimeError: broken" in text and "more" not in text
 
 
-def _suite(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def test_the_clock_stops_it_and_is_no_error() -> None:
+    with pytest.raises(Stopped, match="out of time"), stopping_after(0.05):
+        try:
+            time.sleep(10)
+        except Exception:
+            pytest.fail("swallowed")
+    time.sleep(0.06)  # and rings once
+
+
+def test_sigterm_stops_it() -> None:
+    with pytest.raises(Stopped, match="SIGTERM"), stopping_after(60):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+
+def _call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.gpu_suite", *map(str, arguments)]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    result = _suite("--out", tmp_path)
+    result = _call("--out", tmp_path)
     assert result.returncode == 2 and "no CUDA device" in result.stderr
 
 
@@ -69,11 +142,12 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 def test_dry_walk_measures_every_op(tmp_path: Path) -> None:
     proved = ROOT / "sora_fast" / "ops" / "validated.json"
     before = proved.read_bytes() if proved.exists() else None
-    result = _suite("--dry", "--out", tmp_path)
+    result = _call("--dry", "--minutes", "30", "--out", tmp_path)  # a busy machine is no failure
     assert result.returncode == 0, result.stdout + result.stderr
     suite = json.loads((tmp_path / "suite.json").read_text())
-    assert suite["environment"]["torch"] and suite["ceilings"]["gigabytes_per_second"] > 0
-    kernels = {row["op"] for row in suite["rows"] if row["times"].keys() == {"torch", "triton"}}
+    assert suite["environment"]["torch"] and suite["ceilings"]["gigabytes_per_second"] > 0 and not suite["stopped"]
+    assert not [row for row in suite["rows"] if row["failure"]]
+    kernels = {row["op"] for row in suite["rows"] if "triton" in row["times"]}
     assert kernels == {
         "adaln",
         "gated_residual",
@@ -85,6 +159,8 @@ def test_dry_walk_measures_every_op(tmp_path: Path) -> None:
     }
     errors = [error for row in suite["rows"] if row["op"] in kernels for error in row["errors"]["triton"]]
     assert 0 <= max(errors) < 1e-5, "fp32 against fp64"
+    peers = next(row for row in suite["rows"] if row["tokens"])
+    assert peers["times"].keys() == {"triton", "torch", "SDPA"} and "flash-attn" in peers["absent"]
     assert json.loads((tmp_path / "validated.json").read_text())["dry"] == {}, "nothing ran on a GPU"
-    assert result.stdout.rstrip().splitlines()[-1].startswith("segment_mean"), "the table comes last"
+    assert result.stdout.rstrip().splitlines()[-1].startswith("packed_attention"), "the table comes last"
     assert (proved.read_bytes() if proved.exists() else None) == before

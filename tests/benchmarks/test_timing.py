@@ -3,15 +3,16 @@ import time
 import pytest
 import torch
 
-from benchmarks.timing import Timing, time_variants
+from benchmarks.timing import ReplayClock, Timing, device_clock, time_variants
 
 CPU = torch.device("cpu")
 
 
 def test_timing_reads_the_work_and_not_the_noise() -> None:
-    times = time_variants(
+    rounds = time_variants(
         {"long": lambda: time.sleep(0.02), "short": lambda: time.sleep(0.002)}, device=CPU, seconds=0.3
     )
+    times = {name: Timing.of(samples) for name, samples in rounds.items()}
     assert 20 <= times["long"].low <= times["long"].median <= times["long"].high
     assert times["short"].median < times["long"].median / 2
     assert times["long"].samples == times["short"].samples >= 3
@@ -24,7 +25,7 @@ def test_variants_take_turns() -> None:
 
 
 def test_out_of_time_still_gives_three_samples() -> None:
-    assert time_variants({"a": lambda: None}, device=CPU, seconds=0.0)["a"].samples == 3
+    assert len(time_variants({"a": lambda: None}, device=CPU, seconds=0.0)["a"]) == 3
 
 
 def test_deciles() -> None:
@@ -41,4 +42,29 @@ def test_events_time_the_device_and_not_the_launch() -> None:
     device = torch.device("cuda")
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     times = time_variants({"one": lambda: a @ a, "three": lambda: a @ a @ a @ a}, device=device, seconds=0.5)
-    assert 2 < times["three"].median / times["one"].median < 4
+    assert 2 < Timing.of(times["three"]).median / Timing.of(times["one"]).median < 4
+
+
+@pytest.mark.gpu
+def test_device_clock_waits_for_the_device() -> None:
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    a @ a
+    start, host = device_clock(), time.perf_counter()
+    for _ in range(20):
+        a @ a
+    host = time.perf_counter() - host
+    seconds = device_clock() - start
+    # 22 TFLOP: the host only queued them.
+    assert seconds > 0.005 and seconds > 2 * host
+
+
+def test_replayed_rounds_are_what_was_measured() -> None:
+    clock = ReplayClock()
+    clock.load([3.0, 1.0])
+    durations = []
+    for _ in range(2):
+        clock.restart()
+        start = clock()
+        clock.tick()
+        durations.append(clock() - start)
+    assert durations == [3e-3, 1e-3]

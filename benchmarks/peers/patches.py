@@ -1,0 +1,53 @@
+"""Videos cut up and put together one by one, in raster order. Sizes that the patch does not divide are beyond them."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import Case
+from benchmarks.entrants import Absent, Entrant
+from benchmarks.peers.compiling import compiled as compile_peer
+from benchmarks.peers.order import Raster
+
+
+def embed(case: Case, compete: Callable[..., Entrant] = Entrant.peer) -> Entrant:
+    """reshape and F.linear."""
+    latents, _, _, layout, (pt, ph, pw), *position = case.args
+    if position or latents.flat.requires_grad:
+        raise Absent("it has no positions and no gradient of the pixels")
+    videos = [
+        video.view(len(video), t, pt, h, ph, w, pw)
+        for video, (t, h, w) in zip(latents.to_list(), layout.grids.tolist(), strict=True)
+    ]
+
+    def run(weight: Tensor, bias: Tensor) -> Tensor:
+        patches = [video.permute(1, 3, 5, 0, 2, 4, 6).flatten(0, 2).flatten(1) for video in videos]
+        return F.linear(torch.cat(patches), weight, bias)
+
+    order = Raster.of(layout)
+    return compete(case, run, pack=order.pack, unpack=order.unpack)
+
+
+def assemble(case: Case, compete: Callable[..., Entrant] = Entrant.peer) -> Entrant:
+    """One permutation a video."""
+    _, layout, (pt, ph, pw), _ = case.args
+    grids = layout.grids.tolist()
+    lengths = [t * h * w for t, h, w in grids]
+
+    def run(tokens: Tensor) -> Tensor:
+        parts = zip(tokens.split(lengths), grids, strict=True)
+        boxes = (part.view(*grid, pt, ph, pw, -1) for part, grid in parts)
+        return torch.cat([box.permute(6, 0, 3, 1, 4, 2, 5).flatten() for box in boxes])
+
+    order = Raster.of(layout)
+    return compete(case, run, pack=order.pack, unpack=order.unpack)
+
+
+def embed_compiled(case: Case) -> Entrant:
+    return embed(case, compile_peer)
+
+
+def assemble_compiled(case: Case) -> Entrant:
+    return assemble(case, compile_peer)

@@ -1,0 +1,56 @@
+"""RMSNorm of every head and rotary positions from tables, as video models have them written out."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import Case
+from benchmarks.entrants import Absent, Entrant
+from benchmarks.peers.compiling import compiled as compile_peer
+
+Norm = Callable[[Tensor, Tensor], Tensor]
+
+
+def eager(case: Case) -> Entrant:
+    return Entrant.peer(case, _written_out(case, _plain_norm))
+
+
+def compiled(case: Case) -> Entrant:
+    return compile_peer(case, _written_out(case, _plain_norm))
+
+
+def liger(case: Case) -> Entrant:
+    """Its RMSNorm; the rotation is PyTorch's."""
+    if not case.inputs[0].is_cuda:
+        raise Absent("it needs a GPU")
+    try:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    except ImportError as error:
+        raise Absent("liger-kernel is not installed") from error
+    # offset 0, the whole norm in the input's dtype but for its statistics, and nothing overwritten: x is a view.
+    return Entrant.peer(
+        case,
+        _written_out(case, lambda x, weight: LigerRMSNormFunction.apply(x, weight, 1e-6, 0.0, "llama", False)),
+    )
+
+
+def _plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, 1e-6)
+
+
+def _written_out(case: Case, norm: Norm) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The tables are made before, once a batch."""
+    layout, rope = case.args[-2:]
+    angles = rope.angles(layout.coords, case.args[0].shape[2])[:, None]
+    cos, sin = angles.cos(), angles.sin()
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+
+    def run(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
+        return rotate(norm(q, q_weight)), rotate(norm(k, k_weight))
+
+    return run
