@@ -36,6 +36,7 @@ class Rotation:
     lifts: octaves, in those of the segment's scale, that each pair is faster than the one before; zeros: the scale is
         one of the coordinate.
     extents: length of a side in steps, however many tokens it has; 0: a token is a step.
+    scaled: segments have a scale.
     interleaved: a pair is the channels (2p, 2p + 1), or else (p, p + D/2).
     """
 
@@ -45,11 +46,19 @@ class Rotation:
     speeds: tuple[float, ...] = ()
     lifts: tuple[float, ...] = ()
     extents: tuple[float, ...] = ()
+    scaled: bool = False
     interleaved: bool = False
 
     @staticmethod
     def of(
-        split: list[int], theta: float, scale: list[float], extent: list[float], ntk: bool, interleaved: bool
+        split: list[int],
+        theta: float,
+        scale: list[float],
+        extent: list[float],
+        ntk: bool,
+        interleaved: bool,
+        *,
+        scaled: bool,
     ) -> "Rotation":
         """The fields of a `Rope3D`, spelled out for every axis; empty lists: nothing turns."""
         ends, octaves, lifts = [], [], []
@@ -61,7 +70,7 @@ class Rotation:
         coarse = tuple(round(step * 2**14) / 2**14 for step in octaves)
         rests = tuple(exact - part for exact, part in zip(octaves, coarse, strict=True))
         speeds = (1.0,) * len(split) if ntk else tuple(scale)
-        return Rotation(tuple(ends), coarse, rests, speeds, tuple(lifts), tuple(extent), interleaved)
+        return Rotation(tuple(ends), coarse, rests, speeds, tuple(lifts), tuple(extent), scaled, interleaved)
 
 
 class Heads(NamedTuple):
@@ -85,12 +94,18 @@ class Heads(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the tokens are: coords [N, 3]; grids [S, 3], if the rotation has extents; scale [S, 3] fp32 of every
-    segment, if there is one. All contiguous."""
+    """Where the tokens are: coords [N, 3]; grids [S, 3]; scale [S, 3] fp32 of every segment. All contiguous.
+
+    For grids and a scale that the rotation does not need `coords` stands in: Triton 3.6 lets no tuple hold None.
+    """
 
     coords: Tensor
-    grids: Tensor | None
-    scale: Tensor | None
+    grids: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def of(coords: Tensor, grids: Tensor | None, scale: Tensor | None) -> "Places":
+        return Places(coords, *(coords if x is None else x for x in (grids, scale)))
 
 
 @dataclass(frozen=True)
@@ -359,7 +374,7 @@ def _turns(places, n, segment, SHAPE: tl.constexpr, ROTATION: tl.constexpr):
         speed = tl.exp2(-whole) * tl.exp2(whole - octaves - rest)
         in_t, in_h = in_t[None, :], in_h[None, :]
         radians = _of_axis(in_t, in_h, t, h, w) * speed[None, :]
-        if places.scale is not None and ROTATION.lifts[0] > 0:
+        if ROTATION.scaled and ROTATION.lifts[0] > 0:
             radians *= tl.exp2(number[None, :] * _of_axis(in_t, in_h, t_lift, h_lift, w_lift))
         return _cos_sin(radians)
 
@@ -379,7 +394,7 @@ def _coordinate(places, n, segment, AXIS: tl.constexpr, ROTATION: tl.constexpr):
     if ROTATION.extents[AXIS] != 0:
         side = tl.load(places.grids + segment * 3 + AXIS, mask=used, other=1)
         step *= ROTATION.extents[AXIS] / side
-    if places.scale is not None:
+    if ROTATION.scaled:
         scale = tl.load(places.scale + segment * 3 + AXIS, mask=used, other=1.0)
         if ROTATION.lifts[AXIS] > 0:
             lift = tl.log2(scale) * ROTATION.lifts[AXIS]

@@ -59,11 +59,19 @@ class Rope3D:
             raise ValueError(f"rope.split: {split} has {sum(split)} channels, but the head dim is {head_dim}")
         return split
 
-    def frequencies(self, head_dim: int, grids: Tensor, segment_scale: Tensor | None = None) -> Tensor:
-        """Radians [S, D/2] fp64 that every channel pair turns by for a step of its coordinate, in every segment.
+    def angles(
+        self, head_dim: int, segment_ids: Tensor, coords: Tensor, grids: Tensor, segment_scale: Tensor | None = None
+    ) -> Tensor:
+        """Radians [N, D/2] fp32 that every channel pair turns by.
 
-        grids: [S, 3]. segment_scale: as `qk_norm_rope` takes it.
+        segment_ids [N], coords [N, 3], grids [S, 3]: of a `PackedLayout`. segment_scale: as `qk_norm_rope` takes it.
         """
+        frequencies = self._frequencies(head_dim, grids, segment_scale).float()[segment_ids.clamp(min=0)]
+        steps = [coords[:, axis, None].expand(-1, size // 2) for axis, size in enumerate(self.split_for(head_dim))]
+        return torch.cat(steps, dim=1) * frequencies
+
+    def _frequencies(self, head_dim: int, grids: Tensor, segment_scale: Tensor | None) -> Tensor:
+        """Radians [S, D/2] fp64 for a step of the coordinate, in every segment."""
         parts = []
         for axis, size in enumerate(self.split_for(head_dim)):
             pairs = torch.arange(size // 2, dtype=torch.float64, device=grids.device)
@@ -73,7 +81,7 @@ class Rope3D:
             share = pairs * 2 / max(size - 2, 1) if self.scaling == "ntk" else torch.ones_like(pairs)
             frequency = factor[:, None] ** share * self.theta ** (-2 * pairs / max(size, 1))
             if self.extent is not None and self.extent[axis] is not None:
-                frequency = frequency * (self.extent[axis] / grids[:, axis, None].clamp(min=1))
+                frequency = frequency * (self.extent[axis] / grids[:, axis, None].clamp(min=1).double())
             parts.append(frequency)
         return torch.cat(parts, dim=1)
 
@@ -169,9 +177,7 @@ def _turns(
     queries and the keys, and once more in the backward pass."""
     scaling, sides = "ntk" if ntk else "linear", tuple(side or None for side in extent)
     rope = Rope3D(tuple(split), theta, interleaved, tuple(scale), scaling, sides)
-    frequencies = rope.frequencies(sum(split), grids, segment_scale).float()
-    steps = [coords[:, axis, None].expand(-1, size // 2) for axis, size in enumerate(split)]
-    angles = torch.cat(steps, dim=1) * frequencies[segment_ids.clamp(min=0)]
+    angles = rope.angles(sum(split), segment_ids, coords, grids, segment_scale)
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -200,8 +206,8 @@ def _qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     from sora_fast.kernels import qk_norm_rope as kernels
 
-    places = kernels.Places(coords, grids, segment_scale)
-    rotation = kernels.Rotation.of(split, theta, scale, extent, ntk, interleaved)
+    places = kernels.Places.of(coords, grids, segment_scale)
+    rotation = kernels.Rotation.of(split, theta, scale, extent, ntk, interleaved, scaled=segment_scale is not None)
     return kernels.forward(kernels.Heads(q, k, q_weight, k_weight), segment_ids, places, rotation, eps)
 
 
@@ -229,8 +235,8 @@ def _qk_norm_rope_backward(
     from sora_fast.kernels import qk_norm_rope as kernels
 
     heads = kernels.Heads(q, k, q_weight, k_weight)
-    places = kernels.Places(coords, grids, segment_scale)
-    rotation = kernels.Rotation.of(split, theta, scale, extent, ntk, interleaved)
+    places = kernels.Places.of(coords, grids, segment_scale)
+    rotation = kernels.Rotation.of(split, theta, scale, extent, ntk, interleaved, scaled=segment_scale is not None)
     return kernels.backward((dq, dk), heads, segment_ids, places, rotation, eps, weights=weights)
 
 

@@ -21,7 +21,7 @@ from tests.modulated import (
     check_against_oracle,
     check_compiles_once,
 )
-from tests.tracing import check_unasked
+from tests.tracing import LargestTensor, check_unasked
 
 BACKENDS = ("torch", "triton")
 SHAPE = {"tokens": 1, "tables": 2}
@@ -56,8 +56,18 @@ def test_widths_match_the_oracle(width: int, norm: Norm, device: torch.device) -
     check(Case(tokens=5, width=width, rows=2, dtypes=DTYPES[-1]), norm, device, "triton")
 
 
-def test_more_rows_than_one_fold_adds(device: torch.device) -> None:
-    check(Case(tokens=70, width=8, pattern="row a token"), Norm("layer", weight=True, bias=True), device, "triton")
+def test_many_rows_in_groups(device: torch.device) -> None:
+    # Rows of a few tokens, whole in a chunk or cut by its end, and of none; a program of the fold looks at two of them.
+    check(Case(tokens=600, width=8, rows=300), Norm("layer", weight=True, bias=True), device, "triton")
+
+
+def test_a_row_a_token_costs_no_more_than_its_gradients(device: torch.device) -> None:
+    case = Case(tokens=45, width=48, pattern="row a token")
+    x, *tables = (t.to(device).requires_grad_() for t in case.tensors(case.tokens, 3, torch.float32))
+    y = adaln(x, *tables, case.index().to(device), backend="triton")
+    with LargestTensor() as largest:
+        torch.autograd.grad(y, (x, *tables), torch.ones_like(y))
+    assert largest.elements == 2 * case.tokens * case.width
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
