@@ -35,9 +35,10 @@ def written_out(
     return rotate(q, turn), rotate(k, turn)
 
 
-def complex_numbers(x: Tensor, turn: Tensor) -> Tensor:
-    """Neighbouring channels, as Llama and Wan 2.1 turn them. turn: [N, 1, D/2] complex."""
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+def neighbours(x: Tensor, turn: Tensor) -> Tensor:
+    """Neighbouring channels, in real numbers: Inductor makes no code for complex ones. turn: [2, N, 1, D/2]."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * turn[0] - b * turn[1], a * turn[1] + b * turn[0]], dim=-1).flatten(-2)
 
 
 def two_halves(x: Tensor, turn: Tensor) -> Tensor:
@@ -48,11 +49,10 @@ def two_halves(x: Tensor, turn: Tensor) -> Tensor:
 
 def _peers() -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
     angles = INTERLEAVED.angles(HEAD_DIM, LAYOUT.segment_ids, LAYOUT.coords, LAYOUT.grids)[:, None]
-    numbers = torch.polar(torch.ones(()), angles)
-    halves = torch.stack([angles.cos(), angles.sin()]).repeat(1, 1, 1, 2)
+    turn = torch.stack([angles.cos(), angles.sin()])
     return {
-        "written_out, interleaved": partial(written_out, turn=numbers, rotate=complex_numbers),
-        "written_out, half-split": partial(written_out, turn=halves, rotate=two_halves),
+        "written_out, interleaved": partial(written_out, turn=turn, rotate=neighbours),
+        "written_out, half-split": partial(written_out, turn=turn.repeat(1, 1, 1, 2), rotate=two_halves),
         "F.rms_norm": norms_alone,
     }
 
