@@ -38,6 +38,9 @@ from sora_fast.schedule import TileSchedule
 CHANNELS, PATCH = 16, (1, 2, 2)
 # One of every shape that attention splits a head into, up to the widest, and the commonest of each.
 HEAD_DIMS = (64, 72, 80, 96, 128, 192, 256)
+_ROPES = {"": Rope3D(), "half-split,": Rope3D(interleaved=False)}
+# All at once that an angle may depend on, with a scale for every segment.
+_SCALED = Rope3D(scaling="ntk", extent=(None, 32.0, 32.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,12 +215,14 @@ def _with_affine(case: Case, norm: str) -> Case:
 
 def qk_norm_rope_cases(s: Setting) -> Iterator[Case]:
     layout = s.layout()
-    for head_dim in s.head_dims:
+    work = [(head_dim, label, rope) for head_dim in s.head_dims for label, rope in _ROPES.items()]
+    for head_dim, label, rope in [*work, (s.head_dims[-1], "scaled,", _SCALED)]:
         q, k, _ = s.random(layout.capacity, 3, s.heads, head_dim).unbind(1)
         weights = s.random(head_dim), s.random(head_dim)
         once = q.numel() * q.element_size()
-        args = (q, k, *weights, layout, Rope3D())
-        yield Case(qk_norm_rope, f"D{head_dim}", args, bytes_moved=(4 * once, 6 * once))
+        scale = torch.full(layout.grids.shape, 0.5, device=s.device) if rope is _SCALED else None
+        args, options = (q, k, *weights, layout, rope), {"segment_scale": scale}
+        yield Case(qk_norm_rope, f"{label}D{head_dim}", args, options, bytes_moved=(4 * once, 6 * once))
 
 
 def attention_cases(s: Setting) -> Iterator[Case]:

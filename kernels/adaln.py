@@ -9,16 +9,19 @@ from sora_fast.kernels._launch import launch
 from sora_fast.kernels._rows import (
     CHUNK,
     RowBlock,
-    empty_partials,
+    Sums,
     fold,
     load_fp32,
+    load_stats,
     load_vector,
-    norm_backward,
+    norm_gradient,
     norm_rows,
-    normed_again,
-    store_partial,
+    norm_totals,
+    read_row,
+    store_sums,
     store_zeros,
     walk,
+    zero_sums,
 )
 
 
@@ -74,17 +77,17 @@ def adaln_backward(
     tokens, width = x.shape
     rows = scale.shape[0]
     dx = x.new_empty(tokens, width)
-    partials = empty_partials(tokens, rows, 2, x) if sums else None
+    asked = Sums.empty(scale, 2, tokens, affine=not (weight is None and bias is None)) if sums else None
     block = RowBlock.backward(width)
     launch(
         _backward,
         (triton.cdiv(tokens, CHUNK),),
-        *(dy, x, scale, weight, stats, index, offsets, order, dx, partials, tokens, rows),
+        *(dy, x, scale, weight, bias, stats, index, offsets, order, dx, asked, tokens, rows),
         *(dy.stride(), x.stride(), scale.stride()),
-        **{"WIDTH": width, "CENTRED": centred, "BLOCK_C": block.columns, "CHUNK": CHUNK},
+        **{"WIDTH": width, "CENTRED": centred, "MAIN": block.columns, "REST": block.rest, "CHUNK": CHUNK},
         num_warps=block.num_warps,
     )
-    return dx, *fold(partials, offsets, scale, weight=weight, bias=bias)
+    return dx, *fold(asked, offsets, scale, weight=weight, bias=bias)
 
 
 @triton.jit
@@ -127,49 +130,54 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy,
-    x,
-    scale,
-    weight,
-    stats,
-    index,
-    offsets,
-    order,
-    dx,
-    partials,
-    tokens,
-    rows,
-    dy_strides,
-    x_strides,
-    scale_strides,
-    WIDTH: tl.constexpr,
-    CENTRED: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    chunk = tl.program_id(0)
-    column = tl.arange(0, BLOCK_C)
-    inside = column < WIDTH
-    d_shift = tl.zeros([BLOCK_C], dtype=tl.float32)
-    d_scale = tl.zeros([BLOCK_C], dtype=tl.float32)
+    dy, x, scale, weight, bias, stats, index, offsets, order, dx, sums, tokens, rows,
+    dy_strides, x_strides, scale_strides,
+    WIDTH: tl.constexpr, CENTRED: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    main = tl.arange(0, MAIN)
+    main_sums = zero_sums(MAIN)
+    if REST > 0:
+        rest = MAIN + tl.arange(0, REST)
+        rest_sums = zero_sums(REST)
     begin, middle, end = walk(offsets, rows, tokens, CHUNK)
     for position in range(begin, middle):
         token = tl.load(order + position)
         row = tl.load(index + token)
         ends = position + 1 == tl.minimum(middle, tl.load(offsets + row + 1))
-        gradient = load_fp32(dy, dy_strides, token, column, inside)
-        values = load_fp32(x, x_strides, token, column, inside)
-        normed, rstd = normed_again(values, stats, token, tokens, CENTRED)
-        d_shift += gradient
-        d_scale += gradient * normed
-        d_normed = gradient * (1.0 + load_fp32(scale, scale_strides, row, column, inside))
-        if weight is not None:
-            d_normed *= load_vector(weight, column, inside)
-        result = norm_backward(d_normed, normed, rstd, WIDTH, CENTRED)
-        tl.store(dx + token.to(tl.int64) * WIDTH + column, result, mask=inside)
+        mean, rstd = load_stats(stats, token, tokens, CENTRED)
+        normed, d_normed, main_sums = read_row(
+            dy, dy_strides, x, x_strides, scale, scale_strides, weight, mean, rstd, token, row, main, main_sums, WIDTH
+        )
+        totals = norm_totals(normed, d_normed, CENTRED)
+        if REST > 0:
+            normed_rest, d_normed_rest, rest_sums = read_row(
+                dy,
+                dy_strides,
+                x,
+                x_strides,
+                scale,
+                scale_strides,
+                weight,
+                mean,
+                rstd,
+                token,
+                row,
+                rest,
+                rest_sums,
+                WIDTH,
+            )
+            totals += norm_totals(normed_rest, d_normed_rest, CENTRED)
+        out = dx + token.to(tl.int64) * WIDTH
+        tl.store(out + main, norm_gradient(normed, d_normed, rstd, totals, WIDTH, CENTRED), mask=main < WIDTH)
+        if REST > 0:
+            result = norm_gradient(normed_rest, d_normed_rest, rstd, totals, WIDTH, CENTRED)
+            tl.store(out + rest, result, mask=rest < WIDTH)
         if ends:
-            store_partial(partials, chunk + row, 0, column, d_shift, WIDTH, 2)
-            store_partial(partials, chunk + row, 1, column, d_scale, WIDTH, 2)
-            d_shift = tl.zeros([BLOCK_C], dtype=tl.float32)
-            d_scale = tl.zeros([BLOCK_C], dtype=tl.float32)
-    store_zeros(dx, order, middle, end, column, WIDTH)
+            store_sums(sums, main_sums, scale, scale_strides, weight, bias, offsets, row, rows, main, WIDTH, CHUNK)
+            main_sums = zero_sums(MAIN)
+            if REST > 0:
+                store_sums(sums, rest_sums, scale, scale_strides, weight, bias, offsets, row, rows, rest, WIDTH, CHUNK)
+                rest_sums = zero_sums(REST)
+    store_zeros(dx, order, middle, end, main, WIDTH)
+    if REST > 0:
+        store_zeros(dx, order, middle, end, rest, WIDTH)

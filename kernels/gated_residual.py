@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._launch import launch
-from sora_fast.kernels._rows import CHUNK, RowBlock, empty_partials, fold, load_fp32, store_partial, store_zeros, walk
+from sora_fast.kernels._rows import CHUNK, RowBlock, Sums, fold, load_fp32, store_sums, store_zeros, walk
 
 
 def gated_residual_forward(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor) -> Tensor:
@@ -36,17 +36,17 @@ def gated_residual_backward(
     rows = gate.shape[0]
     # d_residual is d_out but for the padding, which may hold anything there and must be zero here.
     d_residual, d_branch = d_out.new_empty(tokens, width), branch.new_empty(tokens, width)
-    partials = empty_partials(tokens, rows, 1, branch) if tables else None
-    block = RowBlock.pointwise(width)
+    sums = Sums.empty(gate, 1, tokens) if tables else None
+    block = RowBlock.pointwise_backward(width)
     launch(
         _backward,
         (triton.cdiv(tokens, CHUNK), triton.cdiv(width, block.columns)),
-        *(d_out, branch, gate, index, offsets, order, d_residual, d_branch, partials, tokens, rows),
+        *(d_out, branch, gate, index, offsets, order, d_residual, d_branch, sums, tokens, rows),
         *(d_out.stride(), branch.stride(), gate.stride()),
         **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": CHUNK},
         num_warps=block.num_warps,
     )
-    return d_residual, d_branch, fold(partials, offsets, gate)[0]
+    return d_residual, d_branch, fold(sums, offsets, gate)[0]
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def _backward(
     order,
     d_residual,
     d_branch,
-    partials,
+    sums,
     tokens,
     rows,
     d_out_strides,
@@ -96,7 +96,6 @@ def _backward(
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    chunk = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < WIDTH
     d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -106,13 +105,13 @@ def _backward(
         row = tl.load(index + token)
         ends = position + 1 == tl.minimum(middle, tl.load(offsets + row + 1))
         gradient = load_fp32(d_out, d_out_strides, token, column, inside)
-        if partials is not None:
+        if sums is not None:
             d_gate += gradient * load_fp32(branch, branch_strides, token, column, inside)
         written = token.to(tl.int64) * WIDTH + column
         tl.store(d_residual + written, gradient, mask=inside)
         tl.store(d_branch + written, gradient * load_fp32(gate, gate_strides, row, column, inside), mask=inside)
         if ends:
-            store_partial(partials, chunk + row, 0, column, d_gate, WIDTH, 1)
+            store_sums(sums, (d_gate,), None, None, None, None, offsets, row, rows, column, WIDTH, CHUNK)
             d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)
     store_zeros(d_residual, order, middle, end, column, WIDTH)
     store_zeros(d_branch, order, middle, end, column, WIDTH)

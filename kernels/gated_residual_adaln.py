@@ -9,16 +9,19 @@ from sora_fast.kernels._launch import launch
 from sora_fast.kernels._rows import (
     CHUNK,
     RowBlock,
-    empty_partials,
+    Sums,
     fold,
     load_fp32,
+    load_stats,
     load_vector,
-    norm_backward,
+    norm_gradient,
     norm_rows,
-    normed_again,
-    store_partial,
+    norm_totals,
+    read_row,
+    store_sums,
     store_zeros,
     walk,
+    zero_sums,
 )
 
 
@@ -81,19 +84,19 @@ def gated_residual_adaln_backward(
     tokens, width = h.shape
     rows = gate.shape[0]
     d_residual, d_branch = h.new_empty(tokens, width), branch.new_empty(tokens, width)
-    partials = empty_partials(tokens, rows, 3, h) if sums else None
+    asked = Sums.empty(scale, 3, tokens, affine=not (weight is None and bias is None)) if sums else None
     block = RowBlock.backward(width)
     launch(
         _backward,
         (triton.cdiv(tokens, CHUNK),),
-        *(dh, dy, h, branch, gate, scale, weight, stats, index, offsets, order),
-        *(d_residual, d_branch, partials, tokens, rows),
+        *(dh, dy, h, branch, gate, scale, weight, bias, stats, index, offsets, order),
+        *(d_residual, d_branch, asked, tokens, rows),
         *((dy if dh is None else dh).stride(), dy.stride(), h.stride()),
         *(branch.stride(), gate.stride(), scale.stride()),
-        **{"WIDTH": width, "CENTRED": centred, "BLOCK_C": block.columns, "CHUNK": CHUNK},
+        **{"WIDTH": width, "CENTRED": centred, "MAIN": block.columns, "REST": block.rest, "CHUNK": CHUNK},
         num_warps=block.num_warps,
     )
-    return d_residual, d_branch, *fold(partials, offsets, scale, weight=weight, bias=bias)
+    return d_residual, d_branch, *fold(asked, offsets, scale, weight=weight, bias=bias)
 
 
 @triton.jit
@@ -146,66 +149,86 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dh,
-    dy,
-    h,
-    branch,
-    gate,
-    scale,
-    weight,
-    stats,
-    index,
-    offsets,
-    order,
-    d_residual,
-    d_branch,
-    partials,
-    tokens,
-    rows,
-    dh_strides,
-    dy_strides,
-    h_strides,
-    branch_strides,
-    gate_strides,
-    scale_strides,
-    WIDTH: tl.constexpr,
-    CENTRED: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    chunk = tl.program_id(0)
-    column = tl.arange(0, BLOCK_C)
-    inside = column < WIDTH
-    d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)
-    d_shift = tl.zeros([BLOCK_C], dtype=tl.float32)
-    d_scale = tl.zeros([BLOCK_C], dtype=tl.float32)
+    dh, dy, h, branch, gate, scale, weight, bias, stats, index, offsets, order,
+    d_residual, d_branch, sums, tokens, rows,
+    dh_strides, dy_strides, h_strides, branch_strides, gate_strides, scale_strides,
+    WIDTH: tl.constexpr, CENTRED: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    main = tl.arange(0, MAIN)
+    main_gate, main_sums = tl.zeros([MAIN], tl.float32), zero_sums(MAIN)
+    if REST > 0:
+        rest = MAIN + tl.arange(0, REST)
+        rest_gate, rest_sums = tl.zeros([REST], tl.float32), zero_sums(REST)
     begin, middle, end = walk(offsets, rows, tokens, CHUNK)
     for position in range(begin, middle):
         token = tl.load(order + position)
         row = tl.load(index + token)
         ends = position + 1 == tl.minimum(middle, tl.load(offsets + row + 1))
-        gradient = load_fp32(dy, dy_strides, token, column, inside)
-        values = load_fp32(h, h_strides, token, column, inside)
-        normed, rstd = normed_again(values, stats, token, tokens, CENTRED)
-        d_shift += gradient
-        d_scale += gradient * normed
-        d_normed = gradient * (1.0 + load_fp32(scale, scale_strides, row, column, inside))
-        if weight is not None:
-            d_normed *= load_vector(weight, column, inside)
-        total = norm_backward(d_normed, normed, rstd, WIDTH, CENTRED)
-        if dh is not None:
-            total += load_fp32(dh, dh_strides, token, column, inside)
-        start = token.to(tl.int64) * WIDTH
-        tl.store(d_residual + start + column, total, mask=inside)
-        if partials is not None:
-            d_gate += total * load_fp32(branch, branch_strides, token, column, inside)
-        tl.store(d_branch + start + column, total * load_fp32(gate, gate_strides, row, column, inside), mask=inside)
+        mean, rstd = load_stats(stats, token, tokens, CENTRED)
+        normed, d_normed, main_sums = read_row(
+            dy, dy_strides, h, h_strides, scale, scale_strides, weight, mean, rstd, token, row, main, main_sums, WIDTH
+        )
+        totals = norm_totals(normed, d_normed, CENTRED)
+        if REST > 0:
+            normed_rest, d_normed_rest, rest_sums = read_row(
+                dy,
+                dy_strides,
+                h,
+                h_strides,
+                scale,
+                scale_strides,
+                weight,
+                mean,
+                rstd,
+                token,
+                row,
+                rest,
+                rest_sums,
+                WIDTH,
+            )
+            totals += norm_totals(normed_rest, d_normed_rest, CENTRED)
+        d_h = norm_gradient(normed, d_normed, rstd, totals, WIDTH, CENTRED)
+        main_gate += _gradients(
+            d_h, dh, dh_strides, branch, branch_strides, gate, gate_strides, d_residual, d_branch, sums, token, row,
+            main, WIDTH,
+        )  # fmt: skip
+        if REST > 0:
+            d_h = norm_gradient(normed_rest, d_normed_rest, rstd, totals, WIDTH, CENTRED)
+            rest_gate += _gradients(
+                d_h, dh, dh_strides, branch, branch_strides, gate, gate_strides, d_residual, d_branch, sums, token, row,
+                rest, WIDTH,
+            )  # fmt: skip
         if ends:
-            store_partial(partials, chunk + row, 0, column, d_gate, WIDTH, 3)
-            store_partial(partials, chunk + row, 1, column, d_shift, WIDTH, 3)
-            store_partial(partials, chunk + row, 2, column, d_scale, WIDTH, 3)
-            d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)
-            d_shift = tl.zeros([BLOCK_C], dtype=tl.float32)
-            d_scale = tl.zeros([BLOCK_C], dtype=tl.float32)
-    store_zeros(d_residual, order, middle, end, column, WIDTH)
-    store_zeros(d_branch, order, middle, end, column, WIDTH)
+            values = main_gate, main_sums[0], main_sums[1]
+            store_sums(sums, values, scale, scale_strides, weight, bias, offsets, row, rows, main, WIDTH, CHUNK)
+            main_gate, main_sums = tl.zeros([MAIN], tl.float32), zero_sums(MAIN)
+            if REST > 0:
+                values = rest_gate, rest_sums[0], rest_sums[1]
+                store_sums(sums, values, scale, scale_strides, weight, bias, offsets, row, rows, rest, WIDTH, CHUNK)
+                rest_gate, rest_sums = tl.zeros([REST], tl.float32), zero_sums(REST)
+    store_zeros(d_residual, order, middle, end, main, WIDTH)
+    store_zeros(d_branch, order, middle, end, main, WIDTH)
+    if REST > 0:
+        store_zeros(d_residual, order, middle, end, rest, WIDTH)
+        store_zeros(d_branch, order, middle, end, rest, WIDTH)
+
+
+@triton.jit
+def _gradients(
+    total, dh, dh_strides, branch, branch_strides, gate, gate_strides, d_residual, d_branch, sums, token, row, column,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store both gradients of some columns of a token, and return what the token adds to the gate's.
+
+    total: the gradient of h through its norm.
+    """
+    inside = column < WIDTH
+    if dh is not None:
+        total += load_fp32(dh, dh_strides, token, column, inside)
+    place = token.to(tl.int64) * WIDTH + column
+    tl.store(d_residual + place, total, mask=inside)
+    d_gate = tl.zeros_like(total)
+    if sums is not None:
+        d_gate = total * load_fp32(branch, branch_strides, token, column, inside)
+    tl.store(d_branch + place, total * load_fp32(gate, gate_strides, row, column, inside), mask=inside)
+    return d_gate

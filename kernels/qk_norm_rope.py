@@ -9,48 +9,72 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sora_fast.kernels._attention import Rows
 from sora_fast.kernels._fold import fold
 from sora_fast.kernels._launch import launch, next_power_of_two
 
 
 @dataclass(frozen=True)
 class QkNormRopeConfig:
-    """Not measured yet. A program owns some tokens and walks over their heads: sines are computed once for all.
+    """Not measured yet. A program owns some tokens and walks over their heads: sines are computed once for all."""
 
-    Pairs of channels in a block, heads of several tokens: more spill with head dims that are no power of two.
+    # Pairs of channels in a block, heads of several tokens. 8 a thread: 16-byte loads of half-split heads in bf16 (of
+    # interleaved ones two). Backward, a thread holds their cosines, sines, gradients, both weights and their sums.
+    pairs: int = 512
+    num_warps: int = 2
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How pairs of channels turn; a compile-time constant. Tuples hold one entry an axis (t, h, w); all are empty if
+    nothing turns.
+
+    ends: pairs before the end of the axis.
+    octaves, rests: octaves from one pair to the next slower one: 14 bits of fraction first, so that their product with
+        a pair's number is exact, then the rest.
+    speeds: radians of the first pair for one step of the coordinate.
+    lifts: octaves, in those of the segment's scale, that each pair is faster than the one before; zeros: the scale is
+        one of the coordinate.
+    extents: length of a side in steps, however many tokens it has; 0: a token is a step.
+    scaled: segments have a scale.
+    interleaved: a pair is the channels (2p, 2p + 1), or else (p, p + D/2).
     """
 
-    pairs: int = 512  # 4 a thread, and their cosines and sines; backward, their gradients and sums for the weights'
-    num_warps: int = 4
+    ends: tuple[int, ...] = ()
+    octaves: tuple[float, ...] = ()
+    rests: tuple[float, ...] = ()
+    speeds: tuple[float, ...] = ()
+    lifts: tuple[float, ...] = ()
+    extents: tuple[float, ...] = ()
+    scaled: bool = False
+    interleaved: bool = False
 
-
-class Rotation(NamedTuple):
-    """split: channels of t, h, w; pair i of an axis turns by coord · scale · theta^(−2i / channels). Empty split and
-    scale: no rotation."""
-
-    split: tuple[int, ...]
-    theta: float
-    scale: tuple[float, ...]
-    interleaved: bool
-
-    def meta(self) -> dict[str, Any]:
-        """Constants of the kernels, one an axis: pairs before its end; octaves from one pair to the next, of which 14
-        bits of fraction first, so that their product with a pair's number is exact, then the rest; radians
-        of its first pair for one step of the coordinate."""
-        ends, octaves, rests, speeds = [], [], [], []
-        for size, scale in zip(self.split, self.scale, strict=True):
-            exact = 2 * math.log2(self.theta) / max(size, 1)
-            coarse = round(exact * 2**14) / 2**14
+    @staticmethod
+    def of(
+        split: list[int],
+        theta: float,
+        scale: list[float],
+        extent: list[float],
+        ntk: bool,
+        interleaved: bool,
+        *,
+        scaled: bool,
+    ) -> "Rotation":
+        """The fields of a `Rope3D`, spelled out for every axis; empty lists: nothing turns."""
+        ends, octaves, lifts = [], [], []
+        for size, factor in zip(split, scale, strict=True):
+            lift = 2 / max(size - 2, 1) if ntk else 0.0
             ends.append((ends[-1] if ends else 0) + size // 2)
-            octaves.append(coarse)
-            rests.append(exact - coarse)
-            speeds.append(scale)
-        tables = {"ENDS": ends, "OCTAVES": octaves, "RESTS": rests, "SPEEDS": speeds}
-        return {"INTERLEAVED": self.interleaved, **{name: tuple(values) for name, values in tables.items()}}
+            octaves.append(2 * math.log2(theta) / max(size, 1) - (lift * math.log2(factor) if ntk else 0.0))
+            lifts.append(lift)
+        coarse = tuple(round(step * 2**14) / 2**14 for step in octaves)
+        rests = tuple(exact - part for exact, part in zip(octaves, coarse, strict=True))
+        speeds = (1.0,) * len(split) if ntk else tuple(scale)
+        return Rotation(tuple(ends), coarse, rests, speeds, tuple(lifts), tuple(extent), scaled, interleaved)
 
 
 class Heads(NamedTuple):
-    """q, k [N, H, D] of any strides; weights [D] of their norms, or None."""
+    """q [N, H, D], k [N, Hk, D] of any strides; weights [D] of their norms, or None."""
 
     q: Tensor
     k: Tensor
@@ -58,237 +82,325 @@ class Heads(NamedTuple):
     k_weight: Tensor | None
 
     @property
-    def args(self) -> tuple[Any, ...]:
-        return *_strided(self.q), *_strided(self.k), *_vector(self.q_weight), *_vector(self.k_weight)
+    def vectors(self) -> tuple[Any, ...]:
+        """Both weights, each with its stride."""
+        weights = (self.q_weight, self.k_weight)
+        return tuple(value for weight in weights for value in (weight, 1 if weight is None else weight.stride(0)))
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """N, H, Hk."""
+        return self.q.shape[0], self.q.shape[1], self.k.shape[1]
 
 
-def _strided(x: Tensor) -> tuple[Any, ...]:
-    return x, *x.stride()
+class Places(NamedTuple):
+    """Where the tokens are: coords [N, 3]; grids [S, 3]; scale [S, 3] fp32 of every segment. All contiguous.
+
+    For grids and a scale that the rotation does not need `coords` stands in: Triton 3.6 lets no tuple hold None.
+    """
+
+    coords: Tensor
+    grids: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def of(coords: Tensor, grids: Tensor | None, scale: Tensor | None) -> "Places":
+        return Places(coords, *(coords if x is None else x for x in (grids, scale)))
 
 
-def _vector(weight: Tensor | None) -> tuple[Any, ...]:
-    return weight, 1 if weight is None else weight.stride(0)
+@dataclass(frozen=True)
+class Shape:
+    """What is known of the heads when the kernels are compiled.
+
+    dim: channels of a head. pairs: a power of two that covers its pairs. tokens: in a block.
+    unit: strides of tokens and heads are passed in units of so many elements. Triton knows of an integer only whether
+        16 divides it: passed as it is, a head stride of 72 would cost the 16-byte loads.
+    """
+
+    dim: int
+    pairs: int
+    tokens: int
+    unit: int
+
+    @staticmethod
+    def of(*tensors: Tensor) -> "Shape":
+        """For all [N, H, D] that a kernel touches, of any strides."""
+        dim = tensors[0].shape[2]
+        pairs = next_power_of_two(dim // 2)
+        aligned = all(x.stride(axis) % 8 == 0 for x in tensors for axis in (0, 1))
+        return Shape(dim, pairs, max(1, QkNormRopeConfig.pairs // pairs), 8 if aligned else 1)
+
+    def programs(self, x: Tensor) -> int:
+        """How many it takes to walk over the tokens of x [N, H, D]."""
+        return triton.cdiv(x.shape[0], self.tokens)
+
+    def rows(self, x: Tensor) -> Rows:
+        """x [N, H, D] as a kernel takes it."""
+        return Rows(x, x.stride(0) // self.unit, x.stride(1) // self.unit, x.stride(2))
 
 
-def forward(heads: Heads, segment_ids: Tensor, coords: Tensor, rotation: Rotation, eps: float) -> tuple[Tensor, Tensor]:
-    """Normalised and rotated q and k, [N, H, D] contiguous; zeros for padding."""
-    config = QkNormRopeConfig()
-    num_tokens, num_heads, head_dim = heads.q.shape
-    outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (heads.q, heads.k))
-    block = next_power_of_two(head_dim // 2)
-    tokens = max(1, config.pairs // block)
+def forward(heads: Heads, segment_ids: Tensor, places: Places, rotation: Rotation, eps: float) -> tuple[Tensor, Tensor]:
+    """Normalised and rotated q and k, contiguous; zeros for padding. segment_ids: [N], −1 for padding."""
+    tensors = (heads.q, heads.k, *_empty(heads))
+    shape = Shape.of(*tensors)
     launch(
-        *(_forward, (triton.cdiv(num_tokens, tokens),), *heads.args, *outputs),
-        *(segment_ids, coords, num_tokens, num_heads),
-        **rotation.meta(),
-        D=head_dim,
-        EPS=eps,
-        BLOCK_N=tokens,
-        BLOCK_P=block,
-        num_warps=config.num_warps,
+        *(_forward, (shape.programs(heads.q),), *map(shape.rows, tensors), *heads.vectors),
+        *(segment_ids, places, *heads.counts),
+        **{"SHAPE": shape, "ROTATION": rotation, "EPS": eps, "num_warps": QkNormRopeConfig.num_warps},
     )
-    return outputs
+    return tensors[2:]
 
 
 def backward(
     grads: tuple[Tensor, Tensor],
     heads: Heads,
     segment_ids: Tensor,
-    coords: Tensor,
+    places: Places,
     rotation: Rotation,
     eps: float,
     *,
     weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q and k, [N, H, D] contiguous, and of both weights, [2, D] fp32 (zeros for one that is None).
+    """Gradients of q and k, contiguous, and of both weights, [2, D] fp32 (zeros for one that is None).
 
     weights: False: [0, D] in place of the weights' gradients.
     """
-    config = QkNormRopeConfig()
-    num_tokens, num_heads, head_dim = heads.q.shape
-    results = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (heads.q, heads.k))
-    block = next_power_of_two(head_dim // 2)
-    tokens = max(1, config.pairs // block)
-    programs = triton.cdiv(num_tokens, tokens)
-    shape = (programs, 2, head_dim) if weights else (0, head_dim)
-    partials = torch.empty(shape, dtype=torch.float32, device=heads.q.device)
+    tensors = (*grads, heads.q, heads.k, *_empty(heads))
+    shape = Shape.of(*tensors)
+    sizes = (shape.programs(heads.q), 2, shape.dim) if weights else (0, shape.dim)
+    partials = torch.empty(sizes, dtype=torch.float32, device=heads.q.device)
     launch(
-        *(_backward, (programs,), *_strided(grads[0]), *_strided(grads[1]), *heads.args, *results),
-        partials if weights else None,
-        *(segment_ids, coords, num_tokens, num_heads),
-        **rotation.meta(),
-        D=head_dim,
-        EPS=eps,
-        BLOCK_N=tokens,
-        BLOCK_P=block,
-        num_warps=config.num_warps,
+        *(_backward, (shape.programs(heads.q),), *map(shape.rows, tensors), *heads.vectors),
+        *(partials if weights else None, segment_ids, places, *heads.counts),
+        **{"SHAPE": shape, "ROTATION": rotation, "EPS": eps, "num_warps": QkNormRopeConfig.num_warps},
     )
-    return *results, fold(partials) if weights else partials
+    return *tensors[4:], fold(partials) if weights else partials
+
+
+def _empty(heads: Heads) -> tuple[Tensor, Tensor]:
+    q, k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (heads.q, heads.k))
+    return q, k
 
 
 @triton.jit
 def _forward(
-    q, q_stride_n, q_stride_h, q_stride_d, k, k_stride_n, k_stride_h, k_stride_d,
-    q_weight, q_weight_stride, k_weight, k_weight_stride, q_out, k_out,
-    segment_ids, coords, num_tokens, num_heads,
-    INTERLEAVED: tl.constexpr, ENDS: tl.constexpr, OCTAVES: tl.constexpr, RESTS: tl.constexpr, SPEEDS: tl.constexpr,
-    D: tl.constexpr, EPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    q, k, q_out, k_out, q_weight, q_weight_stride, k_weight, k_weight_stride,
+    segment_ids, places, num_tokens, q_heads, k_heads,
+    SHAPE: tl.constexpr, ROTATION: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first, second, held = _pairs(INTERLEAVED, D, BLOCK_P)
-    used = tl.load(segment_ids + n, mask=n < num_tokens, other=-1) >= 0
-    real = used[:, None] & held[None, :]
-    written = (n < num_tokens)[:, None] & held[None, :]
-    cos, sin = _turns(coords, n, used, ENDS, OCTAVES, RESTS, SPEEDS, BLOCK_P)
-    q_weights = _weights(q_weight, q_weight_stride, first, second, held)
-    k_weights = _weights(k_weight, k_weight_stride, first, second, held)
-    rows = n[:, None].to(tl.int64)
-    for head in range(num_heads):
-        out = (rows * num_heads + head) * D
-        a, b = _load(q, rows, q_stride_n, head, q_stride_h, q_stride_d, first, second, real)
-        a, b = _norm(a, b, q_weight, q_weights, D, EPS)
-        a, b = _rotate(a, b, cos, sin, ENDS)
-        _store(q_out + out, a, b, first, second, written)
-        a, b = _load(k, rows, k_stride_n, head, k_stride_h, k_stride_d, first, second, real)
-        a, b = _norm(a, b, k_weight, k_weights, D, EPS)
-        a, b = _rotate(a, b, cos, sin, ENDS)
-        _store(k_out + out, a, b, first, second, written)
+    n = tl.program_id(0) * SHAPE.tokens + tl.arange(0, SHAPE.tokens)
+    exists = n < num_tokens
+    segment = tl.load(segment_ids + n, mask=exists, other=-1)
+    used = segment >= 0
+    turn = _turns(places, n, segment, SHAPE, ROTATION)
+    q_weights = _weights(q_weight, q_weight_stride, SHAPE, ROTATION)
+    k_weights = _weights(k_weight, k_weight_stride, SHAPE, ROTATION)
+    for head in range(q_heads):
+        # Both before either is stored: the compiler must not move a load past a store.
+        q_pairs = _load(q, n, head, used, SHAPE, ROTATION)
+        k_pairs = _load(k, n, head, used & (head < k_heads), SHAPE, ROTATION)
+        q_pairs = _rotate(_norm(q_pairs, q_weight, q_weights, SHAPE, EPS), turn, ROTATION)
+        _store(q_out, n, head, exists, q_pairs, SHAPE, ROTATION)
+        k_pairs = _rotate(_norm(k_pairs, k_weight, k_weights, SHAPE, EPS), turn, ROTATION)
+        _store(k_out, n, head, exists & (head < k_heads), k_pairs, SHAPE, ROTATION)
 
 
 @triton.jit
 def _backward(
-    dq, dq_stride_n, dq_stride_h, dq_stride_d, dk, dk_stride_n, dk_stride_h, dk_stride_d,
-    q, q_stride_n, q_stride_h, q_stride_d, k, k_stride_n, k_stride_h, k_stride_d,
-    q_weight, q_weight_stride, k_weight, k_weight_stride, q_grad, k_grad, partials,
-    segment_ids, coords, num_tokens, num_heads,
-    INTERLEAVED: tl.constexpr, ENDS: tl.constexpr, OCTAVES: tl.constexpr, RESTS: tl.constexpr, SPEEDS: tl.constexpr,
-    D: tl.constexpr, EPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    dq, dk, q, k, q_grad, k_grad, q_weight, q_weight_stride, k_weight, k_weight_stride, partials,
+    segment_ids, places, num_tokens, q_heads, k_heads,
+    SHAPE: tl.constexpr, ROTATION: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first, second, held = _pairs(INTERLEAVED, D, BLOCK_P)
-    used = tl.load(segment_ids + n, mask=n < num_tokens, other=-1) >= 0
-    real = used[:, None] & held[None, :]
-    written = (n < num_tokens)[:, None] & held[None, :]
-    cos, sin = _turns(coords, n, used, ENDS, OCTAVES, RESTS, SPEEDS, BLOCK_P)
-    q_weights = _weights(q_weight, q_weight_stride, first, second, held)
-    k_weights = _weights(k_weight, k_weight_stride, first, second, held)
-    rows = n[:, None].to(tl.int64)
-    q_sum_a = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-    q_sum_b, k_sum_a, k_sum_b = q_sum_a, q_sum_a, q_sum_a
-    for head in range(num_heads):
-        out = (rows * num_heads + head) * D
-        da, db = _load(dq, rows, dq_stride_n, head, dq_stride_h, dq_stride_d, first, second, real)
-        da, db = _rotate(da, db, cos, -sin, ENDS)
-        if q_weight is not None:
-            a, b = _load(q, rows, q_stride_n, head, q_stride_h, q_stride_d, first, second, real)
-            da, db, wa, wb = _norm_gradient(da, db, a, b, q_weights, D, EPS)
-            q_sum_a += wa
-            q_sum_b += wb
-        _store(q_grad + out, da, db, first, second, written)
-        da, db = _load(dk, rows, dk_stride_n, head, dk_stride_h, dk_stride_d, first, second, real)
-        da, db = _rotate(da, db, cos, -sin, ENDS)
-        if k_weight is not None:
-            a, b = _load(k, rows, k_stride_n, head, k_stride_h, k_stride_d, first, second, real)
-            da, db, wa, wb = _norm_gradient(da, db, a, b, k_weights, D, EPS)
-            k_sum_a += wa
-            k_sum_b += wb
-        _store(k_grad + out, da, db, first, second, written)
+    n = tl.program_id(0) * SHAPE.tokens + tl.arange(0, SHAPE.tokens)
+    exists = n < num_tokens
+    segment = tl.load(segment_ids + n, mask=exists, other=-1)
+    used = segment >= 0
+    cos, sin = _turns(places, n, segment, SHAPE, ROTATION)
+    back = cos, -sin
+    q_weights = _weights(q_weight, q_weight_stride, SHAPE, ROTATION)
+    k_weights = _weights(k_weight, k_weight_stride, SHAPE, ROTATION)
+    q_sums = _zeros(SHAPE)
+    k_sums = _zeros(SHAPE)
+    for head in range(q_heads):
+        k_used = used & (head < k_heads)
+        q_grads = _load(dq, n, head, used, SHAPE, ROTATION)
+        k_grads = _load(dk, n, head, k_used, SHAPE, ROTATION)
+        # Without a norm the gradient does not depend on what was turned.
+        q_pairs = q_grads if q_weight is None else _load(q, n, head, used, SHAPE, ROTATION)
+        k_pairs = k_grads if k_weight is None else _load(k, n, head, k_used, SHAPE, ROTATION)
+        q_grads = _rotate(q_grads, back, ROTATION)
+        q_grads, q_sums = _norm_gradient(q_grads, q_pairs, q_sums, q_weight, q_weights, SHAPE, EPS)
+        _store(q_grad, n, head, exists, q_grads, SHAPE, ROTATION)
+        k_grads = _rotate(k_grads, back, ROTATION)
+        k_grads, k_sums = _norm_gradient(k_grads, k_pairs, k_sums, k_weight, k_weights, SHAPE, EPS)
+        _store(k_grad, n, head, exists & (head < k_heads), k_grads, SHAPE, ROTATION)
     if partials is not None:
-        partials += tl.program_id(0).to(tl.int64) * 2 * D
-        tl.store(partials + first, tl.sum(q_sum_a, axis=0), mask=held)
-        tl.store(partials + second, tl.sum(q_sum_b, axis=0), mask=held)
-        tl.store(partials + D + first, tl.sum(k_sum_a, axis=0), mask=held)
-        tl.store(partials + D + second, tl.sum(k_sum_b, axis=0), mask=held)
+        partials += tl.program_id(0).to(tl.int64) * 2 * SHAPE.dim
+        _store_sums(partials, q_sums, SHAPE, ROTATION)
+        _store_sums(partials + SHAPE.dim, k_sums, SHAPE, ROTATION)
 
 
 @triton.jit
-def _pairs(INTERLEAVED: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr):
+def _pairs(SHAPE: tl.constexpr, ROTATION: tl.constexpr):
     """The two channels [p] of every pair, and which pairs there are."""
-    pair = tl.arange(0, BLOCK_P)
-    held = pair < D // 2
-    return (2 * pair, 2 * pair + 1, held) if INTERLEAVED else (pair, pair + D // 2, held)
+    pair = tl.arange(0, SHAPE.pairs)
+    first = 2 * pair if ROTATION.interleaved else pair
+    second = first + 1 if ROTATION.interleaved else pair + SHAPE.dim // 2
+    return first, second, pair < SHAPE.dim // 2
 
 
 @triton.jit
-def _load(x, rows, stride_n, head, stride_h, stride_d, first, second, real):
-    x += rows * stride_n + tl.cast(head, tl.int64) * stride_h
+def _pointers(x, n, head, channel, SHAPE: tl.constexpr):
     # 64 bits along the head too: stored as [D, H, N], its channels lie far apart.
-    first, second = first.to(tl.int64), second.to(tl.int64)
-    a = tl.load(x + first[None, :] * stride_d, mask=real, other=0.0).to(tl.float32)
-    b = tl.load(x + second[None, :] * stride_d, mask=real, other=0.0).to(tl.float32)
-    return a, b
+    start = n.to(tl.int64) * x.token_stride + tl.cast(head, tl.int64) * x.head_stride
+    return x.data + (start * SHAPE.unit)[:, None] + (channel.to(tl.int64) * x.dim_stride)[None, :]
 
 
 @triton.jit
-def _store(out, a, b, first, second, written):
-    tl.store(out + first[None, :], a.to(out.dtype.element_ty), mask=written)
-    tl.store(out + second[None, :], b.to(out.dtype.element_ty), mask=written)
-
-
-@triton.jit
-def _weights(weight, stride, first, second, held):
-    if weight is None:
-        return 0.0, 0.0
+def _load(x, n, head, real, SHAPE: tl.constexpr, ROTATION: tl.constexpr):
+    """Both channels [n, p] of the pairs of a head, fp32; zeros where not `real` [n], whatever stands there."""
+    if ROTATION.interleaved:
+        # Whole rows, and then taken apart: a thread reads neighbours, and a pair is in its own registers.
+        channel = tl.arange(0, 2 * SHAPE.pairs)
+        mask = real[:, None] & (channel < SHAPE.dim)[None, :]
+        both = tl.load(_pointers(x, n, head, channel, SHAPE), mask=mask, other=0.0)
+        first, second = tl.split(tl.reshape(both, [SHAPE.tokens, SHAPE.pairs, 2]))
     else:
+        channel, other, held = _pairs(SHAPE, ROTATION)
+        mask = real[:, None] & held[None, :]
+        first = tl.load(_pointers(x, n, head, channel, SHAPE), mask=mask, other=0.0)
+        second = tl.load(_pointers(x, n, head, other, SHAPE), mask=mask, other=0.0)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def _store(x, n, head, exists, pairs, SHAPE: tl.constexpr, ROTATION: tl.constexpr):
+    first, second = pairs[0].to(x.data.dtype.element_ty), pairs[1].to(x.data.dtype.element_ty)
+    if ROTATION.interleaved:
+        channel = tl.arange(0, 2 * SHAPE.pairs)
+        mask = exists[:, None] & (channel < SHAPE.dim)[None, :]
+        both = tl.reshape(tl.join(first, second), [SHAPE.tokens, 2 * SHAPE.pairs])
+        tl.store(_pointers(x, n, head, channel, SHAPE), both, mask=mask)
+    else:
+        channel, other, held = _pairs(SHAPE, ROTATION)
+        mask = exists[:, None] & held[None, :]
+        tl.store(_pointers(x, n, head, channel, SHAPE), first, mask=mask)
+        tl.store(_pointers(x, n, head, other, SHAPE), second, mask=mask)
+
+
+@triton.jit
+def _weights(weight, stride, SHAPE: tl.constexpr, ROTATION: tl.constexpr):
+    if weight is None:
+        return 1.0, 1.0
+    else:
+        first, second, held = _pairs(SHAPE, ROTATION)
         a = tl.load(weight + first * stride, mask=held, other=0.0).to(tl.float32)[None, :]
         b = tl.load(weight + second * stride, mask=held, other=0.0).to(tl.float32)[None, :]
         return a, b
 
 
 @triton.jit
-def _norm(a, b, weight, weights, D: tl.constexpr, EPS: tl.constexpr):
-    if weight is None:
-        return a, b
-    else:
-        rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / D + EPS)[:, None]
-        return a * rstd * weights[0], b * rstd * weights[1]
+def _zeros(SHAPE: tl.constexpr):
+    tokens: tl.constexpr = SHAPE.tokens
+    pairs: tl.constexpr = SHAPE.pairs
+    return tl.zeros([tokens, pairs], tl.float32), tl.zeros([tokens, pairs], tl.float32)
 
 
 @triton.jit
-def _norm_gradient(da, db, a, b, weights, D: tl.constexpr, EPS: tl.constexpr):
-    """Gradients of the pair before the norm, and of its weights."""
-    rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / D + EPS)[:, None]
-    a *= rstd
-    b *= rstd
-    wa, wb = da * a, db * b
-    da *= weights[0]
-    db *= weights[1]
-    mean = (tl.sum(da * a + db * b, axis=1) / D)[:, None]
-    return (da - a * mean) * rstd, (db - b * mean) * rstd, wa, wb
+def _store_sums(partials, sums, SHAPE: tl.constexpr, ROTATION: tl.constexpr):
+    first, second, held = _pairs(SHAPE, ROTATION)
+    tl.store(partials + first, tl.sum(sums[0], axis=0), mask=held)
+    tl.store(partials + second, tl.sum(sums[1], axis=0), mask=held)
 
 
 @triton.jit
-def _rotate(a, b, cos, sin, ENDS: tl.constexpr):
-    if len(ENDS) == 0:
-        return a, b
-    else:
-        return a * cos - b * sin, a * sin + b * cos
+def _inverse_rms(a, b, SHAPE: tl.constexpr, EPS: tl.constexpr):
+    return tl.rsqrt(tl.sum(a * a + b * b, axis=1) / SHAPE.dim + EPS)[:, None]
 
 
 @triton.jit
-def _turns(
-    coords, n, used,
-    ENDS: tl.constexpr, OCTAVES: tl.constexpr, RESTS: tl.constexpr, SPEEDS: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+def _norm(pairs, weight, weights, SHAPE: tl.constexpr, EPS: tl.constexpr):
+    a, b = pairs
+    if weight is not None:
+        rstd = _inverse_rms(a, b, SHAPE, EPS)
+        a, b = a * rstd * weights[0], b * rstd * weights[1]
+    return a, b
+
+
+@triton.jit
+def _norm_gradient(grads, pairs, sums, weight, weights, SHAPE: tl.constexpr, EPS: tl.constexpr):
+    """Gradients of the pairs before the norm, and the sums for those of its weights, with these added."""
+    da, db = grads
+    wa, wb = sums
+    if weight is not None:
+        a, b = pairs
+        rstd = _inverse_rms(a, b, SHAPE, EPS)
+        a *= rstd
+        b *= rstd
+        wa += da * a
+        wb += db * b
+        da *= weights[0]
+        db *= weights[1]
+        mean = (tl.sum(da * a + db * b, axis=1) / SHAPE.dim)[:, None]
+        da, db = (da - a * mean) * rstd, (db - b * mean) * rstd
+    return (da, db), (wa, wb)
+
+
+@triton.jit
+def _rotate(pairs, turn, ROTATION: tl.constexpr):
+    a, b = pairs
+    cos, sin = turn
+    if len(ROTATION.ends) > 0:
+        a, b = a * cos - b * sin, a * sin + b * cos
+    return a, b
+
+
+@triton.jit
+def _turns(places, n, segment, SHAPE: tl.constexpr, ROTATION: tl.constexpr):
     """Cosine and sine [n, p] of the angle that a token's pair turns by."""
-    if len(ENDS) == 0:
+    if len(ROTATION.ends) == 0:
         return 1.0, 0.0
     else:
-        place = coords + n.to(tl.int64) * 3
-        t = tl.load(place, mask=used, other=0)[:, None]
-        h = tl.load(place + 1, mask=used, other=0)[:, None]
-        w = tl.load(place + 2, mask=used, other=0)[:, None]
-        pair = tl.arange(0, BLOCK_P)
-        in_t, in_h = pair < ENDS[0], pair < ENDS[1]
-        number = (pair - tl.where(in_t, 0, tl.where(in_h, ENDS[0], ENDS[1]))).to(tl.float32)
-        octaves = number * tl.where(in_t, OCTAVES[0], tl.where(in_h, OCTAVES[1], OCTAVES[2]))
-        rest = number * tl.where(in_t, RESTS[0], tl.where(in_h, RESTS[1], RESTS[2]))
+        t, t_lift = _coordinate(places, n, segment, 0, ROTATION)
+        h, h_lift = _coordinate(places, n, segment, 1, ROTATION)
+        w, w_lift = _coordinate(places, n, segment, 2, ROTATION)
+        pair = tl.arange(0, SHAPE.pairs)
+        in_t, in_h = pair < ROTATION.ends[0], pair < ROTATION.ends[1]
+        number = (pair - _of_axis(in_t, in_h, 0, ROTATION.ends[0], ROTATION.ends[1])).to(tl.float32)
+        octaves = number * _of_axis(in_t, in_h, ROTATION.octaves[0], ROTATION.octaves[1], ROTATION.octaves[2])
+        rest = number * _of_axis(in_t, in_h, ROTATION.rests[0], ROTATION.rests[1], ROTATION.rests[2])
         # Whole octaves apart: the rounding of a large exponent would be an error of the angle.
         whole = tl.floor(octaves)
-        slowing = tl.exp2(-whole) * tl.exp2(whole - octaves - rest)
-        speed = slowing * tl.where(in_t, SPEEDS[0], tl.where(in_h, SPEEDS[1], SPEEDS[2]))
-        coord = tl.where(in_t[None, :], t, tl.where(in_h[None, :], h, w)).to(tl.float32)
-        return _cos_sin(coord * speed[None, :])
+        speed = tl.exp2(-whole) * tl.exp2(whole - octaves - rest)
+        in_t, in_h = in_t[None, :], in_h[None, :]
+        radians = _of_axis(in_t, in_h, t, h, w) * speed[None, :]
+        if ROTATION.scaled and ROTATION.lifts[0] > 0:
+            radians *= tl.exp2(number[None, :] * _of_axis(in_t, in_h, t_lift, h_lift, w_lift))
+        return _cos_sin(radians)
+
+
+@triton.jit
+def _of_axis(in_t, in_h, t, h, w):
+    return tl.where(in_t, t, tl.where(in_h, h, w))
+
+
+@triton.jit
+def _coordinate(places, n, segment, AXIS: tl.constexpr, ROTATION: tl.constexpr):
+    """Radians [n, 1] that the first pair of an axis turns by, and the octaves that each further pair is faster by."""
+    used = segment >= 0
+    step = tl.load(places.coords + n.to(tl.int64) * 3 + AXIS, mask=used, other=0).to(tl.float32)
+    step *= ROTATION.speeds[AXIS]
+    lift = tl.zeros_like(step)
+    if ROTATION.extents[AXIS] != 0:
+        side = tl.load(places.grids + segment * 3 + AXIS, mask=used, other=1)
+        step *= ROTATION.extents[AXIS] / side
+    if ROTATION.scaled:
+        scale = tl.load(places.scale + segment * 3 + AXIS, mask=used, other=1.0)
+        if ROTATION.lifts[AXIS] > 0:
+            lift = tl.log2(scale) * ROTATION.lifts[AXIS]
+        else:
+            step *= scale
+    return step[:, None], lift[:, None]
 
 
 @triton.jit

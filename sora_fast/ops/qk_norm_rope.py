@@ -1,7 +1,7 @@
 """qk_norm_rope: RMSNorm of every head of the queries and keys, then rotation by the token's place in space and time."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,21 +20,36 @@ class Rope3D:
         rest, as in Wan 2.1 (44, 42, 42 of 128).
     theta: pair i of an axis with d channels turns by coord · scale · theta^(−2i/d) radians.
     interleaved: a pair is the channels (2p, 2p+1), or else (p, p + D/2) of the whole head.
-    scale: factor of the coordinates, one an axis.
+    scale: how much faster than that the pairs of an axis turn, one factor an axis.
+    scaling: "linear": so much faster all of them, as above (position interpolation, arXiv:2306.15595); "ntk": the first
+        not at all, the last by the whole factor and pair i by scale^(2i/(d−2)), which is theta · scale^(−d/(d−2)) in
+        place of theta (NTK-aware scaling, arXiv:2309.00071, Sec. 3.1).
+    extent: what the coordinates of an axis grow to over a side of the segment, coord · extent / side, so that sizes
+        never seen in training stay inside the trained range (fractional positions, arXiv:2307.06304); None for an
+        axis, or for all: a token is a step.
     """
 
     split: tuple[int, int, int] | None = None
     theta: float = 10000.0
     interleaved: bool = True
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    scaling: str = "linear"
+    extent: tuple[float | None, float | None, float | None] | None = None
 
     def __post_init__(self) -> None:
         if self.split is not None and (len(self.split) != 3 or any(size < 0 or size % 2 for size in self.split)):
             raise ValueError(f"split: {self.split}; it must be three even sizes (t, h, w) ≥ 0")
         if self.theta <= 0:
             raise ValueError(f"theta: {self.theta}; it must be positive")
-        if len(self.scale) != 3:
-            raise ValueError(f"scale: {self.scale}; it must be three factors (t, h, w)")
+        if self.scaling not in ("linear", "ntk"):
+            raise ValueError(f'scaling: {self.scaling!r}; it must be "linear" or "ntk"')
+        if len(self.scale) != 3 or (self.scaling == "ntk" and min(self.scale) <= 0):
+            positive = ", each above 0" * (self.scaling == "ntk")
+            raise ValueError(f"scale: {self.scale}; it must be three factors (t, h, w){positive}")
+        if self.extent is not None and (
+            len(self.extent) != 3 or any(side is not None and side <= 0 for side in self.extent)
+        ):
+            raise ValueError(f"extent: {self.extent}; it must be three lengths (t, h, w), each above 0 or None")
 
     def split_for(self, head_dim: int) -> tuple[int, int, int]:
         """Channels of the axes (t, h, w) in a head of `head_dim`. Raises ValueError if they do not add up to it."""
@@ -44,13 +59,30 @@ class Rope3D:
             raise ValueError(f"rope.split: {split} has {sum(split)} channels, but the head dim is {head_dim}")
         return split
 
-    def angles(self, coords: Tensor, head_dim: int) -> Tensor:
-        """Radians [N, D/2] fp32 that every channel pair turns by. coords: [N, 3]."""
+    def angles(
+        self, head_dim: int, segment_ids: Tensor, coords: Tensor, grids: Tensor, segment_scale: Tensor | None = None
+    ) -> Tensor:
+        """Radians [N, D/2] fp32 that every channel pair turns by.
+
+        segment_ids [N], coords [N, 3], grids [S, 3]: of a `PackedLayout`. segment_scale: as `qk_norm_rope` takes it.
+        """
+        frequencies = self._frequencies(head_dim, grids, segment_scale).float()[segment_ids.clamp(min=0)]
+        steps = [coords[:, axis, None].expand(-1, size // 2) for axis, size in enumerate(self.split_for(head_dim))]
+        return torch.cat(steps, dim=1) * frequencies
+
+    def _frequencies(self, head_dim: int, grids: Tensor, segment_scale: Tensor | None) -> Tensor:
+        """Radians [S, D/2] fp64 for a step of the coordinate, in every segment."""
         parts = []
         for axis, size in enumerate(self.split_for(head_dim)):
-            pairs = torch.arange(size // 2, dtype=torch.float64, device=coords.device)
-            frequency = self.scale[axis] * self.theta ** (-2 * pairs / max(size, 1))
-            parts.append(coords[:, axis, None].float() * frequency.float())
+            pairs = torch.arange(size // 2, dtype=torch.float64, device=grids.device)
+            factor = grids.new_full(grids.shape[:1], self.scale[axis], dtype=torch.float64)
+            if segment_scale is not None:
+                factor = factor * segment_scale[:, axis]
+            share = pairs * 2 / max(size - 2, 1) if self.scaling == "ntk" else torch.ones_like(pairs)
+            frequency = factor[:, None] ** share * self.theta ** (-2 * pairs / max(size, 1))
+            if self.extent is not None and self.extent[axis] is not None:
+                frequency = frequency * (self.extent[axis] / grids[:, axis, None].clamp(min=1).double())
+            parts.append(frequency)
         return torch.cat(parts, dim=1)
 
 
@@ -62,6 +94,7 @@ def qk_norm_rope(
     layout: PackedLayout,
     rope: Rope3D | None,
     *,
+    segment_scale: Tensor | None = None,
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -70,20 +103,23 @@ def qk_norm_rope(
     q: [N, H, D], k: [N, Hk, D], D even, of any strides: slices of a fused QKV projection as they are. H is a multiple
         of Hk (grouped queries).
     q_weight, k_weight: [D] of RMSNorm over the head; None: no norm. rope: None: no rotation.
+    segment_scale: [S, 3] fp32, factors (t, h, w) of every segment beside those of `rope.scale`, for videos of all sizes
+        in one pack; above 0 for NTK-aware scaling (not checked: that would wait for the device).
     Returns (q', k'), of the same shapes, in the dtype of q; computed in fp32; zeros for padding.
     Differentiable in q, k and both weights.
     """
     _check(q, k, q_weight, k_weight, layout, rope)
+    _check_segment_scale(segment_scale, layout, rope)
     check_eps(eps)
-    if choose("qk_norm_rope", backend, q.device, offered(q)) == "torch":
-        turns = None if rope is None else _turns(layout.coords, *_rotation(rope, q.shape[2])[:3])
-        return _torch(q, q_weight, layout, rope, turns, eps), _torch(k, k_weight, layout, rope, turns, eps)
     rotation = _rotation(rope, q.shape[2])
-    group = q.shape[1] // max(k.shape[1], 1)
-    # The kernel walks over the heads of both at once.
-    k = k if group == 1 else k.repeat_interleave(group, dim=1)
-    q, k = _qk_norm_rope(q, k, q_weight, k_weight, layout.segment_ids, layout.coords, *rotation, eps)
-    return q, k if group == 1 else k[:, ::group]
+    grids = layout.grids if any(rotation.extent) else None
+    if choose("qk_norm_rope", backend, q.device, offered(q)) == "torch":
+        places = (layout.segment_ids, layout.coords, layout.grids, segment_scale)
+        turns = None if rope is None else _turns(*places, *rotation)
+        return _torch(q, q_weight, layout, rope, turns, eps), _torch(k, k_weight, layout, rope, turns, eps)
+    places = (layout.segment_ids, layout.coords, grids, segment_scale)
+    contiguous = (None if x is None else x.contiguous() for x in places)  # copies nothing where it is so
+    return _qk_norm_rope(q, k, q_weight, k_weight, *contiguous, *rotation, eps)
 
 
 def _torch(
@@ -99,29 +135,55 @@ def _torch(
     return torch.where(used, y.to(x.dtype), 0)
 
 
-@torch.library.custom_op("sora_fast::rope_turns", mutates_args=())
-def _turns(coords: Tensor, split: list[int], theta: float, scale: list[float]) -> Tensor:
-    """Cosine and sine, [2, N, D/2] fp32. An op of its own, or else Inductor computes them again for every head of the
-    queries and the keys, and once more in the backward pass."""
-    angles = Rope3D(tuple(split), theta, scale=tuple(scale)).angles(coords, sum(split))
-    return torch.stack([angles.cos(), angles.sin()])
-
-
-@_turns.register_fake
-def _(coords: Tensor, split: list[int], theta: float, scale: list[float]) -> Tensor:
-    return coords.new_empty(2, coords.shape[0], sum(split) // 2, dtype=torch.float32)
-
-
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
     turned = (a * cos - b * sin, a * sin + b * cos)
     return torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
 
 
-def _rotation(rope: Rope3D | None, head_dim: int) -> tuple[list[int], float, list[float], bool]:
+class _Rotation(NamedTuple):
+    """A `Rope3D` as custom ops take it; empty lists: no rotation. extent: 0 for an axis without one."""
+
+    split: list[int]
+    theta: float
+    scale: list[float]
+    extent: list[float]
+    ntk: bool
+    interleaved: bool
+
+
+def _rotation(rope: Rope3D | None, head_dim: int) -> _Rotation:
     if rope is None:
-        return [], 1.0, [], False
-    return list(rope.split_for(head_dim)), float(rope.theta), [float(s) for s in rope.scale], rope.interleaved
+        return _Rotation([], 1.0, [], [], False, False)
+    scale, extent = ([float(x or 0) for x in values] for values in (rope.scale, rope.extent or (0, 0, 0)))
+    split = list(rope.split_for(head_dim))
+    return _Rotation(split, float(rope.theta), scale, extent, rope.scaling == "ntk", rope.interleaved)
+
+
+@torch.library.custom_op("sora_fast::rope_turns", mutates_args=())
+def _turns(
+    segment_ids: Tensor,
+    coords: Tensor,
+    grids: Tensor,
+    segment_scale: Tensor | None,
+    split: list[int],
+    theta: float,
+    scale: list[float],
+    extent: list[float],
+    ntk: bool,
+    interleaved: bool,
+) -> Tensor:
+    """Cosine and sine, [2, N, D/2] fp32. An op of its own, or else Inductor computes them again for every head of the
+    queries and the keys, and once more in the backward pass."""
+    scaling, sides = "ntk" if ntk else "linear", tuple(side or None for side in extent)
+    rope = Rope3D(tuple(split), theta, interleaved, tuple(scale), scaling, sides)
+    angles = rope.angles(sum(split), segment_ids, coords, grids, segment_scale)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+@_turns.register_fake
+def _(segment_ids: Tensor, coords: Tensor, grids: Tensor, scale: Tensor | None, split: list[int], *_: Any) -> Tensor:
+    return coords.new_empty(2, coords.shape[0], sum(split) // 2, dtype=torch.float32)
 
 
 @torch.library.custom_op("sora_fast::qk_norm_rope", mutates_args=())
@@ -132,16 +194,21 @@ def _qk_norm_rope(
     k_weight: Tensor | None,
     segment_ids: Tensor,
     coords: Tensor,
+    grids: Tensor | None,
+    segment_scale: Tensor | None,
     split: list[int],
     theta: float,
     scale: list[float],
+    extent: list[float],
+    ntk: bool,
     interleaved: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     from sora_fast.kernels import qk_norm_rope as kernels
 
-    rotation = kernels.Rotation(tuple(split), theta, tuple(scale), interleaved)
-    return kernels.forward(kernels.Heads(q, k, q_weight, k_weight), segment_ids, coords, rotation, eps)
+    places = kernels.Places.of(coords, grids, segment_scale)
+    rotation = kernels.Rotation.of(split, theta, scale, extent, ntk, interleaved, scaled=segment_scale is not None)
+    return kernels.forward(kernels.Heads(q, k, q_weight, k_weight), segment_ids, places, rotation, eps)
 
 
 @torch.library.custom_op("sora_fast::qk_norm_rope_backward", mutates_args=())
@@ -154,18 +221,23 @@ def _qk_norm_rope_backward(
     k_weight: Tensor | None,
     segment_ids: Tensor,
     coords: Tensor,
+    grids: Tensor | None,
+    segment_scale: Tensor | None,
     split: list[int],
     theta: float,
     scale: list[float],
+    extent: list[float],
+    ntk: bool,
     interleaved: bool,
     eps: float,
     weights: bool,  # whether anybody asks for the weights' gradients
 ) -> tuple[Tensor, Tensor, Tensor]:
     from sora_fast.kernels import qk_norm_rope as kernels
 
-    rotation = kernels.Rotation(tuple(split), theta, tuple(scale), interleaved)
     heads = kernels.Heads(q, k, q_weight, k_weight)
-    return kernels.backward((dq, dk), heads, segment_ids, coords, rotation, eps, weights=weights)
+    places = kernels.Places.of(coords, grids, segment_scale)
+    rotation = kernels.Rotation.of(split, theta, scale, extent, ntk, interleaved, scaled=segment_scale is not None)
+    return kernels.backward((dq, dk), heads, segment_ids, places, rotation, eps, weights=weights)
 
 
 @_qk_norm_rope.register_fake
@@ -179,8 +251,8 @@ def _(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor,
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.rotation = inputs[6:]
+    ctx.save_for_backward(*inputs[:8])
+    ctx.rotation = inputs[8:]
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
@@ -188,7 +260,7 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     dq, dk, sums = _qk_norm_rope_backward(dq, dk, *ctx.saved_tensors, *ctx.rotation, any(needed))
     weights = ctx.saved_tensors[2:4]
     d_weights = (sums[place].to(weights[place].dtype) if needed[place] else None for place in range(2))
-    return dq, dk, *d_weights, *[None] * 7
+    return dq, dk, *d_weights, *[None] * 11
 
 
 _qk_norm_rope.register_autograd(_backward, setup_context=_save)
@@ -214,3 +286,15 @@ def _check(
             check_device(name, weight, "q", q.device)
     if rope is not None:
         rope.split_for(q.shape[2])
+
+
+def _check_segment_scale(scale: Tensor | None, layout: PackedLayout, rope: Rope3D | None) -> None:
+    if scale is None:
+        return
+    if rope is None:
+        raise ValueError("segment_scale: given without a rope; it must be None, since nothing turns")
+    check_shape("segment_scale", scale, [layout.max_segments, 3])
+    check_dtype("segment_scale", scale, [torch.float32])
+    check_device("segment_scale", scale, "the layout", layout.device)
+    if scale.requires_grad:
+        raise ValueError("segment_scale: requires a gradient; it must be detached, since it gets none")

@@ -56,8 +56,25 @@ def test_widths_match_the_oracle(width: int, norm: Norm, device: torch.device) -
     check(Case(tokens=5, width=width, rows=2, dtypes=DTYPES[-1]), norm, device, "triton")
 
 
-def test_more_rows_than_one_fold_adds(device: torch.device) -> None:
-    check(Case(tokens=70, width=8, pattern="row a token"), Norm("layer", weight=True, bias=True), device, "triton")
+def test_many_rows_in_groups(device: torch.device) -> None:
+    # Rows of a few tokens, whole in a chunk or cut by its end, and of none; a program of the fold looks at two of them.
+    check(Case(tokens=600, width=8, rows=300), Norm("layer", weight=True, bias=True), device, "triton")
+
+
+def test_more_rows_need_no_more_scratch(device: torch.device) -> None:
+    from sora_fast.kernels._launch import recording
+    from sora_fast.kernels._rows import Sums
+
+    parts = set()
+    for pattern in ("single row", "row a token"):
+        case = Case(pattern=pattern)
+        x, *tables = case.tensors(case.tokens, 1, torch.float32) + case.tensors(case.table_rows, 2, torch.float32)
+        tensors = [t.to(device).requires_grad_() for t in (x, *tables)]
+        y = adaln(*tensors, case.index().to(device), backend="triton")
+        with recording((9, 0)) as recorder:
+            torch.autograd.grad(y, tensors, torch.ones_like(y))
+        parts |= {arg.parts.shape for _, args, _ in recorder.launches for arg in args if isinstance(arg, Sums)}
+    assert len(parts) == 1
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])

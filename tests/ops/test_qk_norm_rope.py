@@ -24,19 +24,20 @@ ROPES = (
     Rope3D(),
     Rope3D(interleaved=False),
     Rope3D(theta=100.0, scale=(2.0, 0.5, -1.0)),
+    Rope3D(theta=100.0, scale=(0.25, 1.0, 1.5), scaling="ntk"),
+    Rope3D(extent=(None, 7.5, 32.0), interleaved=False),
+    Rope3D(scale=(0.5, 1.0, 2.0), scaling="ntk", extent=(20.0, None, 9.0)),
 )
 
 
-def formula(x: Tensor, weight: Tensor | None, layout: PackedLayout, rope: Rope3D | None) -> Tensor:
+def formula(
+    x: Tensor, weight: Tensor | None, layout: PackedLayout, rope: Rope3D | None, segment_scale: Tensor | None = None
+) -> Tensor:
     """Pairs of channels as complex numbers, turned by multiplication; in fp32, or in fp64 for such an x."""
     head_dim, real = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
     y = x if weight is None else F.rms_norm(x, (head_dim,), weight, eps=1e-6)
     if rope is not None:
-        angles = []
-        for axis, size in enumerate(rope.split or default_split(head_dim)):
-            frequency = rope.theta ** (-torch.arange(0, size, 2, dtype=real) / max(size, 1))
-            angles.append(torch.outer(layout.coords[:, axis].to(real) * rope.scale[axis], frequency))
-        turn = torch.polar(torch.ones((), dtype=real), torch.cat(angles, dim=1))[:, None]
+        turn = torch.polar(torch.ones((), dtype=real), radians(layout, rope, head_dim, segment_scale, real))[:, None]
         if rope.interleaved:
             y = torch.view_as_real(torch.view_as_complex(y.to(real).unflatten(-1, (-1, 2)).contiguous()) * turn)
             y = y.flatten(-2)
@@ -44,6 +45,26 @@ def formula(x: Tensor, weight: Tensor | None, layout: PackedLayout, rope: Rope3D
             y = torch.complex(*y.to(real).chunk(2, dim=-1)) * turn
             y = torch.cat([y.real, y.imag], dim=-1)
     return torch.where((layout.segment_ids >= 0)[:, None, None], y.to(x.dtype), 0)
+
+
+def radians(
+    layout: PackedLayout, rope: Rope3D, head_dim: int, segment_scale: Tensor | None, real: torch.dtype
+) -> Tensor:
+    """[N, D/2], from a place and a theta of every token and axis."""
+    segment, angles = layout.segment_ids.clamp(min=0), []
+    for axis, size in enumerate(rope.split or default_split(head_dim)):
+        place, factor = layout.coords[:, axis].to(real), torch.full((layout.capacity,), rope.scale[axis], dtype=real)
+        if rope.extent is not None and rope.extent[axis] is not None:
+            place = place / layout.grids[segment, axis].clamp(min=1) * rope.extent[axis]
+        if segment_scale is not None:
+            factor = factor * segment_scale[segment, axis].to(real)
+        theta = torch.full_like(factor, rope.theta)
+        if rope.scaling == "linear":
+            place = place * factor
+        elif size > 2:
+            theta = theta * factor ** (-size / (size - 2))
+        angles.append(place[:, None] * theta[:, None] ** (-torch.arange(0, size, 2, dtype=real) / max(size, 1)))
+    return torch.cat(angles, dim=1)
 
 
 def default_split(head_dim: int) -> tuple[int, int, int]:
@@ -61,6 +82,13 @@ class Inputs:
     group: int = 1
     norm: tuple[bool, bool] = (True, True)
     dtype: torch.dtype = torch.float32
+    scaled: bool = False  # a scale a segment
+
+    @property
+    def segment_scale(self) -> Tensor | None:
+        if not self.scaled or self.rope is None:
+            return None
+        return torch.linspace(0.1, 4.0, 3 * self.layout.max_segments).view(-1, 3)
 
     def tensors(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """[N, 3, H, D] and its gradients' [N, 2, H, D]; weights [D]."""
@@ -83,7 +111,8 @@ class Inputs:
         qkv, d_out, weights = self.tensors()
 
         def op(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> tuple[Tensor, Tensor]:
-            return formula(q, q_weight, self.layout, self.rope), formula(k, k_weight, self.layout, self.rope)
+            rest = (self.layout, self.rope, self.segment_scale)
+            return formula(q, q_weight, *rest), formula(k, k_weight, *rest)
 
         return self.run(op, qkv.to(dtype), d_out.to(dtype), {name: w.to(dtype) for name, w in weights.items()})
 
@@ -91,10 +120,11 @@ class Inputs:
         qkv, d_out, weights = self.tensors()
         padding = (self.layout.segment_ids < 0)[:, None, None, None]
         qkv, d_out = (x.masked_fill(padding, float("nan")).to(device) for x in (qkv, d_out))
-        layout = self.layout.to(device)
+        layout, scale = self.layout.to(device), self.segment_scale
+        scale = None if scale is None else scale.to(device)
 
         def op(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-            return qk_norm_rope(*tensors, layout, self.rope, backend=backend)
+            return qk_norm_rope(*tensors, layout, self.rope, segment_scale=scale, backend=backend)
 
         return self.run(op, qkv, d_out, {name: w.to(device) for name, w in weights.items()})
 
@@ -119,6 +149,7 @@ def check(inputs: Inputs, backend: str, device: torch.device) -> None:
     rope=st.sampled_from(ROPES),
     norm=st.tuples(st.booleans(), st.booleans()),
     dtype=st.sampled_from(DTYPES),
+    scaled=st.booleans(),
 )
 def test_random_layouts_match_the_oracle(
     pack: Pack,
@@ -126,10 +157,11 @@ def test_random_layouts_match_the_oracle(
     rope: Rope3D | None,
     norm: tuple[bool, bool],
     dtype: torch.dtype,
+    scaled: bool,
     backend: str,
     device: torch.device,
 ) -> None:
-    check(Inputs(pack.layout, rope, head_dim, norm=norm, dtype=dtype), backend, device)
+    check(Inputs(pack.layout, rope, head_dim, norm=norm, dtype=dtype, scaled=scaled), backend, device)
 
 
 LAYOUT = PackedLayout.from_grids([(2, 3, 2), (1, 1, 4)], order="tiled", capacity=19, max_segments=3)
@@ -140,6 +172,65 @@ LAYOUT = PackedLayout.from_grids([(2, 3, 2), (1, 1, 4)], order="tiled", capacity
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_head_dims_match_the_oracle(head_dim: int, rope: Rope3D, dtype: torch.dtype, device: torch.device) -> None:
     check(Inputs(LAYOUT, rope, head_dim, heads=3, dtype=dtype), "triton", device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rope", ROPES[1:])
+def test_a_scale_a_segment(rope: Rope3D, backend: str, device: torch.device) -> None:
+    check(Inputs(LAYOUT, rope, 64, heads=1, scaled=True), backend, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extent_makes_sizes_alike(backend: str, device: torch.device) -> None:
+    # Every other token of a segment twice as large, of the same extent, stands where those of the small one do.
+    layout = PackedLayout.from_grids([(2, 3, 4), (4, 6, 8)], device=device)
+    q = torch.ones(layout.capacity, 1, 64, device=device)
+    rope = Rope3D(extent=(3.0, 20.0, 16.0))
+    turned, _ = qk_norm_rope(q, q, None, None, layout, rope, backend=backend)
+    small, large = turned[:24].view(2, 3, 4, 64), turned[24:].view(4, 6, 8, 64)
+    torch.testing.assert_close(large[::2, ::2, ::2], small)
+    assert not torch.allclose(large[:2, :3, :4], small)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_for_all_segments_is_that_of_the_rope(backend: str, device: torch.device) -> None:
+    layout, scale = LAYOUT.to(device), torch.tensor([0.5, 2.0, 0.25], device=device)
+    q = torch.randn(19, 1, 64, device=device)
+    for scaling in ("linear", "ntk"):
+        ropes = Rope3D(scaling=scaling), Rope3D(scaling=scaling, scale=tuple(scale.tolist()))
+        results = (
+            qk_norm_rope(q, q, None, None, layout, rope, segment_scale=given, backend=backend)[0]
+            for rope, given in zip(ropes, (scale.expand(3, 3), None), strict=True)
+        )
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_strides(interleaved: bool, device: torch.device) -> None:
+    layout, rope = LAYOUT.to(device), Rope3D(interleaved=interleaved)
+    dense = torch.randn(2, 19, 3, 72, device=device)
+    weight = torch.randn(144, device=device)[::2]
+    runs = []
+    for order in (range(4), (3, 2, 1, 0), (2, 1, 0, 3)):
+        qk, grads = (x.permute(*order).contiguous().permute(*order).requires_grad_() for x in (dense, dense.flip(1)))
+        assert qk.stride() == torch.empty(dense.permute(*order).shape).permute(*order).stride()
+        outputs = qk_norm_rope(*qk, weight, None, layout, rope, backend="triton")
+        runs.append([*outputs, *torch.autograd.grad(outputs, qk, grads.unbind())])
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [0.0, 3e-8, 1e4, 6e4])
+def test_extreme_heads_in_fp16(size: float, backend: str, device: torch.device) -> None:
+    # Squares of 6e4 overflow fp16; those of 3e-8 vanish in it.
+    x = (size * torch.randn(19, 1, 64).clamp(-1, 1)).half().to(device).requires_grad_()
+    weight = torch.ones(64, device=device, dtype=torch.float16)
+    q, _ = qk_norm_rope(x, x, weight, weight, LAYOUT.to(device), Rope3D(), backend=backend)
+    q.backward(torch.ones_like(q))
+    exact = formula(x.detach().cpu().double(), weight.cpu().double(), LAYOUT, Rope3D())
+    assert x.grad.isfinite().all()
+    assert (q.cpu().double() - exact).abs().max() <= torch.finfo(torch.float16).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -178,9 +269,10 @@ def test_many_tokens_are_folded_in_two_steps(device: torch.device) -> None:
 
 
 def test_gradcheck() -> None:
-    inputs = Inputs(LAYOUT, Rope3D(), 6, heads=1)
     q, k, *weights = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((19, 1, 6),) * 2 + ((6,),) * 2)
-    assert torch.autograd.gradcheck(lambda *t: qk_norm_rope(*t, LAYOUT, inputs.rope), (q, k, *weights))
+    for rope, scale in ((Rope3D(), None), (ROPES[-1], torch.rand(3, 3) + 0.5)):
+        op = partial(qk_norm_rope, layout=LAYOUT, rope=rope, segment_scale=scale)
+        assert torch.autograd.gradcheck(op, (q, k, *weights))
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -189,7 +281,10 @@ def test_opcheck(norm: bool, device: torch.device) -> None:
     qkv = torch.randn(19, 2, 3, 8, device=device, requires_grad=True)
     q, k = qkv[:, :, 0], qkv.detach().permute(1, 0, 2, 3)[..., 1, :].transpose(0, 1)
     weights = [torch.randn(8, device=device, requires_grad=True) if norm else None for _ in range(2)]
-    rest = (layout.segment_ids, layout.coords, *_rotation(Rope3D() if norm else None, 8), 1e-6)
+    places = (layout.segment_ids, layout.coords, layout.grids, torch.ones(3, 3, device=device))
+    rest = (*places, *_rotation(ROPES[-1], 8), 1e-6)
+    if not norm:
+        rest = (*places[:2], None, None, *_rotation(None, 8), 1e-6)
     torch.library.opcheck(_qk_norm_rope, (q, k, *weights, *rest))
     q, weights = q.detach(), [None if weight is None else weight.detach() for weight in weights]
     torch.library.opcheck(_qk_norm_rope_backward, (q.clone(), k, q, k, *weights, *rest, norm))
@@ -197,8 +292,9 @@ def test_opcheck(norm: bool, device: torch.device) -> None:
 
 @pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])
 def test_compiles_once_for_ragged_batches(backend: str, compiler: str, device: torch.device) -> None:
-    def step(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
-        return qk_norm_rope(q, k, q_weight, k_weight, layout, Rope3D(), backend=backend)
+    def step(*tensors: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
+        scale = 64 / layout.grids.clamp(min=1)
+        return qk_norm_rope(*tensors, layout, ROPES[-1], segment_scale=scale, backend=backend)
 
     compiled = torch.compile(step, fullgraph=True, backend=compiler)
     with no_recompilation():
@@ -207,9 +303,7 @@ def test_compiles_once_for_ragged_batches(backend: str, compiler: str, device: t
             layout = inputs.layout.to(device)
             qkv, d_out, weights = inputs.tensors()
             given = (qkv.to(device), d_out.to(device), {name: weight.to(device) for name, weight in weights.items()})
-            expected, actual = (
-                inputs.run(lambda *t, fn=fn, layout=layout: fn(*t, layout), *given) for fn in (step, compiled)
-            )
+            expected, actual = (inputs.run(partial(fn, layout=layout), *given) for fn in (step, compiled))
             for name in expected:
                 torch.testing.assert_close(actual[name], expected[name])
 
@@ -229,7 +323,7 @@ def test_empty_pack(backend: str, device: torch.device) -> None:
     assert outputs[0].shape == (0, 2, 64) and not weight.grad.any()
 
 
-Q, W = torch.zeros(19, 2, 64), torch.zeros(64)
+Q, W, S = torch.zeros(19, 2, 64), torch.zeros(64), torch.ones(3, 3)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +338,10 @@ Q, W = torch.zeros(19, 2, 64), torch.zeros(64)
         ((Q, Q, W, W.int(), LAYOUT, None), {}, TypeError, "k_weight: int32"),
         ((Q, Q, W, W, LAYOUT, Rope3D((2, 2, 2))), {}, ValueError, "rope.split: .* 6 channels, but the head dim is 64"),
         ((Q, Q, W, W, LAYOUT, None), {"eps": 0.0}, ValueError, "eps: 0.0"),
+        ((Q, Q, W, W, LAYOUT, None), {"segment_scale": S}, ValueError, "segment_scale: given without a rope"),
+        ((Q, Q, W, W, LAYOUT, Rope3D()), {"segment_scale": S[:2]}, ValueError, r"segment_scale: .* must be \[3, 3\]"),
+        ((Q, Q, W, W, LAYOUT, Rope3D()), {"segment_scale": S.double()}, TypeError, "segment_scale: float64"),
+        ((Q, Q, W, W, LAYOUT, Rope3D()), {"segment_scale": S.clone().requires_grad_()}, ValueError, "be detached"),
     ],
 )
 def test_bad_arguments(
@@ -255,7 +353,15 @@ def test_bad_arguments(
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"split": (3, 2, 2)}, "split: "), ({"theta": 0.0}, "theta: 0.0"), ({"scale": (1.0,)}, "scale: ")],
+    [
+        ({"split": (3, 2, 2)}, "split: "),
+        ({"theta": 0.0}, "theta: 0.0"),
+        ({"scale": (1.0,)}, "scale: "),
+        ({"scale": (1.0, 0.0, 1.0), "scaling": "ntk"}, "scale: .* each above 0"),
+        ({"scaling": "yarn"}, 'scaling: .yarn.; it must be "linear" or "ntk"'),
+        ({"extent": (1.0, 2.0)}, "extent: .* three lengths"),
+        ({"extent": (None, 0.0, 1.0)}, "extent: .* each above 0 or None"),
+    ],
 )
 def test_bad_rope(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
