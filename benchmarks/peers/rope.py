@@ -43,12 +43,15 @@ def _plain_norm(x: Tensor, weight: Tensor) -> Tensor:
 def _written_out(case: Case, norm: Norm) -> Callable[..., tuple[Tensor, Tensor]]:
     """The tables are made before, once a batch."""
     layout, rope = case.args[-2:]
-    angles = rope.angles(layout.coords, case.args[0].shape[2])[:, None]
+    places, head_dim = (layout.segment_ids, layout.coords, layout.grids), case.args[0].shape[2]
+    angles = rope.angles(head_dim, *places, case.options["segment_scale"])[:, None]
     cos, sin = angles.cos(), angles.sin()
 
     def rotate(x: Tensor) -> Tensor:
-        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+        wide = x.float()
+        a, b = wide.unflatten(-1, (-1, 2)).unbind(-1) if rope.interleaved else wide.chunk(2, dim=-1)
+        turned = (a * cos - b * sin, a * sin + b * cos)
+        return (torch.stack(turned, dim=-1).flatten(-2) if rope.interleaved else torch.cat(turned, dim=-1)).type_as(x)
 
     def run(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
         return rotate(norm(q, q_weight)), rotate(norm(k, k_weight))
