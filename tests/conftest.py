@@ -41,7 +41,7 @@ def device() -> torch.device:
 
 @pytest.hookimpl(wrapper=True, optionalhook=True)  # pytest-xdist may be absent
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int, int]:
-    """`-n auto`: a worker a core as far as memory goes, and none for single tests, which are over before it is there."""
+    """`-n auto`: a worker a core as far as memory goes; none for single tests, which end before it would be there."""
     cores = yield
     if any("::" in argument for argument in config.args):
         return 0
