@@ -49,7 +49,7 @@ def checkpoint(size: str, patch: int, *, seed: int = 0, **options: int | bool) -
     """Random weights of a scale at which every layer shows in the output, and the next does not drown it.
 
     They are windows, each at a place of its own, into one line of numbers for every scale, which a file holds once: to
-    draw all of XL's, write and read them took half a minute.
+    draw all of XL's, write and read them was two thirds of its test.
     """
     generator, shapes = torch.Generator().manual_seed(seed), shapes_of(size, patch, **options)
     scales, longest = {}, defaultdict(int)
