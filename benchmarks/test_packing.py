@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.nvml import Gauge
 from benchmarks.packing import MIXES, WAYS, Batch, Buckets, Grid, Mix, Tally
 from sora_fast import use_backend
 from sora_fast.diffusion import RectifiedFlow, training_loss
@@ -156,6 +157,8 @@ def test_longer_videos(benchmark: Any, mask: str, tokens: int) -> None:
     if benchmark.enabled:
         _last[mask] = benchmark.stats.stats.median
         benchmark.extra_info["ns_per_token"] = 1e9 * _last[mask] / tokens
+        if SETTING.device.type == "cuda":
+            benchmark.extra_info |= Gauge(SETTING.device).read(step, 1e3 * _last[mask])
 
 
 def kept_bytes(step: Step, model: SoraDiT) -> int:
