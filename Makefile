@@ -1,6 +1,7 @@
 # The two commands:
 #   make demo            train a small video model on moving digits, sample from it, measure it (QUICK=1: a short form)
-#   make test            run the tests (ARGS='-m "not slow" tests/ops' goes to pytest)
+#   make test            run the tests, a worker a core (ARGS='-m "not slow" tests/ops' goes to pytest; single tests,
+#                        as in ARGS='tests/test_masks.py::test_name --pdb', and '-n 0' run in one process)
 # and: make lint, make aot (compile every kernel for sm_80, sm_90, sm_100 and inspect it), make clean
 #
 # Everything is installed into ./.venv, once. Other versions, and options of pip, fit into the variables below:
@@ -12,6 +13,10 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 NUMPY  ?= numpy>=2.2,<2.5
+
+# Whatever the shell says, Python keeps what it has compiled: the tests start dozens of processes, and each would compile
+# the modules of torch anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 BIN := $(VENV)/bin
 # --no-compile: Python compiles the few modules that are used when they are first imported.
@@ -27,7 +32,7 @@ demo: $(READY)
 	$(BIN)/sora-fast demo $(if $(QUICK),--quick) $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """One set of tests for both worlds: Triton's interpreter without a GPU, the compiled kernels with one."""
 
 import os
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from hypothesis import HealthCheck, settings
 from benchmarks import _checkout
 
 _HAS_CUDA = torch.cuda.is_available()
+# A worker has 0.8 GB, and 3.4 GB where it tests DiT-XL, which one does at a time.
+_BYTES_A_WORKER = 3 << 30
 
 _checkout.make_importable()
 if not _HAS_CUDA:
@@ -34,6 +37,16 @@ settings.load_profile("sora_fast")
 def device() -> torch.device:
     """Where kernels run: a GPU (the tests that use it are then marked `gpu`), or the CPU, interpreted."""
     return torch.device("cuda" if _HAS_CUDA else "cpu")
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)  # pytest-xdist may be absent
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int, int]:
+    """`-n auto`: a worker a core as far as memory goes; none for single tests, which end before it would be there."""
+    cores = yield
+    if any("::" in argument for argument in config.args):
+        return 0
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores, memory // _BYTES_A_WORKER))
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers

@@ -14,6 +14,10 @@ NOTES = {
     "sm_mhz": ("SM MHz", 1),
     "throttled_by": ("held back by", 1),
     "error": ("error", 1),
+    "useful_tokens_per_second": ("useful tokens/s", 1),
+    "padding": ("% padding", 100),
+    "kept": ("% of the data", 100),
+    "kept_bytes_per_token": ("KiB kept a token", 2**-10),
 }
 ENVIRONMENT = ("device", "commit", "date", "torch", "triton", "cuda", "python")
 

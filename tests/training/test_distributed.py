@@ -80,7 +80,7 @@ def test_a_failing_worker_takes_the_others_along() -> None:
     began = time.monotonic()
     with pytest.raises(RuntimeError), workers(2, _fail) as world:
         world.total(1)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 600, "they did not wait out the half hour that gloo would"
     assert World.current() == World()
 
 
