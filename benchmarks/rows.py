@@ -99,7 +99,8 @@ class _Run:
 def _distances(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
     """The relative distance of each tensor; NaN if it holds a NaN."""
     pairs = zip(ours, truth, strict=True)
-    return [float((a.to(b.dtype) - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs]
+    pairs = ((a.double(), b.double()) for a, b in pairs)
+    return [float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs]
 
 
 def table(rows: Sequence[Row], ceilings: Ceilings) -> str:

@@ -376,10 +376,10 @@ def test_strides_past_32_bits(tmp_path: Path) -> None:
 def test_torch_backend_builds_no_matrix_over_the_pack(mask: SpacetimeMask, with_lse: bool) -> None:
     layout = PackedLayout.from_grids([(4, 8, 8)] * 8, order="tiled", for_mask=mask)
     qkv = [torch.randn(layout.capacity, 1, 8) for _ in range(3)]
-    tensors = module._tensors(TileSchedule.build(layout, mask))
+    schedule = TileSchedule.build(layout, mask)
 
     def blocks() -> Any:
-        return module._blocks(tensors, module._kind(mask), join=not with_lse)
+        return module._blocks(module._tensors(schedule), module._kind(schedule), join=not with_lse)
 
     with LargestTensor() as largest:
         out, lse = plain.forward(*qkv, blocks(), 0.3)
@@ -404,8 +404,8 @@ def test_gradcheck(mask: SpacetimeMask, with_lse: bool) -> None:
 def test_opcheck(strides: str, backend: str, device: torch.device) -> None:
     layout = PackedLayout.from_grids([(1, 3, 4), (1, 1, 2)], capacity=16, tile_size=16, device=device)
     q, k, v, grad_out = (_random(16, heads, 16, torch.float32, strides).to(device) for heads in (2, 1, 1, 2))
-    tensors = module._tensors(TileSchedule.build(layout, WINDOW))
-    options = ([16, 16], module._kind(WINDOW), 0.25, False)
+    schedule = TileSchedule.build(layout, WINDOW)
+    tensors, options = module._tensors(schedule), ([16, 16], module._kind(schedule), 0.25, False)
     op, op_backward = {
         "torch": (module._plain_attention, module._plain_attention_backward),
         "triton": (module._triton_attention, module._triton_attention_backward),
