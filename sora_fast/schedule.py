@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -203,14 +202,15 @@ def _unfilled(
     layout: PackedLayout, keys: PackedLayout, mask: SpacetimeMask, *, max_pairs: int, cross: bool
 ) -> TileSchedule:
     """Memory for what `_plain` gives. Places of a list that stay unused are 0 from the start."""
-    new = partial(torch.empty, dtype=torch.int32, device=layout.device)
+    new = layout.cu_seqlens.new_empty
     sides = []
     for count in (layout.max_tiles, keys.max_tiles):
         numbers = [new(count) for _ in range(4)]
         if has_ranges(layout, mask):
             sides.append(TokenRanges(*numbers))
         else:
-            sides.append(TileLists(*numbers, torch.zeros_like(new(list_room(count, max_pairs) + count))))
+            room = list_room(count, max_pairs)
+            sides.append(TileLists(*numbers, layout.cu_seqlens.new_zeros(room + count)))
     places = (new(size.capacity) for size in (layout, layout, keys))
     overflow = new((), dtype=torch.int64)
     return TileSchedule(mask, layout, keys, *sides, *places, overflow, cross=cross)
