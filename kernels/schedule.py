@@ -10,7 +10,7 @@ Tiles of a segment lie side by side, so a tile asks those of its own segment alo
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -41,14 +41,23 @@ class Pack(NamedTuple):
     tiles: Tensor
 
 
-class Side(NamedTuple):
-    """Numbers of the tiles of one side: a `TokenRanges` or, with tiles, a `TileLists` (split: its full_end)."""
+class Ranges(NamedTuple):
+    """The tensors of a `TokenRanges`."""
 
     begin: Tensor
     split: Tensor
     end: Tensor
     order: Tensor
-    tiles: Tensor | None = None
+
+
+class Lists(NamedTuple):
+    """The tensors of a `TileLists`; split: its full_end."""
+
+    begin: Tensor
+    split: Tensor
+    end: Tensor
+    order: Tensor
+    tiles: Tensor
 
 
 class Places(NamedTuple):
@@ -91,8 +100,8 @@ def fill(
     queries: Pack,
     keys: Pack | None,
     places: Places,
-    by_query: Side,
-    by_key: Side,
+    by_query: Ranges | Lists,
+    by_key: Ranges | Lists,
     overflow: Tensor,
     *,
     axes: tuple[Axis, Axis, Axis],
@@ -108,39 +117,58 @@ def fill(
     causal, by frames if not. tile_sizes: most tokens in a tile of queries, of keys. The unused places of a list keep
     what they have.
     """
-    constants = {"T_AXIS": axes[0], "H_AXIS": axes[1], "W_AXIS": axes[2], "FULL": full, "CAUSAL": causal}
-    sizes = [side.begin.shape[0] for side in (by_query, by_key)]
-    boxes = None
-    if by_query.tiles is not None:
-        segments = queries.grids.shape[0]
-        boxes = _Boxes(*(queries.coords.new_empty(size) for size in ((8, sizes[0]), (2, segments), (2, 5, sizes[0]))))
+    boxes = _boxes(queries) if isinstance(by_query, Lists) else None
+    mask = {"T_AXIS": axes[0], "H_AXIS": axes[1], "W_AXIS": axes[2], "FULL": full, "CAUSAL": causal}
     if keys is None:
-        works = [(queries, queries, places, by_query, by_key)]
+        _launch_tiles(queries, queries, places, by_query, by_key, boxes, tile_sizes[0], mask)
     else:
-        works = [
-            (queries, keys, places._replace(place=None), by_query, None),
-            (keys, queries, Places(None, None, places.place), None, by_key),
-        ]
-    for (own, other, *written), size in zip(works, tile_sizes, strict=False):
-        capacities = own.segment_ids.shape[0], other.segment_ids.shape[0]
-        launch(
-            tile_kernel,
-            (own.tiles.shape[0] - 1,),
-            *(own, other.cu_seqlens, *written, boxes, *capacities, own.grids.shape[0]),
-            **constants,
-            TILE=next_power_of_two(size),
-            num_warps=1,
-        )
+        query_places, key_places = places._replace(place=None), Places(None, None, places.place)
+        _launch_tiles(queries, keys, query_places, by_query, None, boxes, tile_sizes[0], mask)
+        _launch_tiles(keys, queries, key_places, None, by_key, boxes, tile_sizes[1], mask)
     if boxes is None:
+        sizes = [side.begin.shape[0] for side in (by_query, by_key)]
         launch(order_kernel, (max(sizes), 2), by_query, by_key, overflow, *sizes, ROWS=ROWS, num_warps=4)
-        return
-    grid, count = (sizes[0], 2), sizes[0]
+    else:
+        _launch_lists(queries, boxes, by_query, by_key, overflow, max_pairs=max_pairs, causal=causal)
+
+
+def _boxes(pack: Pack) -> _Boxes:
+    tiles, segments = pack.tiles.shape[0] - 1, pack.grids.shape[0]
+    return _Boxes(*(pack.coords.new_empty(size) for size in ((8, tiles), (2, segments), (2, 5, tiles))))
+
+
+def _launch_tiles(
+    own: Pack,
+    other: Pack,
+    places: Places,
+    by_query: Ranges | Lists | None,
+    by_key: Ranges | Lists | None,
+    boxes: _Boxes | None,
+    tile_size: int,
+    mask: dict[str, Any],
+) -> None:
+    """The first launch, for the tiles of one layout; a side of tiles that it has not is None."""
+    sizes = own.segment_ids.shape[0], other.segment_ids.shape[0], own.grids.shape[0]
+    launch(
+        tile_kernel,
+        (own.tiles.shape[0] - 1,),
+        *(own, other.cu_seqlens, places, by_query, by_key, boxes, *sizes),
+        **mask,
+        TILE=next_power_of_two(tile_size),
+        num_warps=1,  # a token or a few for each of 32 threads, and no shared memory for the reductions
+    )
+
+
+def _launch_lists(
+    pack: Pack, boxes: _Boxes, by_query: Lists, by_key: Lists, overflow: Tensor, *, max_pairs: int, causal: bool
+) -> None:
+    count, segments = pack.tiles.shape[0] - 1, pack.grids.shape[0]
     room = by_query.tiles.shape[0] - count
+    shared = (pack.tiles, pack.segment_ids, boxes)
     options = {"CAUSAL": causal, "ROOMY": room >= count * count, "COLUMNS": COLUMNS, "num_warps": 4}
-    tiles = queries.tiles, queries.segment_ids
-    launch(count_kernel, grid, *tiles, boxes, count, queries.grids.shape[0], **options)
-    numbers = count, queries.grids.shape[0], room, max_pairs
-    launch(list_kernel, grid, *tiles, boxes, by_query, by_key, overflow, *numbers, **options, ROWS=ROWS)
+    launch(count_kernel, (count, 2), *shared, count, segments, **options)
+    numbers = count, segments, room, max_pairs
+    launch(list_kernel, (count, 2), *shared, by_query, by_key, overflow, *numbers, **options, ROWS=ROWS)
 
 
 @triton.jit

@@ -65,16 +65,17 @@ def _fill_op(
     tile_sizes: list[int],
     max_pairs: int,
 ) -> None:
-    from sora_fast.kernels.schedule import Axis, Pack, Places, Side, fill
+    from sora_fast.kernels.schedule import Axis, Lists, Pack, Places, Ranges, fill
 
     *placed, overflow = places
+    side = Lists if len(by_query) == len(Lists._fields) else Ranges
     along = [Axis(*axes[4 * axis : 4 * axis + 3], clamp=bool(axes[4 * axis + 3])) for axis in range(3)]
     fill(
         Pack(*queries),
         Pack(*keys) if keys else None,
         Places(*placed),
-        Side(*by_query),
-        Side(*by_key),
+        side(*by_query),
+        side(*by_key),
         overflow,
         axes=tuple(along),
         full=full,
