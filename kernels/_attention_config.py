@@ -1,8 +1,8 @@
 """Launch configurations of packed attention, apart from the kernels.
 
 Chosen so that no kernel spills a register for any mask (compiled ahead of time with Triton 3.7.1; `benchmarks.aot`
-prints the numbers); none is tuned by measurement yet. Of Triton 3.6.0 only sm_90 up to head dim 128 was looked at: the
-one pass spills 8 bytes a thread at 72 and a window, nothing else does.
+prints the numbers); none is tuned by measurement yet. Of Triton 3.6.0 only sm_90 up to head dim 128 was looked at:
+nothing spills there either.
 """
 
 from dataclasses import dataclass, replace
@@ -68,7 +68,8 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
             (256, BlockSizes(32, 32, 8, 2)),
         ],
         # 128×64: 238 at head dim 64; it spills at 72 and a window. 128×32: 254 at 128. 64×16: 250 at 192. At 256 all of
-        # 64 rows, which Hopper's matrix instructions want, spill: those of Ampere do its work.
+        # 64 rows, which Hopper's matrix instructions want, spill: 64×16 with one stage 760 bytes a thread; with 16
+        # warps, of 128 registers a thread, 64×32 376 and 64×64 2,128. Those of Ampere do its work.
         9: [
             (64, BlockSizes(128, 64, 8, 2)),
             (128, BlockSizes(128, 32, 8, 2)),
@@ -88,13 +89,15 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
             (192, BlockSizes(32, 32, 8, 2)),
             (256, BlockSizes(32, 16, 8, 2)),
         ],
-        # 64×64: 255 at head dim 72; it spills at 96 and 128, and at 96 64×32 too. 128×16: 222 at 96. 64×32: 252 at 128.
-        # Past 128 all of 64 rows spill.
+        # 64×64: 255 at head dim 72, where two stages in place of three spill 8 bytes a thread under Triton 3.6.0; it
+        # spills at 96 and 128, and at 96 64×32 too. 128×16: 222 at 96. 64×16: 224 at 128, where 64×32 takes 255 and
+        # spills 8 bytes under 3.6.0, with either two or three stages. Past 128 all of 64 rows spill: at 192, 64×16 with
+        # one stage 320 bytes, 64×32 with 16 warps 296; at 256, with 16 warps, 64×16 344 and 64×32 496.
         9: [
             (64, BlockSizes(128, 64, 8, 2)),
-            (80, BlockSizes(64, 64, 8, 2)),
+            (80, BlockSizes(64, 64, 8, 3)),
             (96, BlockSizes(128, 16, 8, 2)),
-            (128, BlockSizes(64, 32, 8, 2)),
+            (128, BlockSizes(64, 16, 8, 2)),
             (256, BlockSizes(32, 32, 8, 2)),
         ],
         # 128×64 spills at head dim 64, 64×64 at 72 and 80, 64×32 at 96 and 192.
