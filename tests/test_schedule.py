@@ -1,5 +1,6 @@
 import warnings
 from dataclasses import fields
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,6 +76,22 @@ def test_lists_against_the_dense_mask(data: st.DataObject, mask: SpacetimeMask) 
         schedule = TileSchedule.build(layout, mask, max_pairs=data.draw(st.sampled_from([0, 3, 10, 1 << 24])))
     check_lists(schedule.by_query, layout, layout, dense)
     check_lists(schedule.by_key, layout, layout, dense.T, by_key=True)
+
+
+@pytest.mark.parametrize("mask", [SpacetimeMask.frame_causal(), SpacetimeMask.token_causal()])
+def test_the_past_in_raster_order_needs_no_list(mask: SpacetimeMask) -> None:
+    grids, keep = [(4, 3, 5), (0, 1, 1), (2, 6, 7)], [range(0, 60, 2), [], range(84)]
+    layout = PackedLayout.from_grids(grids, capacity=130, max_segments=5, keep=[[*k] for k in keep], tile_size=16)
+    schedule, dense = TileSchedule.build(layout, mask, max_pairs=0), mask.materialize(layout)
+    check_lists(schedule.by_query, layout, layout, dense)
+    check_lists(schedule.by_key, layout, layout, dense.T, by_key=True)
+    # Exactly what is met, and of that all that is met entirely.
+    for side, matrix in ((schedule.by_query, dense), (schedule.by_key, dense.T)):
+        visited, full = cover(side, layout, layout, by_key=side is schedule.by_key)
+        for start, stop in pairwise(layout.tile_offsets.tolist()):
+            assert torch.equal(visited[start:stop].any(0), matrix[start:stop].any(0))
+            assert torch.equal(full[start:stop].any(0), matrix[start:stop].all(0) & (stop > start))
+    assert int(schedule.overflow) == 0
 
 
 def test_memory_is_bounded_for_half_a_million_tokens() -> None:
