@@ -1,8 +1,8 @@
 """Launch configurations of packed attention, apart from the kernels.
 
 Chosen so that no kernel spills a register for any mask, but for the one named below (compiled ahead of time with Triton
-3.7.1; `benchmarks.aot` prints the numbers); none is tuned by measurement yet. Of Triton 3.6.0 only sm_90 up to head dim 128 was looked at:
-nothing spills there either.
+3.7.1; `benchmarks.aot` prints the numbers); none is tuned by measurement yet. Of Triton 3.6.0 only sm_90 up to head dim
+128 was looked at: nothing spills there either.
 """
 
 from dataclasses import dataclass, replace
@@ -84,8 +84,8 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
     },
     "one_pass": {
         # 128×32 spills at head dim 64. 64×32: 255 at 72 and 80; it spills at 96, and at 72 under a frame-causal mask 24
-        # bytes a thread. All that was tried for both 72 and 80 spills somewhere: 64×32 with three stages 184 at 80, 64×16
-        # 8 at 72 under a full mask, 128×16 8 to 16, 32×32 up to 56. 32×32 spills at 256 with grouped heads.
+        # bytes a thread. All that was tried for both 72 and 80 spills somewhere: 64×32 with three stages 184 at 80,
+        # 64×16 8 at 72 under a full mask, 128×16 8 to 16, 32×32 up to 56. 32×32 spills at 256 with grouped heads.
         8: [
             (80, BlockSizes(64, 32, 8, 2)),
             (96, BlockSizes(64, 16, 8, 2)),
