@@ -27,15 +27,13 @@ _MOST_PAIRS = 1 << 22
 class Block(NamedTuple):
     """`count` pieces of equal length side by side: the queries of a piece may attend the keys of the same piece.
 
-    allowed [queries, keys]: which pairs of the one piece; None: all. causal: as many queries as keys, and each may
-    attend those up to its own place.
+    allowed [queries, keys]: which pairs of the one piece; None: all.
     """
 
     queries: slice
     keys: slice | Tensor
     count: int = 1
     allowed: Tensor | None = None
-    causal: bool = False
 
 
 class Masking(NamedTuple):
@@ -47,10 +45,8 @@ class Masking(NamedTuple):
     raster: Tensor | None
 
 
-def segment_blocks(query_offsets: Tensor, key_offsets: Tensor, *, join: bool, causal: bool = False) -> Iterator[Block]:
-    """Every segment meets all of its own keys or, if causal, those up to the query. join: neighbours of equal length
-    make one block.
-    """
+def segment_blocks(query_offsets: Tensor, key_offsets: Tensor, *, join: bool) -> Iterator[Block]:
+    """The full mask: every segment meets all of its own keys. join: neighbours of equal length make one block."""
     starts, key_starts = query_offsets.tolist(), key_offsets.tolist()
     pieces = [
         (start, stop - start, key_start, key_stop - key_start)
@@ -62,29 +58,34 @@ def segment_blocks(query_offsets: Tensor, key_offsets: Tensor, *, join: bool, ca
         start, length, key_start, key_length = run[0]
         if key_length:
             queries = slice(start, start + len(run) * length)
-            keys = slice(key_start, key_start + len(run) * key_length)
-            yield Block(queries, keys, len(run), causal=causal)
+            yield Block(queries, slice(key_start, key_start + len(run) * key_length), len(run))
 
 
-def frame_blocks(offsets: Tensor, masking: Masking) -> Iterator[Block]:
-    """The past by frames, in raster order: a frame meets all keys from the segment's first to its own last.
+def past_blocks(offsets: Tensor, tiles: Tensor, masking: Masking) -> Iterator[Block]:
+    """The past in raster order: some queries, and all keys from their segment's first to the last of them.
 
-    Neighbouring frames share a block, tested, if that is cheaper than a call for each. offsets: the segments'.
+    By frames, those of a frame may attend all of these keys; by tokens, those of a tile are tested. Neighbours share a
+    block, tested, if that is cheaper than a call for each. offsets, tiles: bounds of segments and of tiles.
     """
-    frames = masking.high[: offsets[-1]] >> 20
-    changes = (frames[1:] != frames[:-1]).nonzero().squeeze(1) + 1
-    segments, bounds = set(offsets.tolist()), torch.cat([changes, offsets]).unique().tolist()
+    segments, by_tokens = set(offsets.tolist()), masking.raster is not None
+    bounds = tiles.unique().tolist() if by_tokens else _frame_bounds(offsets, masking)
     first = start = 0
-    joined = False
+    tested = by_tokens
     for stop, following in zip(bounds[1:], [*bounds[2:], None], strict=True):
         more = following and stop not in segments and (stop - start) * (following - stop) <= _CALL_PAIRS
         if more and (following - start) * (following - first) <= _MOST_PAIRS:
-            joined = True
+            tested = True
             continue
         queries, keys = slice(start, stop), slice(first, stop)
-        yield Block(queries, keys, allowed=_allowed(masking, queries, keys) if joined else None)
-        start, joined = stop, False
+        yield Block(queries, keys, allowed=_allowed(masking, queries, keys) if tested else None)
+        start, tested = stop, by_tokens
         first = stop if stop in segments else first
+
+
+def _frame_bounds(offsets: Tensor, masking: Masking) -> list[int]:
+    frames = masking.high[: offsets[-1]] >> 20
+    changes = (frames[1:] != frames[:-1]).nonzero().squeeze(1) + 1
+    return torch.cat([changes, offsets]).unique().tolist()
 
 
 def tile_blocks(
@@ -200,12 +201,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[Block], scale: flo
     lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=_wide(q), device=q.device)
     k, v = (_spread(x, q) for x in (k, v))
     flash = has_flash(q)
-    for block in blocks if flash else _bounded(blocks, q.shape[1], q.device):
+    for block in blocks if flash else _bounded(blocks, q.shape[1]):
         queries, keys, values = (_pieces(x, place, block) for x, place in _paired((q, k, v), block))
-        if flash:
-            result, sums = _attend_flash(queries, keys, values, block, scale)
-        else:
-            result, sums = _attend(queries, keys, values, block.allowed, scale)
+        attend = _attend_flash if flash else _attend
+        result, sums = attend(queries, keys, values, block.allowed, scale)
         _pieces(out, block.queries, block).copy_(result)
         _row_pieces(lse, block).copy_(sums)
     return out, lse
@@ -227,12 +226,12 @@ def backward(
     k, v = (_spread(x, q) for x in (k, v))
     grads = [torch.zeros(x.shape, dtype=_wide(x), device=x.device) for x in (q, k, v)]
     flash = has_flash(q, grad_lse)
-    for block in blocks if flash else _bounded(blocks, q.shape[1], q.device):
+    for block in blocks if flash else _bounded(blocks, q.shape[1]):
         inputs = [_pieces(x, place, block) for x, place in _paired((q, k, v), block)]
         grad_result, result = (_pieces(x, block.queries, block) for x in (grad_out, out))
         sums = _row_pieces(lse, block)
         if flash:
-            parts = _attend_flash_backward(grad_result, *inputs, result, sums, block, scale)
+            parts = _attend_flash_backward(grad_result, *inputs, result, sums, block.allowed, scale)
         else:
             delta = (grad_result.to(lse.dtype) * result.to(lse.dtype)).sum(-1)
             if grad_lse is not None:
@@ -269,18 +268,15 @@ def may_join(q: Tensor, grad_lse: Tensor | None = None) -> bool:
     return has_flash(q, grad_lse) and q.dtype in (torch.float32, torch.float64)
 
 
-def _bounded(blocks: Iterable[Block], heads: int, device: torch.device) -> Iterator[Block]:
+def _bounded(blocks: Iterable[Block], heads: int) -> Iterator[Block]:
     """Cut blocks of one piece to few enough pairs that the scores of all heads may be held."""
     for block in blocks:
         columns = block.keys.stop - block.keys.start if isinstance(block.keys, slice) else len(block.keys)
         step = max(1, _MOST_PAIRS // (heads * columns))
         for start in range(block.queries.start, block.queries.stop, step):
-            stop = min(start + step, block.queries.stop)
             first = start - block.queries.start
             allowed = None if block.allowed is None else block.allowed[first : first + step]
-            if block.causal:
-                allowed = torch.ones(stop - start, columns, dtype=torch.bool, device=device).tril(first)
-            yield Block(slice(start, stop), block.keys, allowed=allowed)
+            yield Block(slice(start, min(start + step, block.queries.stop)), block.keys, allowed=allowed)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -312,10 +308,10 @@ def _row_pieces(x: Tensor, block: Block) -> Tensor:
     return x[:, block.queries].unflatten(1, (block.count, -1)).transpose(0, 1)
 
 
-def _attend_flash(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
-    out, sums = _flash(q, k, v, is_causal=block.causal, attn_mask=_bias(block.allowed, q), scale=scale)
+def _attend_flash(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    out, sums = _flash(q, k, v, attn_mask=_bias(allowed, q), scale=scale)
     # The kernel gives 0 to a query without a key.
-    return out, sums if block.allowed is None else sums.masked_fill(~block.allowed.any(dim=1), -math.inf)
+    return out, sums if allowed is None else sums.masked_fill(~allowed.any(dim=1), -math.inf)
 
 
 def _attend_flash_backward(
@@ -325,12 +321,11 @@ def _attend_flash_backward(
     v: Tensor,
     out: Tensor,
     sums: Tensor,
-    block: Block,
+    allowed: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     finite = sums.masked_fill(sums == -math.inf, 0.0)
-    bias = _bias(block.allowed, q)
-    return _flash_backward(grad_out, q, k, v, out, finite, 0.0, block.causal, attn_mask=bias, scale=scale)
+    return _flash_backward(grad_out, q, k, v, out, finite, 0.0, False, attn_mask=_bias(allowed, q), scale=scale)
 
 
 def _bias(allowed: Tensor | None, q: Tensor) -> Tensor | None:

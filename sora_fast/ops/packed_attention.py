@@ -128,11 +128,11 @@ def _plain_attention_backward(
 
 def _blocks(schedule: list[Tensor], kind: int, *, join: bool) -> Iterator[plain.Block]:
     query_offsets, key_offsets, query_tiles, key_tiles, *boxes = schedule[:8]
-    if kind in (_FULL, _PAST_TOKENS):
-        return plain.segment_blocks(query_offsets, key_offsets, join=join, causal=kind == _PAST_TOKENS)
+    if kind == _FULL:
+        return plain.segment_blocks(query_offsets, key_offsets, join=join)
     masking = plain.Masking(*boxes[:3], boxes[3] if kind in _BY_RASTER else None)
-    if kind == _PAST_FRAMES:
-        return plain.frame_blocks(query_offsets, masking)
+    if kind in (_PAST_FRAMES, _PAST_TOKENS):
+        return plain.past_blocks(query_offsets, query_tiles, masking)
     return plain.tile_blocks(query_tiles, key_tiles, *schedule[8:11], schedule[12], masking)
 
 
