@@ -112,6 +112,10 @@ class Case:
         return f"{self.op.__name__}[{self.label}]"
 
     @property
+    def device(self) -> torch.device:
+        return next(argument.device for argument in (*self.inputs, *self.args) if hasattr(argument, "device"))
+
+    @property
     def inputs(self) -> tuple[Tensor, ...]:
         """The tensors that gradients are asked for."""
         tensors = [a.flat if isinstance(a, RaggedLatents) else a for a in self.args]
@@ -141,6 +145,8 @@ class Case:
 
     def backward(self, outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Gradients of the inputs; may be called many times for the same outputs."""
+        if not self.inputs:
+            return ()
         return torch.autograd.grad(outputs, self.inputs, gradients, retain_graph=True)
 
     def step(self) -> tuple[Tensor, ...]:
@@ -174,7 +180,15 @@ def _widened(argument: Any) -> Any:
 
 def all_cases(setting: Setting) -> Iterator[Case]:
     """Every case of every op, one at a time, so that only one case's tensors are alive."""
-    for cases in (modulation_cases, qk_norm_rope_cases, attention_cases, patch_cases, segment_mean_cases):
+    families = (
+        modulation_cases,
+        qk_norm_rope_cases,
+        schedule_cases,
+        attention_cases,
+        patch_cases,
+        segment_mean_cases,
+    )
+    for cases in families:
         yield from cases(setting)
 
 
@@ -225,41 +239,71 @@ def qk_norm_rope_cases(s: Setting) -> Iterator[Case]:
         yield Case(qk_norm_rope, f"{label}D{head_dim}", args, options, bytes_moved=(4 * once, 6 * once))
 
 
+# Causal masks have a way of their own in raster order; a tiled one serves the windows.
+MASKS = {
+    "full": SpacetimeMask.full(),
+    "frame_causal": SpacetimeMask.frame_causal(),
+    "token_causal": SpacetimeMask.token_causal(),
+    "window": SpacetimeMask.window(2, 6, 6),
+}
+
+
+def schedule(layout: PackedLayout, mask: SpacetimeMask) -> tuple[Tensor, ...]:
+    """What is found for a batch, all of it integers; there is no gradient."""
+    built = TileSchedule.build(layout, mask)
+    sides = [(side.begin, side.end, side.order) for side in (built.by_query, built.by_key)]
+    return (built.query_low, built.query_high, built.key_place, *sides[0], *sides[1])
+
+
+def schedule_cases(s: Setting) -> Iterator[Case]:
+    yield from (schedule_case(s, name, mask) for name, mask in MASKS.items())
+
+
+def schedule_case(s: Setting, label: str, mask: SpacetimeMask) -> Case:
+    """The schedule of the batch under a mask; what it writes once is the least that moves."""
+    layout = _layout(s, mask)
+    return Case(schedule, label, (layout, mask), bytes_moved=(12 * layout.capacity, 0))
+
+
+def _layout(s: Setting, mask: SpacetimeMask) -> PackedLayout:
+    return s.layout() if mask.sees_past else s.layout(order="tiled", for_mask=mask)
+
+
 def attention_cases(s: Setting) -> Iterator[Case]:
-    masks = {
-        "full": SpacetimeMask.full(),
-        "frame_causal": SpacetimeMask.frame_causal(),
-        "window": SpacetimeMask.window(2, 6, 6),
-        "token_causal": SpacetimeMask.token_causal(),
-    }
     text = PackedLayout.from_grids([(77, 1, 1)] * len(s.grids), device=s.device)
     for head_dim in s.head_dims:
-        for name, mask in masks.items():
+        for name, mask in MASKS.items():
             yield self_attention(s, head_dim, name, mask)
-        for name in ("full", "window"):
-            yield self_attention(s, head_dim, f"{name},one pass", masks[name], case=OnePassCase)
+        for name in ("full", "frame_causal", "window"):
+            yield self_attention(s, head_dim, f"{name},one pass", MASKS[name], case=OnePassCase)
         for case in (Case, OnePassCase):
             label = "window,grouped" + ",one pass" * (case is OnePassCase)
-            yield self_attention(s, head_dim, label, masks["window"], case=case, group=2)
+            yield self_attention(s, head_dim, label, MASKS["window"], case=case, group=2)
         layout = s.layout(order="tiled")
         q = s.random(layout.capacity, s.heads, head_dim)
         k, v = s.random(text.capacity, 2, s.heads, head_dim).unbind(1)
         work = _products(77 * layout.capacity, q)
-        options = {"kv_layout": text}
-        yield Case(packed_attention, f"cross,D{head_dim}", (q, k, v, layout), options, flops=work, share=s.heads)
+        args, options = (q, k, v, layout, _built(layout, None, kv_layout=text)), {"kv_layout": text}
+        yield Case(packed_attention, f"cross,D{head_dim}", args, options, flops=work, share=s.heads)
 
 
 def self_attention(
     s: Setting, head_dim: int, label: str, mask: SpacetimeMask, *, case: type[Case] = Case, group: int = 1
 ) -> Case:
     """Attention of the batch to itself. group: query heads that share one of keys and values."""
-    layout = s.layout(order="tiled", for_mask=mask)
+    layout = _layout(s, mask)
     q, k = (s.random(layout.capacity, heads, head_dim) for heads in (s.heads, s.heads // group))
     v = s.random(layout.capacity, 3, k.shape[1], head_dim)[:, 2]  # as it comes out of a fused projection
-    args = (q, k, v, layout, TileSchedule.build(layout, mask))  # shared by a model's layers, so not timed
+    args = (q, k, v, layout, _built(layout, mask))
     work = _products(sum(attention_pairs(mask, grid) for grid in s.grids), q)
     options = {"deterministic": False}
     return case(packed_attention, f"{label},D{head_dim}", args, options, flops=work, share=s.heads // group)
+
+
+def _built(*args: Any, **options: Any) -> TileSchedule:
+    """A schedule is shared by a model's layers, so its building is no part of a case, whoever asks for a backend."""
+    with use_backend("torch"):
+        return TileSchedule.build(*args, **options)
 
 
 def _products(pairs: int, q: Tensor) -> tuple[int, int]:

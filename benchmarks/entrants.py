@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ class Ours(Entrant):
 
     @staticmethod
     def on(backend: str, case: Case) -> "Ours":
-        return Ours(case.inputs, lambda *_: case.forward(), within=lambda: use_backend(backend), case=case)
+        within = partial(use_backend, backend)
+        return Ours(case.inputs, lambda *_: case.forward(), trains=bool(case.inputs), within=within, case=case)
 
     def differentiate(self, outputs: Tensors, gradients: Tensors) -> Tensors:
         with self.within():

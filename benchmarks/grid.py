@@ -20,13 +20,14 @@ OPS = (
     "patch_embed",
     "unpatchify",
     "gated_residual",
+    "schedule",
     "segment_mean",
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A case to be. pack, mask: names in benchmarks/shapes.py; mask: of attention only."""
+    """A case to be. pack, mask: names in benchmarks/shapes.py; mask: of attention and schedules only."""
 
     op: str
     model: Model
@@ -35,6 +36,8 @@ class Plan:
 
     @property
     def _parts(self) -> tuple[str, ...]:
+        if self.op == "schedule":
+            return (self.mask,)
         if self.op in ("packed_attention", "qk_norm_rope"):
             return tuple(filter(None, (self.mask, f"D{self.model.head_dim}×{self.model.heads}")))
         return (f"C{self.model.width}",)
@@ -63,6 +66,8 @@ class Plan:
     def _case(self, setting: Setting) -> Case:
         if self.op == "packed_attention":
             return cases.self_attention(setting, self.model.head_dim, self.mask, MASKS[self.mask])
+        if self.op == "schedule":
+            return cases.schedule_case(setting, self.mask, MASKS[self.mask])
         families = {
             "qk_norm_rope": cases.qk_norm_rope_cases,
             "patch_embed": cases.patch_cases,
@@ -92,6 +97,7 @@ def headline() -> Iterator[Plan]:
         yield Plan("packed_attention", _heads(128), pack, mask)
     yield from (Plan("gated_residual_adaln", MODELS[name], "32k ragged") for name in ("DiT-XL", "1.3B", "5B", "14B"))
     yield Plan("qk_norm_rope", wide, "32k ragged")
+    yield Plan("schedule", wide, "32k ragged", "small window")
     yield Plan("packed_attention", narrow, "32k ragged", "full")
     yield Plan("packed_attention", _heads(64), "32k ragged", "full")
     yield Plan("packed_attention", _heads(128), "115k video", "full")
@@ -106,6 +112,11 @@ def _heads(head_dim: int) -> Model:
 
 def _on_gpu(op: str) -> Iterator[Plan]:
     yield from (plan for plan in headline() if plan.op == op)
+    if op == "schedule":
+        for pack in ("32k ragged", "8k ragged", "128k ragged"):
+            yield from (Plan(op, MODELS["5B"], pack, mask) for mask in ("small window", "full", "frame_causal"))
+        yield Plan(op, MODELS["5B"], "115k video", "window")
+        return
     if op != "packed_attention":
         for size in ("32k", "8k", "128k"):
             yield from (Plan(op, model, f"{size} ragged") for model in MODELS.values())

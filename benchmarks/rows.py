@@ -35,7 +35,7 @@ def _torch(case: Case) -> Entrant:
 
 
 def _triton(case: Case) -> Entrant:
-    if not (case.inputs[0].is_cuda or interpreting()):
+    if not (case.device.type == "cuda" or interpreting()):
         raise Absent("Triton needs a GPU")
     if not case.has_kernels():
         raise Absent("it has no Triton kernel")
@@ -101,7 +101,8 @@ def measure(
     directions: Sequence[str] = DIRECTIONS,
 ) -> list[Row]:
     """A row a direction. Who is too far from the truth is not timed; a failure of ours is one of the case."""
-    places = list(map(DIRECTIONS.index, directions))
+    # Schedules are integers: they have no gradient.
+    places = [DIRECTIONS.index(direction) for direction in directions if case.inputs or direction == "forward"]
     rows = [
         Row(case.op.__name__, case.label, DIRECTIONS[place], case.bytes_moved[place], case.flops[place])
         for place in places
@@ -177,7 +178,8 @@ def _small_integers(like: Tensors) -> Tensors:
 def _distances(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
     """The relative distance of each tensor; NaN if it holds a NaN."""
     pairs = zip(ours, truth, strict=True)
-    return [float((a.to(b.dtype) - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs]
+    pairs = ((a.double(), b.double()) for a, b in pairs)
+    return [float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs]
 
 
 def start_afresh() -> None:

@@ -24,19 +24,25 @@ GRIDS = [(4, 16, 24), (8, 12, 10), (2, 24, 20), (8, 16, 8), (1, 32, 32), (6, 10,
 LONG = [(16, 24, 24)]
 HEADS, HEAD_DIM = 8, 64
 WINDOW = SpacetimeMask.window(1, 2, 2)
+PAST = SpacetimeMask.frame_causal()
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def laid_out(grids: list[tuple[int, int, int]], mask: SpacetimeMask) -> PackedLayout:
+    """In the order that suits the mask."""
+    return PackedLayout.from_grids(grids, order="raster" if mask.is_full or mask.sees_past else "tiled", for_mask=mask)
+
+
 def built(grids: list[tuple[int, int, int]], mask: SpacetimeMask) -> Attention:
     """Ours, with a new schedule at every call."""
-    layout = PackedLayout.from_grids(grids, order="raster" if mask.is_full else "tiled", for_mask=mask)
+    layout = laid_out(grids, mask)
     return lambda q, k, v: packed_attention(q, k, v, layout, mask)
 
 
 def packed(grids: list[tuple[int, int, int]], mask: SpacetimeMask) -> Attention:
     """Ours; the schedule is shared by all layers of a model, so it is not timed."""
-    layout = PackedLayout.from_grids(grids, order="raster" if mask.is_full else "tiled", for_mask=mask)
+    layout = laid_out(grids, mask)
     schedule = TileSchedule.build(layout, mask)
     return lambda q, k, v: packed_attention(q, k, v, layout, schedule)
 
@@ -99,6 +105,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
         pytest.param(one_by_one, LONG, WINDOW, id="long, window, SDPA dense mask"),
         pytest.param(built, LONG, WINDOW, id="long, window, packed and built"),
         pytest.param(flex, LONG, WINDOW, id="long, window, FlexAttention"),
+        pytest.param(packed, LONG, PAST, id="long, frame-causal, packed"),
+        pytest.param(one_by_one, LONG, PAST, id="long, frame-causal, SDPA dense mask"),
     ],
 )
 def test_packed_attention(

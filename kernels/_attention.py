@@ -2,8 +2,8 @@
 
 A program owns a block of one tile (queries in the forward and the dQ pass, keys otherwise) and walks over the tiles
 that its tile meets in **one flat loop** over (tile, block of the tile): a loop nested in each tile would drain the
-software pipeline at every tile. Under a full mask those tiles lie side by side, and the walk steps through their tokens
-without asking for a tile at all.
+software pipeline at every tile. Where all that a tile meets lies side by side (a full mask; a causal one in raster
+order), the walk steps through those tokens without asking for a tile at all.
 """
 
 import math
@@ -22,27 +22,28 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 _GUARD = tl.constexpr(GUARD)
 
-# What a stretch of a walk is made of, and so what its blocks must be asked for. Of neighbouring tokens: blocks that
-# exist entirely (nothing), and the one behind them that is cut by the segment's end (which of its tokens exist). Of
-# listed tiles: tiles that are met entirely (the same, if the tile's end cuts the block), and in part (every pair).
+# What the blocks of a stretch of a walk must be asked for: nothing, where they exist and are met entirely; which of
+# their tokens exist, where a tile or the segment may end within; or every pair. A range of tokens is WHOLE but for
+# what is left beside whole blocks (CUT under a full mask, else TESTED); tiles in a list are met entirely (CUT) or not.
 # Blocks that are asked nothing leave 370 instructions of 520 in the forward's loop, 308 of 436 in dQ's, 281 of 344 in
 # that of dK and dV (sm_90, head dim 128). Listed tiles: 470, as the compiler selects rather than branches.
-WHOLE, CUT, LISTED, TESTED = (tl.constexpr(kind) for kind in range(4))
+WHOLE, CUT, TESTED = (tl.constexpr(kind) for kind in range(3))
 
 
 class Walk(NamedTuple):
-    """Where the tiles lie and which of the other side's tiles each of this side's tiles meets.
+    """Where the tiles lie and what each of this side's tiles meets of the other side.
 
-    own, other [T+1]: tile boundaries (tokens). The rest is a `TileLists`.
+    own, other [T+1]: tile boundaries (tokens). The rest is a `TileLists` (split: its full_end) or, with tiles None, a
+    `TokenRanges`.
     """
 
     own: Tensor
     other: Tensor
     begin: Tensor
-    full_end: Tensor
+    split: Tensor
     end: Tensor
-    tiles: Tensor
     order: Tensor
+    tiles: Tensor | None = None
 
 
 class Boxes(NamedTuple):
@@ -239,29 +240,29 @@ def padding_bounds(walk, slot, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def token_range(walk, tile, BLOCK: tl.constexpr):
-    """The tokens that `tile` meets under a full mask: the first, where the whole blocks end, and where all end."""
-    first, stop = tl.load(walk.other + tl.load(walk.begin + tile)), tl.load(walk.other + tl.load(walk.end + tile))
-    return first, first + (stop - first) // BLOCK * BLOCK, stop
+def stretches(walk, tile, FROM_END: tl.constexpr, BLOCK: tl.constexpr):
+    """Two stretches, each as first and last: what `tile` meets entirely, and the rest, which is to be asked.
+
+    Of a list, places in `walk.tiles`. Of a range, tokens: as many whole blocks as fit in the part that is met entirely,
+    which is the range's first or, FROM_END, its last one.
+    """
+    begin, split, end = tl.load(walk.begin + tile), tl.load(walk.split + tile), tl.load(walk.end + tile)
+    if walk.tiles is None:
+        split = end - (end - split) // BLOCK * BLOCK if FROM_END else begin + (split - begin) // BLOCK * BLOCK
+    return (split, end, begin, split) if walk.tiles is None and FROM_END else (begin, split, split, end)
 
 
 @triton.jit
-def listed_tiles(walk, tile):
-    """Places in `walk.tiles` of what `tile` meets: the first, where the tiles met entirely end, and where all end."""
-    return tl.load(walk.begin + tile), tl.load(walk.full_end + tile), tl.load(walk.end + tile)
+def count_blocks(walk, first, last, BLOCKS_PER_TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks in a stretch."""
+    return tl.cdiv(last - first, BLOCK) if walk.tiles is None else (last - first) * BLOCKS_PER_TILE
 
 
 @triton.jit
-def count_blocks(first, last, STRETCH: tl.constexpr, BLOCKS_PER_TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """Blocks in a stretch: of the tokens first … last, or of the tiles at the places first … last."""
-    return (last - first) * BLOCKS_PER_TILE if STRETCH >= LISTED else tl.cdiv(last - first, BLOCK)
-
-
-@triton.jit
-def block_bounds(walk, first, last, step, STRETCH: tl.constexpr, BLOCKS_PER_TILE: tl.constexpr, BLOCK: tl.constexpr):
+def block_bounds(walk, first, last, step, BLOCKS_PER_TILE: tl.constexpr, BLOCK: tl.constexpr):
     """First token of block number `step` of a stretch, and where the tokens end that it may hold."""
     start, stop = first + step * BLOCK, last
-    if STRETCH >= LISTED:
+    if walk.tiles is not None:
         tile = tl.load(walk.tiles + first + step // BLOCKS_PER_TILE)
         start = tl.load(walk.other + tile) + step % BLOCKS_PER_TILE * BLOCK
         stop = tl.load(walk.other + tile + 1)

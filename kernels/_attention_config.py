@@ -1,8 +1,8 @@
 """Launch configurations of packed attention, apart from the kernels.
 
-Chosen so that no kernel spills a register for any mask (compiled ahead of time with Triton 3.7.1; `benchmarks.aot`
-prints the numbers); none is tuned by measurement yet. Of Triton 3.6.0 only sm_90 up to head dim 128 was looked at: the
-one pass spills 8 bytes a thread at 72 and a window, nothing else does.
+Chosen so that no kernel spills a register for any mask, but for the one named below (compiled ahead of time with Triton
+3.7.1; `benchmarks.aot` prints the numbers); none is tuned by measurement yet. Of Triton 3.6.0 only sm_90 up to head dim
+128 was looked at: nothing spills there either.
 """
 
 from dataclasses import dataclass, replace
@@ -31,10 +31,11 @@ _FLOAT32 = BlockSizes(16, 16, 8, 1)
 # the load of the tile's index takes one. Numbers in comments: registers a thread, of 255.
 _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
     "forward": {
-        # 128×64 spills at head dim 96, and needs all registers at any other. 64×32 spills at 192, and not at 256.
+        # 128×64 spills at head dim 96, and needs all registers at any other. 64×32 spills at 192, and not at 256; 64×16
+        # with two stages there spills under a frame-causal mask.
         8: [
             (128, BlockSizes(128, 32, 8, 3)),
-            (192, BlockSizes(64, 16, 8, 2)),
+            (192, BlockSizes(64, 16, 8, 3)),
             (256, BlockSizes(64, 32, 8, 2)),
         ],
         # 128×128: 250 at head dim 64; it spills at 72. 128×64: 232 at 128.
@@ -54,8 +55,10 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
         ],
         # 128×64: 238 at head dim 128. 64×32: 251 at 256; 64×64 spills there. Hopper's matrix instructions want 64 rows.
         9: [(128, BlockSizes(128, 64, 8, 2)), (256, BlockSizes(64, 32, 8, 2))],
-        # Two stages spill at head dim 64 and a window, as the compiler then aims at 128 registers; three do not.
-        10: [(64, BlockSizes(128, 64, 8, 3)), (128, BlockSizes(128, 64, 8, 2)), (256, BlockSizes(64, 32, 8, 2))],
+        # 128×64 needs some 160, and spills where the compiler aims at 128 all the same: with two stages at head dim 64
+        # and a window, with two or three at 72 and at 128 under a frame-causal mask; so does 64×32 at 192. 128×32: 116
+        # at 128, 172 at 192.
+        10: [(64, BlockSizes(128, 64, 8, 3)), (192, BlockSizes(128, 32, 8, 2)), (256, BlockSizes(64, 32, 8, 2))],
     },
     # Two accumulators: half the room of the other passes.
     "grad_key_value": {
@@ -68,7 +71,8 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
             (256, BlockSizes(32, 32, 8, 2)),
         ],
         # 128×64: 238 at head dim 64; it spills at 72 and a window. 128×32: 254 at 128. 64×16: 250 at 192. At 256 all of
-        # 64 rows, which Hopper's matrix instructions want, spill: those of Ampere do its work.
+        # 64 rows, which Hopper's matrix instructions want, spill: 64×16 with one stage 760 bytes a thread; with 16
+        # warps, of 128 registers a thread, 64×32 376 and 64×64 2,128. Those of Ampere do its work.
         9: [
             (64, BlockSizes(128, 64, 8, 2)),
             (128, BlockSizes(128, 32, 8, 2)),
@@ -79,8 +83,9 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
         10: [(128, BlockSizes(128, 32, 8, 2)), (256, BlockSizes(32, 32, 8, 2))],
     },
     "one_pass": {
-        # 128×32 spills at head dim 64. 64×32: 255 at 72 and 80; it spills at 96. 32×32 spills at 256 with grouped
-        # heads.
+        # 128×32 spills at head dim 64. 64×32: 255 at 72 and 80; it spills at 96, and at 72 under a frame-causal mask 24
+        # bytes a thread. All that was tried for both 72 and 80 spills somewhere: 64×32 with three stages 184 at 80,
+        # 64×16 8 at 72 under a full mask, 128×16 8 to 16, 32×32 up to 56. 32×32 spills at 256 with grouped heads.
         8: [
             (80, BlockSizes(64, 32, 8, 2)),
             (96, BlockSizes(64, 16, 8, 2)),
@@ -88,13 +93,16 @@ _TABLES: dict[str, dict[int, list[tuple[int, BlockSizes]]]] = {
             (192, BlockSizes(32, 32, 8, 2)),
             (256, BlockSizes(32, 16, 8, 2)),
         ],
-        # 64×64: 255 at head dim 72; it spills at 96 and 128, and at 96 64×32 too. 128×16: 222 at 96. 64×32: 252 at 128.
-        # Past 128 all of 64 rows spill.
+        # 64×64: 255 at head dim 72 and 80, where two stages spill 8 bytes a thread under Triton 3.6.0 (72, window) and
+        # three under 3.7.1 (80, full); it spills at 96 and 128, and at 96 64×32 too. 128×16: 222 at 96. 64×16: 224 at
+        # 128, where 64×32 takes 255 and spills 8 bytes under 3.6.0, with either two or three stages. Past 128 all of 64
+        # rows spill: at 192, 64×16 with one stage 320 bytes, 64×32 with 16 warps 296; at 256, with 16 warps, 64×16 344
+        # and 64×32 496.
         9: [
             (64, BlockSizes(128, 64, 8, 2)),
-            (80, BlockSizes(64, 64, 8, 2)),
+            (80, BlockSizes(64, 64, 8, 4)),
             (96, BlockSizes(128, 16, 8, 2)),
-            (128, BlockSizes(64, 32, 8, 2)),
+            (128, BlockSizes(64, 16, 8, 2)),
             (256, BlockSizes(32, 32, 8, 2)),
         ],
         # 128×64 spills at head dim 64, 64×64 at 72 and 80, 64×32 at 96 and 192.

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sora_fast.kernels._attention import (
     CUT,
-    LISTED,
     LN2,
     LOG2E,
     TESTED,
@@ -19,7 +18,6 @@ from sora_fast.kernels._attention import (
     count_blocks,
     dot_precision,
     is_allowed,
-    listed_tiles,
     load_boxes,
     load_main,
     load_places,
@@ -27,7 +25,7 @@ from sora_fast.kernels._attention import (
     own_block,
     padding_bounds,
     store_rows,
-    token_range,
+    stretches,
     zero_block,
 )
 from sora_fast.kernels._attention_config import block_sizes
@@ -118,16 +116,13 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
-    if boxes is None:
-        begin, middle, end = token_range(walk, tile, BLOCK_N)
-    else:
-        begin, middle, end = listed_tiles(walk, tile)
+    first, last, rest_first, rest_last = stretches(walk, tile, FROM_END=False, BLOCK=BLOCK_N)
     acc0, acc1, total, top = _walk_keys(
-        acc0, acc1, total, top, q0, q1, k, v, walk, begin, middle, boxes, start, exists, head, scale,
-        WHOLE if boxes is None else LISTED, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
+        acc0, acc1, total, top, q0, q1, k, v, walk, first, last, boxes, start, exists, head, scale,
+        WHOLE if walk.tiles is None else CUT, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
     )  # fmt: skip
     acc0, acc1, total, top = _walk_keys(
-        acc0, acc1, total, top, q0, q1, k, v, walk, middle, end, boxes, start, exists, head, scale,
+        acc0, acc1, total, top, q0, q1, k, v, walk, rest_first, rest_last, boxes, start, exists, head, scale,
         CUT if boxes is None else TESTED, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
     )  # fmt: skip
 
@@ -156,7 +151,7 @@ def _walk_keys(
     valid,
     head,
     scale,
-    STRETCH: tl.constexpr,
+    ASKED: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS_PER_TILE: tl.constexpr,
@@ -165,22 +160,22 @@ def _walk_keys(
 ):
     """Online softmax over a stretch of the walk. top: the largest score so far, not scaled."""
     kv_head = head // HEAD.group
-    if STRETCH == TESTED:
+    if ASKED == TESTED:
         low, high, query_raster = load_boxes(boxes, start + tl.arange(0, q0.shape[0]), valid, CAUSAL)
         low, high, query_raster = low[:, None], high[:, None], query_raster[:, None]
-    for step in range(0, count_blocks(first, last, STRETCH, BLOCKS_PER_TILE, BLOCK_N)):
-        key, stop = block_bounds(walk, first, last, step, STRETCH, BLOCKS_PER_TILE, BLOCK_N)
-        exists = None if STRETCH == WHOLE else key + tl.arange(0, BLOCK_N) < stop
+    for step in range(0, count_blocks(walk, first, last, BLOCKS_PER_TILE, BLOCK_N)):
+        key, stop = block_bounds(walk, first, last, step, BLOCKS_PER_TILE, BLOCK_N)
+        exists = None if ASKED == WHOLE else key + tl.arange(0, BLOCK_N) < stop
         k0 = load_main(k, key, kv_head, exists, BLOCK_N, HEAD)
         scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         if HEAD.rest:
             k1 = load_rest(k, key, kv_head, exists, BLOCK_N, HEAD)
             scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
-        if STRETCH == TESTED:
+        if ASKED == TESTED:
             place, key_raster = load_places(boxes, key + tl.arange(0, BLOCK_N), exists, CAUSAL)
             allowed = is_allowed(low, high, query_raster, place[None, :], key_raster[None, :], CAUSAL)
             scores = tl.where(allowed, scores, float("-inf"))
-        elif STRETCH != WHOLE:  # noqa: SIM102
+        elif ASKED != WHOLE:  # noqa: SIM102
             if key + BLOCK_N > stop:
                 scores = tl.where(exists[None, :], scores, float("-inf"))
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from sora_fast.kernels._attention import (
     CUT,
-    LISTED,
     LOG2E,
     TESTED,
     WHOLE,
@@ -30,7 +29,6 @@ from sora_fast.kernels._attention import (
     count_blocks,
     dot_precision,
     is_allowed,
-    listed_tiles,
     load_boxes,
     load_main,
     load_numbers,
@@ -40,7 +38,7 @@ from sora_fast.kernels._attention import (
     padding_bounds,
     split_head_dim,
     store_rows,
-    token_range,
+    stretches,
     zero_block,
 )
 from sora_fast.kernels._attention_config import block_sizes, is_one_pass_faster
@@ -250,17 +248,14 @@ def grad_query_kernel(
     q0 = load_main(q, start, head, exists, BLOCK_M, HEAD)
     q1 = load_rest(q, start, head, exists, BLOCK_M, HEAD) if HEAD.rest else q0
 
-    if boxes is None:
-        begin, middle, end = token_range(walk, tile, BLOCK_N)
-    else:
-        begin, middle, end = listed_tiles(walk, tile)
+    first, last, rest_first, rest_last = stretches(walk, tile, FROM_END=False, BLOCK=BLOCK_N)
     acc0, acc1 = _walk_keys(
-        acc0, acc1, q0, q1, do0, do1, row_lse, row_delta, k, v, walk, begin, middle, boxes, start, exists, head,
-        scale_log2, WHOLE if boxes is None else LISTED, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
+        acc0, acc1, q0, q1, do0, do1, row_lse, row_delta, k, v, walk, first, last, boxes, start, exists, head,
+        scale_log2, WHOLE if walk.tiles is None else CUT, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
     )  # fmt: skip
     acc0, acc1 = _walk_keys(
-        acc0, acc1, q0, q1, do0, do1, row_lse, row_delta, k, v, walk, middle, end, boxes, start, exists, head,
-        scale_log2, CUT if boxes is None else TESTED, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
+        acc0, acc1, q0, q1, do0, do1, row_lse, row_delta, k, v, walk, rest_first, rest_last, boxes, start, exists,
+        head, scale_log2, CUT if boxes is None else TESTED, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
     )  # fmt: skip
     store_rows(grad_q, start, head, exists, acc0 * scale, acc1 * scale if HEAD.rest else acc1, HEAD)
 
@@ -292,7 +287,7 @@ def _walk_keys(
     valid,
     head,
     scale_log2,
-    STRETCH: tl.constexpr,
+    ASKED: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS_PER_TILE: tl.constexpr,
@@ -301,12 +296,12 @@ def _walk_keys(
 ):
     """Sum dS K over a stretch of the walk."""
     kv_head = head // HEAD.group
-    if STRETCH == TESTED:
+    if ASKED == TESTED:
         low, high, query_raster = load_boxes(boxes, start + tl.arange(0, q0.shape[0]), valid, CAUSAL)
         low, high, query_raster = low[:, None], high[:, None], query_raster[:, None]
-    for step in range(0, count_blocks(first, last, STRETCH, BLOCKS_PER_TILE, BLOCK_N)):
-        key, stop = block_bounds(walk, first, last, step, STRETCH, BLOCKS_PER_TILE, BLOCK_N)
-        exists = None if STRETCH == WHOLE else key + tl.arange(0, BLOCK_N) < stop
+    for step in range(0, count_blocks(walk, first, last, BLOCKS_PER_TILE, BLOCK_N)):
+        key, stop = block_bounds(walk, first, last, step, BLOCKS_PER_TILE, BLOCK_N)
+        exists = None if ASKED == WHOLE else key + tl.arange(0, BLOCK_N) < stop
         k0 = load_main(k, key, kv_head, exists, BLOCK_N, HEAD)
         v0 = load_main(v, key, kv_head, exists, BLOCK_N, HEAD)
         scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
@@ -317,11 +312,11 @@ def _walk_keys(
             scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
             slopes = tl.dot(do1, tl.trans(v1), slopes, input_precision=PRECISION)
         weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
-        if STRETCH == TESTED:
+        if ASKED == TESTED:
             place, key_raster = load_places(boxes, key + tl.arange(0, BLOCK_N), exists, CAUSAL)
             allowed = is_allowed(low, high, query_raster, place[None, :], key_raster[None, :], CAUSAL)
             weights = tl.where(allowed, weights, 0.0)
-        elif STRETCH != WHOLE:  # noqa: SIM102
+        elif ASKED != WHOLE:  # noqa: SIM102
             if key + BLOCK_N > stop:
                 weights = tl.where(exists[None, :], weights, 0.0)
         slopes = (weights * (slopes - row_delta[:, None])).to(k0.dtype)
@@ -377,18 +372,15 @@ def grad_key_value_kernel(
     k1 = load_rest(k, start, head, exists, BLOCK_N, HEAD) if HEAD.rest else k0
     v1 = load_rest(v, start, head, exists, BLOCK_N, HEAD) if HEAD.rest else v0
 
-    if boxes is None:
-        begin, middle, end = token_range(walk, tile, BLOCK_M)
-    else:
-        begin, middle, end = listed_tiles(walk, tile)
+    first, last, rest_first, rest_last = stretches(walk, tile, FROM_END=True, BLOCK=BLOCK_M)
     dk0, dk1, dv0, dv1 = _walk_queries(
-        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, query_sums, lse, delta, walk, begin, middle, boxes, start,
-        exists, head, scale_log2, num_queries, WHOLE if boxes is None else LISTED,
+        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, query_sums, lse, delta, walk, first, last, boxes, start,
+        exists, head, scale_log2, num_queries, WHOLE if walk.tiles is None else CUT,
         HEAD, BLOCK_M, BLOCKS_PER_TILE, CAUSAL, PRECISION,
     )  # fmt: skip
     dk0, dk1, dv0, dv1 = _walk_queries(
-        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, query_sums, lse, delta, walk, middle, end, boxes, start,
-        exists, head, scale_log2, num_queries, CUT if boxes is None else TESTED,
+        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, query_sums, lse, delta, walk, rest_first, rest_last, boxes,
+        start, exists, head, scale_log2, num_queries, CUT if boxes is None else TESTED,
         HEAD, BLOCK_M, BLOCKS_PER_TILE, CAUSAL, PRECISION,
     )  # fmt: skip
     store_rows(grad_k, start, head, exists, dk0 * scale, dk1 * scale if HEAD.rest else dk1, HEAD)
@@ -419,7 +411,7 @@ def _walk_queries(
     kv_head,
     scale_log2,
     num_queries,
-    STRETCH: tl.constexpr,
+    ASKED: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCKS_PER_TILE: tl.constexpr,
@@ -432,13 +424,13 @@ def _walk_queries(
     test is needed. Keys that do not exist gather numbers that are never stored, and that may be infinite: dQ must not
     see them.
     """
-    if STRETCH == TESTED:
+    if ASKED == TESTED:
         place, key_raster = load_places(boxes, start + tl.arange(0, k0.shape[0]), valid, CAUSAL)
         place, key_raster = place[:, None], key_raster[:, None]
-    for step in range(0, count_blocks(first, last, STRETCH, BLOCKS_PER_TILE, BLOCK_M) * HEAD.group):
+    for step in range(0, count_blocks(walk, first, last, BLOCKS_PER_TILE, BLOCK_M) * HEAD.group):
         head = kv_head * HEAD.group + step % HEAD.group
-        query, stop = block_bounds(walk, first, last, step // HEAD.group, STRETCH, BLOCKS_PER_TILE, BLOCK_M)
-        exists = None if STRETCH == WHOLE else query + tl.arange(0, BLOCK_M) < stop
+        query, stop = block_bounds(walk, first, last, step // HEAD.group, BLOCKS_PER_TILE, BLOCK_M)
+        exists = None if ASKED == WHOLE else query + tl.arange(0, BLOCK_M) < stop
         q0 = load_main(q, query, head, exists, BLOCK_M, HEAD)
         do0 = load_main(grad_out, query, head, exists, BLOCK_M, HEAD)
         scores = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
@@ -452,7 +444,7 @@ def _walk_queries(
         row_lse = _load_lse(lse, rows, exists)
         row_delta = load_numbers(delta, rows, exists, 0.0)
         weights = tl.exp2(scores * scale_log2 - row_lse[None, :])
-        if STRETCH == TESTED:
+        if ASKED == TESTED:
             low, high, query_raster = load_boxes(boxes, query + tl.arange(0, BLOCK_M), exists, CAUSAL)
             allowed = is_allowed(low[None, :], high[None, :], query_raster[None, :], place, key_raster, CAUSAL)
             weights = tl.where(allowed, weights, 0.0)

@@ -105,14 +105,23 @@ class SpacetimeMask:
         """True if the mask forbids nothing inside a segment."""
         return self.t == self.h == self.w == UNBOUNDED and not self.causal_tokens
 
+    @property
+    def sees_past(self) -> bool:
+        """True if a query sees all frames up to its own, or all tokens up to itself, and no others."""
+        unlimited = (None, 0), *([UNBOUNDED] if self.causal_tokens else [])
+        return self.t in unlimited and self.h == self.w == UNBOUNDED and self.stride[0] == 1
+
+    def interval(self, axis: int) -> Interval:
+        """The interval of t, h or w. What lies beyond every coordinate is as good as no bound, and stays in int32."""
+        low, high = (self.t, self.h, self.w)[axis]
+        return tuple(bound if bound is None else max(-_FAR, min(bound, _FAR)) for bound in (low, high))
+
     def axis_bounds(self, axis: int, coords: Any, extent: Any) -> tuple[Any, Any]:
         """First and last key coordinate (inclusive, not cut to the grid) that queries at `coords` may attend.
 
         Works on numpy arrays and on tensors alike. axis: 0, 1, 2 for t, h, w; extent: the grid's size along it.
         """
-        # What lies beyond every coordinate is as good as no bound, and must not leave int32.
-        bounds = (self.t, self.h, self.w)[axis]
-        low, high = (bound if bound is None else max(-_FAR, min(bound, _FAR)) for bound in bounds)
+        low, high = self.interval(axis)
         stride = self.stride[axis]
         anchor = coords if stride == 1 else coords // stride * stride + (stride - 1) // 2
         if self.clamp[axis]:

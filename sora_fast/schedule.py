@@ -12,6 +12,7 @@ from sora_fast.bounds import Bounds, Groups
 from sora_fast.masks import SpacetimeMask
 from sora_fast.packing._bundle import TensorBundle
 from sora_fast.packing.layout import MAX_GRID, PackedLayout
+from sora_fast.tiles import TileLists, TokenRanges, has_ranges, list_room, tile_lists, token_ranges
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -23,31 +24,25 @@ GUARD = 1 << 9 | 1 << 19 | 1 << 30
 _MOST_PAIRS = 1 << 30
 # Tokens in a block of FlexAttention.
 _FLEX_BLOCK = 128
-# Pairs of tiles decided at a time, each of which takes some 60 bytes for that moment.
-_CHUNK_PAIRS = 1 << 21
+
+# Fills in all tensors of a schedule but those of its layouts, which it is made from.
+Filler = Callable[["TileSchedule"], None]
+_fillers: list[Callable[[torch.device], Filler | None]] = []
 
 
-@dataclass(frozen=True, eq=False)
-class TileLists(TensorBundle):
-    """For every tile, the tiles that it meets: tiles[begin:full_end] entirely, tiles[full_end:end] partly.
+def offer_filler(offer: Callable[[torch.device], Filler | None]) -> None:
+    """Let schedules on a device be filled by what `offer` gives for it; None leaves them to plain PyTorch.
 
-    begin, full_end, end [T] int32: places in `tiles`; equal for tiles that meet nothing.
-    tiles [E] int32.
-    order [T] int32: the tiles by decreasing number of tiles met, so that the longest work starts first.
+    For the packages above this one, which have kernels and know on which device they are proved.
     """
-
-    begin: Tensor
-    full_end: Tensor
-    end: Tensor
-    tiles: Tensor
-    order: Tensor
+    _fillers.append(offer)
 
 
 @dataclass(frozen=True, eq=False)
 class TileSchedule(TensorBundle):
     """A mask over a layout, ready for a kernel; built once a batch, shared by all layers, heads and sampling steps.
 
-    by_query: key tiles that each query tile meets; by_key: the transpose.
+    by_query: the keys that each query tile meets, as tiles or as ranges of tokens; by_key: the transpose.
     query_low, query_high [N] int32: the packed coordinates of the first and last key of each query's box.
     key_place [Nk] int32: the packed coordinate of each key, 0 for padding.
     overflow [] int64: pairs of tiles by which each of the two lists was too short (see `check`).
@@ -58,8 +53,8 @@ class TileSchedule(TensorBundle):
     mask: SpacetimeMask
     layout: PackedLayout
     kv_layout: PackedLayout
-    by_query: TileLists
-    by_key: TileLists
+    by_query: TileLists | TokenRanges
+    by_key: TileLists | TokenRanges
     query_low: Tensor
     query_high: Tensor
     key_place: Tensor
@@ -83,26 +78,27 @@ class TileSchedule(TensorBundle):
             order of its sums, later.
             `overflow` says so, and `check` how much room there should be.
 
-        A full mask costs O(T) for T tiles. Any other takes O(T²) time and 8·min(T², max_pairs) bytes, and while it is
-        built some 150 MB more, whatever T, and some 300 bytes a token.
+        Where the tokens that a tile meets lie side by side, under a full mask, and in raster order under a causal one,
+        no list is needed: O(T) for T tiles. Else it takes time O(Σ T_s²) over the segments on a CPU and by the kernels,
+        O(T²) in plain PyTorch elsewhere, 8·min(T², max_pairs) bytes, and in plain PyTorch some 150 MB more while it is
+        built, whatever T, and some 300 bytes a token.
         """
         mask = mask or SpacetimeMask.full()
         keys = kv_layout or layout
         _check(layout, mask, kv_layout, max_pairs)
-        if mask.is_full:
-            by_query, by_key = _segment_lists(layout, keys), _segment_lists(keys, layout)
-            overflow = layout.cu_seqlens.new_zeros((), dtype=torch.int64)
-        else:
-            tiles = Groups.tiles(layout)
-            bounds = Bounds.of(tiles, tiles, mask)
-            (by_query, pairs), (by_key, _) = (_lists(bounds, max_pairs, by_key=by_key) for by_key in (False, True))
-            overflow = (pairs - max_pairs).clamp(min=0)
-        boxes = *_packed_bounds(layout, mask), _packed_places(keys)
-        return TileSchedule(mask, layout, keys, by_query, by_key, *boxes, overflow, cross=kv_layout is not None)
+        sizes = {"max_pairs": max_pairs, "cross": kv_layout is not None}
+        fill = _filler(layout.device)
+        if fill is None:
+            return _plain(layout, keys, mask, **sizes)
+        schedule = _unfilled(layout, keys, mask, **sizes)
+        fill(schedule)
+        return schedule
 
     @property
     def max_pairs(self) -> int:
-        """Room for pairs of tiles in each of the two lists."""
+        """Room for pairs of tiles in each of the two lists; 0 where there are none."""
+        if isinstance(self.by_query, TokenRanges):
+            return 0
         return self.by_query.tiles.shape[0] - self.kv_layout.max_tiles
 
     def refresh_(self, layout: PackedLayout, *, kv_layout: PackedLayout | None = None) -> "TileSchedule":
@@ -112,7 +108,7 @@ class TileSchedule(TensorBundle):
         computes the new batch. `self.layout` and `self.kv_layout`, the very layouts that `build` was given, take over
         the content of the new ones too (unless those are the same, filled by the caller). Returns itself.
 
-        Raises ValueError if a size or the device differs, or a kv_layout is missing or too many.
+        Raises ValueError if a size, the device or the order differs, or a kv_layout is missing or too many.
         """
         if (kv_layout is not None) != self.cross:
             raise ValueError(
@@ -122,13 +118,18 @@ class TileSchedule(TensorBundle):
         if self.cross and (layout is self.kv_layout or kv_layout is self.layout):
             raise ValueError("layout, kv_layout: the schedule's own, exchanged; pass copies")
         _check(layout, self.mask, kv_layout, max_pairs=0)
-        batches = (("layout", self.layout, layout), ("kv_layout", self.kv_layout, kv_layout or layout))
+        batches = [("layout", self.layout, layout), ("kv_layout", self.kv_layout, kv_layout or layout)]
+        batches = batches[: 1 if self.kv_layout is self.layout else 2]
         for name, mine, new in batches:
             mine.check_like(name, new)
         for _, mine, new in batches:
             mine.copy_(new)
-        keys, room = self.kv_layout if self.cross else None, 0 if self.mask.is_full else self.max_pairs
-        self.copy_(TileSchedule.build(self.layout, self.mask, kv_layout=keys, max_pairs=room))
+        fill = _filler(self.layout.device)
+        if fill is None:
+            sizes = {"max_pairs": self.max_pairs, "cross": self.cross}
+            self.copy_(_plain(self.layout, self.kv_layout, self.mask, **sizes))
+        else:
+            fill(self)
         return self
 
     def check(self) -> None:
@@ -179,83 +180,40 @@ def _check(layout: PackedLayout, mask: SpacetimeMask, kv_layout: PackedLayout | 
         raise ValueError(f"kv_layout: on {kv_layout.device}, but the layout is on {layout.device}")
 
 
-def _segment_lists(layout: PackedLayout, others: PackedLayout) -> TileLists:
-    """Full masks need no list: a segment's tiles are contiguous, so `tiles` is the identity."""
-    segment, used = _tile_segments(layout)
-    # Every segment starts a tile, so its first token finds its first tile exactly.
-    first_tile = torch.searchsorted(others.tile_offsets, others.cu_seqlens, out_int32=True)
-    begin = torch.where(used, first_tile[segment], 0)
-    end = torch.where(used, first_tile[segment + 1], 0)
-    tiles = torch.arange(others.max_tiles, dtype=torch.int32, device=others.device)
-    return TileLists(begin, end, end, tiles, _longest_first(end - begin))
+def _filler(device: torch.device) -> Filler | None:
+    return next((fill for offer in _fillers if (fill := offer(device))), None)
 
 
-def _tile_segments(layout: PackedLayout) -> tuple[Tensor, Tensor]:
-    """Segment of every tile, int64, and whether the tile is used at all; unused ones get any segment."""
-    starts, ends = layout.tile_offsets[:-1], layout.tile_offsets[1:]
-    segment = torch.searchsorted(layout.cu_seqlens, starts, right=True) - 1
-    return segment.clamp(max=layout.max_segments - 1), ends > starts
+def _plain(
+    layout: PackedLayout, keys: PackedLayout, mask: SpacetimeMask, *, max_pairs: int, cross: bool
+) -> TileSchedule:
+    if has_ranges(layout, mask):
+        by_query = token_ranges(layout, keys, mask, by_key=False)
+        by_key = token_ranges(keys, layout, mask, by_key=True)
+        overflow = layout.cu_seqlens.new_zeros((), dtype=torch.int64)
+    else:
+        by_query, by_key, pairs = tile_lists(layout, mask, max_pairs)
+        overflow = (pairs - max_pairs).clamp(min=0)
+    boxes = *_packed_bounds(layout, mask), _packed_places(keys)
+    return TileSchedule(mask, layout, keys, by_query, by_key, *boxes, overflow, cross=cross)
 
 
-def _lists(bounds: Bounds, max_pairs: int, *, by_key: bool) -> tuple[TileLists, Tensor]:
-    """The pairs that meet as lists of the query tiles' key tiles, or of the key tiles' query tiles; and their number.
-
-    Decided some tiles at a time, and compacted without waiting for the device.
-    """
-    count = bounds.key[0].shape[0]
-    room = min(count * count, max_pairs)
-    # The place past the room takes what is not wanted in a list; in the end all tiles lie there, one after the other.
-    tiles = torch.zeros(room + count, dtype=torch.int32, device=bounds.key[0].device)
-    taken = tiles.new_zeros((), dtype=torch.int64)
-    # Written in place: kept in pieces between the large tensors of every step, they would fragment a CPU's memory.
-    places = [tiles.new_empty(count) for _ in range(3)]
-    everything = slice(0, count)
-    step = max(1, _CHUNK_PAIRS // count)
-    for start in range(0, count, step):
-        some = slice(start, start + step)
-        meets, full = bounds.decide(everything, some) if by_key else bounds.decide(some, everything)
-        meets, full = (meets.T, full.T) if by_key else (meets, full)
-        for place, part in zip(places, _append(tiles, meets, full, taken, room), strict=True):
-            place[some] = part
-        taken = taken + meets.sum()
-    tiles[room:] = torch.arange(count, dtype=torch.int32, device=tiles.device)
-    begin, _, end = places
-    return TileLists(*places, tiles, _longest_first(end - begin)), taken
-
-
-def _append(tiles: Tensor, meets: Tensor, full: Tensor, taken: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the tiles that each row [T] of the matrices meets behind the `taken` places, full ones first.
-
-    Returns begin, full_end, end of the rows. A row that does not fit gets a range of the tiles that lie past `room`.
-    """
-    columns = torch.arange(meets.shape[1], dtype=torch.int32, device=meets.device)
-    counts, full_counts = (matrix.sum(dim=1, dtype=torch.int32) for matrix in (meets, full))
-    end = taken + counts.cumsum(0)
-    begin = end - counts
-    full_end = begin + full_counts
-    rank, full_rank = (matrix.cumsum(dim=1, dtype=torch.int32) for matrix in (meets, full))
-    rank = torch.where(full, full_rank, full_counts[:, None] + rank - full_rank) - 1
-    place = torch.where(meets & (end <= room)[:, None], begin[:, None] + rank, room)
-    tiles.scatter_(0, place.flatten(), columns.expand_as(meets).flatten())
-    if room >= meets.shape[1] ** 2:
-        return begin, full_end, end
-    return tuple(
-        torch.where(end <= room, place, room + bound)
-        for place, bound in zip((begin, full_end, end), _ranges(meets, full, columns), strict=True)
-    )
-
-
-def _ranges(meets: Tensor, full: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every row: the first tile that it meets, the first after it that is not full, and the one past the last."""
-    count = columns.shape[0]
-    first = torch.where(meets, columns, count).amin(dim=1)
-    end = torch.maximum(first, torch.where(meets, columns + 1, 0).amax(dim=1))
-    gap = torch.where(full | (columns < first[:, None]), count, columns).amin(dim=1)
-    return first, torch.minimum(gap, end), end
-
-
-def _longest_first(counts: Tensor) -> Tensor:
-    return torch.sort(counts, descending=True, stable=True)[1].to(torch.int32)
+def _unfilled(
+    layout: PackedLayout, keys: PackedLayout, mask: SpacetimeMask, *, max_pairs: int, cross: bool
+) -> TileSchedule:
+    """Memory for what `_plain` gives. Places of a list that stay unused are 0 from the start."""
+    new = layout.cu_seqlens.new_empty
+    sides = []
+    for count in (layout.max_tiles, keys.max_tiles):
+        numbers = [new(count) for _ in range(4)]
+        if has_ranges(layout, mask):
+            sides.append(TokenRanges(*numbers))
+        else:
+            room = list_room(count, max_pairs)
+            sides.append(TileLists(*numbers, layout.cu_seqlens.new_zeros(room + count)))
+    places = (new(size.capacity) for size in (layout, layout, keys))
+    overflow = new((), dtype=torch.int64)
+    return TileSchedule(mask, layout, keys, *sides, *places, overflow, cross=cross)
 
 
 def _packed_places(layout: PackedLayout) -> Tensor:

@@ -10,6 +10,7 @@ PARTS = (
     "masks",
     "packing",
     "bounds",
+    "tiles",
     "schedule",
     "kernels",
     "ops",

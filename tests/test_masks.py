@@ -83,3 +83,20 @@ def test_bounds_are_integers() -> None:
 def test_bad_input_is_named(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@given(packs(max_grids=2), MASKS)
+def test_what_sees_the_past_is_the_past(pack: Pack, mask: SpacetimeMask) -> None:
+    if not mask.sees_past:
+        return
+    layout = pack.layout
+    moment = layout.raster_index if mask.causal_tokens else layout.coords[:, 0]
+    same = (layout.segment_ids[:, None] == layout.segment_ids) & (layout.segment_ids >= 0)
+    assert torch.equal(mask.materialize(layout), same & (moment <= moment[:, None]))
+
+
+def test_which_masks_see_the_past() -> None:
+    past = [SpacetimeMask.frame_causal(), SpacetimeMask.token_causal(), SpacetimeMask(causal_tokens=True)]
+    others = [SpacetimeMask.full(), SpacetimeMask(t=(None, 1)), SpacetimeMask(t=(None, 0), w=(0, 0))]
+    others += [SpacetimeMask(t=(None, 0), stride=(2, 1, 1)), SpacetimeMask(t=(None, -1), causal_tokens=True)]
+    assert all(mask.sees_past for mask in past) and not any(mask.sees_past for mask in others)

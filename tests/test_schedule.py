@@ -1,27 +1,39 @@
 import warnings
 from dataclasses import fields
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
 
 from sora_fast import schedule as module
+from sora_fast import tiles, use_backend
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import packed_attention
 from sora_fast.packing import PackedLayout
-from sora_fast.schedule import GUARD, TileLists, TileSchedule
+from sora_fast.packing._bundle import TensorBundle
+from sora_fast.schedule import GUARD, TileSchedule
+from sora_fast.tiles import TileLists, TokenRanges
 from tests.layouts import MASKS, Pack, packs
 from tests.tracing import LargestTensor
 
 
-def cover(lists: TileLists, rows: PackedLayout, columns: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which token pairs the lists visit, and which they call full: two boolean matrices."""
+def cover(
+    lists: TileLists | TokenRanges, rows: PackedLayout, columns: PackedLayout, *, by_key: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which token pairs the lists or ranges visit, and which they call full: two boolean matrices."""
     visited = torch.zeros(rows.capacity, columns.capacity, dtype=torch.bool)
     full = torch.zeros_like(visited)
     row_ends, column_ends = rows.tile_offsets.tolist(), columns.tile_offsets.tolist()
+    if isinstance(lists, TokenRanges):
+        for row, (begin, split, end) in enumerate(zip(lists.begin, lists.split, lists.end, strict=True)):
+            tokens = slice(row_ends[row], row_ends[row + 1])
+            visited[tokens, begin:end] = True
+            full[tokens, split:end] = by_key
+            full[tokens, begin:split] = not by_key
+        return visited, full
     begin, full_end, end, tiles = (t.tolist() for t in (lists.begin, lists.full_end, lists.end, lists.tiles))
     for row in range(rows.max_tiles):
         for place in range(begin[row], end[row]):
@@ -36,8 +48,15 @@ def cover(lists: TileLists, rows: PackedLayout, columns: PackedLayout) -> tuple[
     return visited, full
 
 
-def check_lists(lists: TileLists, rows: PackedLayout, columns: PackedLayout, dense: torch.Tensor) -> None:
-    visited, full = cover(lists, rows, columns)
+def check_lists(
+    lists: TileLists | TokenRanges,
+    rows: PackedLayout,
+    columns: PackedLayout,
+    dense: torch.Tensor,
+    *,
+    by_key: bool = False,
+) -> None:
+    visited, full = cover(lists, rows, columns, by_key=by_key)
     assert not (dense & ~visited).any(), "an allowed pair is missing"
     assert not (full & ~dense).any(), "a full tile has a forbidden pair"
     lengths = (lists.end - lists.begin)[lists.order.long()]
@@ -52,18 +71,35 @@ def test_lists_against_the_dense_mask(data: st.DataObject, mask: SpacetimeMask) 
     layout = data.draw(packs(tile_sizes=(16, 32), mask=data.draw(st.sampled_from([None, mask])))).layout
     dense = mask.materialize(layout)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(module, "_CHUNK_PAIRS", data.draw(st.sampled_from([1, 20, 1 << 22])))
+        monkeypatch.setattr(tiles, "_CHUNK_PAIRS", data.draw(st.sampled_from([1, 20, 1 << 22])))
+        monkeypatch.setattr(tiles, "_TOGETHER", data.draw(st.sampled_from([1, 4, 64])))
         schedule = TileSchedule.build(layout, mask, max_pairs=data.draw(st.sampled_from([0, 3, 10, 1 << 24])))
     check_lists(schedule.by_query, layout, layout, dense)
-    check_lists(schedule.by_key, layout, layout, dense.T)
+    check_lists(schedule.by_key, layout, layout, dense.T, by_key=True)
+
+
+@pytest.mark.parametrize("mask", [SpacetimeMask.frame_causal(), SpacetimeMask.token_causal()])
+def test_the_past_in_raster_order_needs_no_list(mask: SpacetimeMask) -> None:
+    grids, keep = [(4, 3, 5), (0, 1, 1), (2, 6, 7)], [range(0, 60, 2), [], range(84)]
+    layout = PackedLayout.from_grids(grids, capacity=130, max_segments=5, keep=[[*k] for k in keep], tile_size=16)
+    schedule, dense = TileSchedule.build(layout, mask, max_pairs=0), mask.materialize(layout)
+    check_lists(schedule.by_query, layout, layout, dense)
+    check_lists(schedule.by_key, layout, layout, dense.T, by_key=True)
+    # Exactly what is met, and of that all that is met entirely.
+    for side, matrix in ((schedule.by_query, dense), (schedule.by_key, dense.T)):
+        visited, full = cover(side, layout, layout, by_key=side is schedule.by_key)
+        for start, stop in pairwise(layout.tile_offsets.tolist()):
+            assert torch.equal(visited[start:stop].any(0), matrix[start:stop].any(0))
+            assert torch.equal(full[start:stop].any(0), matrix[start:stop].all(0) & (stop > start))
+    assert int(schedule.overflow) == 0
 
 
 def test_memory_is_bounded_for_half_a_million_tokens() -> None:
     layout = PackedLayout.from_grids([(64, 128, 64)])
     assert layout.max_tiles > 8_000, "64 million pairs of tiles"
-    # Fake tensors have shapes alone: this takes neither memory nor time, and reading a value would be an error.
-    with FakeTensorMode() as fake, LargestTensor() as largest:
-        schedule = TileSchedule.build(layout._map(fake.from_tensor), SpacetimeMask.token_causal())
+    # Tensors that have shapes alone take neither memory nor time, and to read a value of theirs is an error.
+    with LargestTensor() as largest:
+        schedule = TileSchedule.build(layout.to("meta"), SpacetimeMask.temporal())
     assert largest.elements < 2**24 + 2**14
     assert schedule.by_query.tiles.shape == (2**24 + layout.max_tiles,)
 
@@ -78,10 +114,11 @@ EVERY_KIND = [
 
 @pytest.mark.parametrize("mask", EVERY_KIND)
 @pytest.mark.parametrize("max_pairs", [5, 1 << 24])
-def test_no_value_is_read(mask: SpacetimeMask, max_pairs: int) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_value_is_read(mask: SpacetimeMask, max_pairs: int, backend: str) -> None:
     layout = PackedLayout.from_grids([(3, 4, 5), (1, 6, 6)], tile_size=16, max_segments=3)
-    with FakeTensorMode() as fake:  # every operator that reads a value, or whose shape depends on one, is an error
-        layout, other = (layout._map(fake.from_tensor) for _ in range(2))
+    layout, other = layout.to("meta"), layout.to("meta")
+    with use_backend(backend):  # every operator that reads a value, or whose shape depends on one, is an error
         schedule = TileSchedule.build(layout, mask, max_pairs=max_pairs)
         schedule.refresh_(other)
         schedule.to_block_mask()
@@ -91,13 +128,15 @@ def test_no_value_is_read(mask: SpacetimeMask, max_pairs: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mask", EVERY_KIND)
-def test_the_host_never_waits(mask: SpacetimeMask) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_host_never_waits(mask: SpacetimeMask, backend: str) -> None:
     layouts = [PackedLayout.from_grids(grids, capacity=200, max_segments=3) for grids in ([(3, 4, 5)], [(2, 8, 8)] * 2)]
     expected = TileSchedule.build(layouts[1], mask)
     first, second = (layout.to("cuda") for layout in layouts)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        schedule = TileSchedule.build(first, mask).refresh_(second)
+        with use_backend(backend):
+            schedule = TileSchedule.build(first, mask).refresh_(second)
         schedule.to_block_mask()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -105,26 +144,39 @@ def test_the_host_never_waits(mask: SpacetimeMask) -> None:
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_follows_the_batch() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_captured_graph_follows_the_batch(backend: str) -> None:
     mask, sizes = SpacetimeMask.window(1, 2, 2), {"capacity": 200, "max_segments": 3, "device": "cuda"}
     first, second = (PackedLayout.from_grids(grids, **sizes) for grids in ([(3, 4, 5)], [(2, 8, 8)]))
-    schedule = TileSchedule.build(first, mask)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        schedule.refresh_(first)
+    with use_backend(backend):
+        schedule = TileSchedule.build(first, mask)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            schedule.refresh_(first)
     first.copy_(second)
     graph.replay()
-    assert_same(schedule, TileSchedule.build(second, mask))
+    assert_same(cleared(schedule), TileSchedule.build(second, mask))
 
 
-def assert_same(actual: TileLists | TileSchedule, expected: TileLists | TileSchedule) -> None:
+def cleared(schedule: TileSchedule) -> TileSchedule:
+    """Zeros behind the lists, where a refreshed schedule may keep what it had."""
+    for side in (schedule.by_query, schedule.by_key):
+        if isinstance(side, TileLists):
+            side.tiles[int(side.end.max()) : schedule.max_pairs] = 0
+    return schedule
+
+
+def assert_same(actual: TensorBundle, expected: TensorBundle) -> None:
     """The same values in every tensor, those of the layouts included."""
+    assert type(actual) is type(expected)
     for field in fields(actual):
         mine, theirs = getattr(actual, field.name), getattr(expected, field.name)
         if isinstance(mine, torch.Tensor):
             assert torch.equal(mine, theirs), field.name
-        elif not isinstance(mine, SpacetimeMask | int):
+        elif isinstance(mine, TensorBundle):
             assert_same(mine, theirs)
+        else:
+            assert mine == theirs, field.name
 
 
 @given(st.lists(packs(max_grids=3), min_size=2, max_size=2), MASKS, st.sampled_from([3, 1 << 24]))
@@ -136,10 +188,17 @@ def test_refreshed_in_place(pair: list[Pack], mask: SpacetimeMask, max_pairs: in
     }
     first, second = (PackedLayout.from_grids(pack.grids, keep=pack.keep, **sizes) for pack in pair)
     schedule = TileSchedule.build(first, mask, max_pairs=max_pairs)
-    memory = [tensor.data_ptr() for tensor in (schedule.by_query.tiles, schedule.query_low, first.cu_seqlens)]
+    memory = [tensor.data_ptr() for tensor in (schedule.by_query.begin, schedule.query_low, first.cu_seqlens)]
     assert schedule.refresh_(second) is schedule
     assert_same(schedule, TileSchedule.build(second, mask, max_pairs=max_pairs))
-    assert memory == [tensor.data_ptr() for tensor in (schedule.by_query.tiles, schedule.query_low, first.cu_seqlens)]
+    assert memory == [tensor.data_ptr() for tensor in (schedule.by_query.begin, schedule.query_low, first.cu_seqlens)]
+
+
+def test_refresh_names_another_order() -> None:
+    sizes = {"capacity": 8, "max_segments": 1}
+    schedule = TileSchedule.build(PackedLayout.from_grids([(2, 2, 2)], **sizes), SpacetimeMask.frame_causal())
+    with pytest.raises(ValueError, match=r"layout\.is_raster: False; it must be True"):
+        schedule.refresh_(PackedLayout.from_grids([(2, 2, 2)], order="tiled", **sizes))
 
 
 def test_cross_attention_refreshed_in_place() -> None:
@@ -178,7 +237,7 @@ def test_refresh_names_other_sizes() -> None:
 
 
 def test_overflow_is_reported_with_the_room_that_suffices() -> None:
-    layout = PackedLayout.from_grids([(8, 4, 4), (5, 4, 4)], tile_size=16)
+    layout = PackedLayout.from_grids([(8, 4, 4), (5, 4, 4)], order="tiled", box=(1, 4, 4), tile_size=16)
     mask = SpacetimeMask.frame_causal()  # tiles are frames: 8 · 9 / 2 + 5 · 6 / 2 pairs of them meet
     schedule = TileSchedule.build(layout, mask, max_pairs=20)
     assert int(schedule.overflow) == 31
@@ -238,7 +297,7 @@ def test_flex_attention_with_the_block_mask(mask: SpacetimeMask) -> None:
 
 
 def test_a_causal_mask_without_room_keeps_its_full_tiles() -> None:
-    layout = PackedLayout.from_grids([(8, 4, 4), (5, 4, 4)], tile_size=16)
+    layout = PackedLayout.from_grids([(8, 4, 4), (5, 4, 4)], order="tiled", box=(1, 4, 4), tile_size=16)
     lists = TileSchedule.build(layout, SpacetimeMask.frame_causal(), max_pairs=0).by_query
     assert torch.equal(lists.full_end, lists.end)
     assert (lists.end - lists.begin)[:14].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 0]
@@ -279,7 +338,7 @@ def test_cross_attention_lists(queries: Pack, keys: Pack) -> None:
     same = layouts[0].segment_ids[:, None] == layouts[1].segment_ids[None, :]
     dense = same & (layouts[0].segment_ids >= 0)[:, None]
     check_lists(schedule.by_query, *layouts, dense)
-    check_lists(schedule.by_key, *reversed(layouts), dense.T)
+    check_lists(schedule.by_key, *reversed(layouts), dense.T, by_key=True)
 
 
 def test_window_on_a_video_visits_eleven_percent() -> None:

@@ -15,6 +15,7 @@ PEERS: Mapping[str, Mapping[str, Maker]] = {
     "gated_residual": modulation.PEERS,
     "gated_residual_adaln": {**modulation.PEERS, "Liger": modulation.liger},
     "qk_norm_rope": {"eager": rope.eager, "compiled": rope.compiled, "Liger": rope.liger},
+    "schedule": {},
     "packed_attention": {
         "SDPA": attention.sdpa,
         "SDPA flash": attention.sdpa_flash,

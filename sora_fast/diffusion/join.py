@@ -26,6 +26,7 @@ def join_layouts(first: PackedLayout, second: PackedLayout) -> PackedLayout:
         raster_index=_take(first.raster_index, second.raster_index, source),
         tile_offsets=_unused_last(_join_offsets(first.tile_offsets, second.tile_offsets)),
         tile_size=first.tile_size,
+        is_raster=first.is_raster and second.is_raster,
     )
 
 

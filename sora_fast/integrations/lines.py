@@ -41,6 +41,7 @@ def layout_from_cu_seqlens(
         raster_index=places,
         tile_offsets=_tile_offsets(cu_seqlens, lengths, capacity, tile_size),
         tile_size=tile_size,
+        is_raster=True,
     )
 
 

@@ -1,5 +1,6 @@
 """The ops: contracts, PyTorch and Triton backends, autograd, dispatch; one file each."""
 
+from sora_fast.ops._schedule import filler
 from sora_fast.ops.adaln import adaln
 from sora_fast.ops.gated_residual import gated_residual
 from sora_fast.ops.gated_residual_adaln import gated_residual_adaln
@@ -8,6 +9,7 @@ from sora_fast.ops.patch_embed import FactorisedPosition, patch_embed
 from sora_fast.ops.qk_norm_rope import Rope3D, qk_norm_rope
 from sora_fast.ops.segment_mean import segment_mean
 from sora_fast.ops.unpatchify import unpatchify
+from sora_fast.schedule import offer_filler
 
 __all__ = [
     "FactorisedPosition",
@@ -21,3 +23,5 @@ __all__ = [
     "segment_mean",
     "unpatchify",
 ]
+
+offer_filler(filler)

@@ -61,6 +61,33 @@ def segment_blocks(query_offsets: Tensor, key_offsets: Tensor, *, join: bool) ->
             yield Block(queries, slice(key_start, key_start + len(run) * key_length), len(run))
 
 
+def past_blocks(offsets: Tensor, tiles: Tensor, masking: Masking) -> Iterator[Block]:
+    """The past in raster order: some queries, and all keys from their segment's first to the last of them.
+
+    By frames, those of a frame may attend all of these keys; by tokens, those of a tile are tested. Neighbours share a
+    block, tested, if that is cheaper than a call for each. offsets, tiles: bounds of segments and of tiles.
+    """
+    segments, by_tokens = set(offsets.tolist()), masking.raster is not None
+    bounds = tiles.unique().tolist() if by_tokens else _frame_bounds(offsets, masking)
+    first = start = 0
+    tested = by_tokens
+    for stop, following in zip(bounds[1:], [*bounds[2:], None], strict=True):
+        more = following and stop not in segments and (stop - start) * (following - stop) <= _CALL_PAIRS
+        if more and (following - start) * (following - first) <= _MOST_PAIRS:
+            tested = True
+            continue
+        queries, keys = slice(start, stop), slice(first, stop)
+        yield Block(queries, keys, allowed=_allowed(masking, queries, keys) if tested else None)
+        start, tested = stop, by_tokens
+        first = stop if stop in segments else first
+
+
+def _frame_bounds(offsets: Tensor, masking: Masking) -> list[int]:
+    frames = masking.high[: offsets[-1]] >> 20
+    changes = (frames[1:] != frames[:-1]).nonzero().squeeze(1) + 1
+    return torch.cat([changes, offsets]).unique().tolist()
+
+
 def tile_blocks(
     query_tiles: Tensor,
     key_tiles: Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sora_fast.packing import RowIndex
+from sora_fast.packing._bundle import may_read as may_read
 
 # What kernels compute with; the torch backend also takes fp64.
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -52,11 +53,6 @@ def check_eps(eps: float) -> None:
     """A positive number in fp32. ValueError."""
     if not eps >= torch.finfo(torch.float32).tiny:
         raise ValueError(f"eps: {eps}; it must be above 0 in fp32, or rows of equal values would divide by zero")
-
-
-def may_read(tensor: Tensor) -> bool:
-    """True if looking at the values costs nothing: on a CPU, outside a compiled graph. Anywhere else it would wait."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _written(shape: Sequence[int | str]) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 from numbers import Real
 from typing import Any
 
@@ -15,6 +16,7 @@ from sora_fast.ops._checks import FLOAT_DTYPES, KERNEL_DTYPES, check_device, che
 from sora_fast.ops._dispatch import choose
 from sora_fast.packing import PackedLayout
 from sora_fast.schedule import TileSchedule
+from sora_fast.tiles import TokenRanges
 
 # The kernels cover a head by a power of two and the rest (72 = 64 + 16); past 256 nothing would fit on chip.
 MAX_KERNEL_HEAD_DIM = 256
@@ -62,30 +64,31 @@ def packed_attention(
     op = _plain_attention if chosen == "torch" else _triton_attention
     tile_sizes = [schedule.layout.tile_size, schedule.kv_layout.tile_size]
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
-    out, lse = op(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule.mask), scale, deterministic)
+    out, lse = op(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule), scale, deterministic)
     return (out, lse.transpose(0, 1)) if return_lse else out
 
 
-# How pairs of tokens are tested.
-_FULL, _BOXES, _CAUSAL_BOXES = range(3)
+# What tiles meet, and how pairs of tokens are tested: in ranges of tokens, all pairs of a segment, those of the past by
+# frames or by tokens; in lists of tiles, by boxes, or by boxes and the raster order.
+_FULL, _PAST_FRAMES, _PAST_TOKENS, _BOXES, _CAUSAL_BOXES = range(5)
+_BY_RASTER = (_PAST_TOKENS, _CAUSAL_BOXES)
 
 
-def _kind(mask: SpacetimeMask) -> int:
-    if mask.is_full:
+def _kind(schedule: TileSchedule) -> int:
+    causal = schedule.mask.causal_tokens
+    if schedule.mask.is_full:
         return _FULL
-    return _CAUSAL_BOXES if mask.causal_tokens else _BOXES
+    if isinstance(schedule.by_query, TokenRanges):
+        return _PAST_TOKENS if causal else _PAST_FRAMES
+    return _CAUSAL_BOXES if causal else _BOXES
 
 
 def _tensors(schedule: TileSchedule) -> list[Tensor]:
     """All that the backends read of a schedule: custom ops take tensors only."""
     layout, keys = schedule.layout, schedule.kv_layout
-    lists = [
-        tensor
-        for walk in (schedule.by_query, schedule.by_key)
-        for tensor in (walk.begin, walk.full_end, walk.end, walk.tiles, walk.order)
-    ]
     boxes = [schedule.query_low, schedule.query_high, schedule.key_place, layout.raster_index]
-    return [layout.cu_seqlens, keys.cu_seqlens, layout.tile_offsets, keys.tile_offsets, *lists, *boxes]
+    sides = [getattr(side, field.name) for side in (schedule.by_query, schedule.by_key) for field in fields(side)]
+    return [layout.cu_seqlens, keys.cu_seqlens, layout.tile_offsets, keys.tile_offsets, *boxes, *sides]
 
 
 @torch.library.custom_op("sora_fast::packed_attention_plain", mutates_args=())
@@ -124,10 +127,13 @@ def _plain_attention_backward(
 
 
 def _blocks(schedule: list[Tensor], kind: int, *, join: bool) -> Iterator[plain.Block]:
+    query_offsets, key_offsets, query_tiles, key_tiles, *boxes = schedule[:8]
     if kind == _FULL:
-        return plain.segment_blocks(*schedule[:2], join=join)
-    masking = plain.Masking(*schedule[-4:-1], schedule[-1] if kind == _CAUSAL_BOXES else None)
-    return plain.tile_blocks(*schedule[2:4], *schedule[4:8], masking)
+        return plain.segment_blocks(query_offsets, key_offsets, join=join)
+    masking = plain.Masking(*boxes[:3], boxes[3] if kind in _BY_RASTER else None)
+    if kind in (_PAST_FRAMES, _PAST_TOKENS):
+        return plain.past_blocks(query_offsets, query_tiles, masking)
+    return plain.tile_blocks(query_tiles, key_tiles, *schedule[8:11], schedule[12], masking)
 
 
 @torch.library.custom_op("sora_fast::packed_attention", mutates_args=())
@@ -144,8 +150,8 @@ def _triton_attention(
     from sora_fast.kernels.packed_attention import forward
 
     by_query, _, boxes = _walks(schedule, kind)
-    causal = kind == _CAUSAL_BOXES
-    return forward(q, k, v, by_query, boxes, tile_sizes=tuple(tile_sizes), scale=scale, causal=causal)
+    options = {"tile_sizes": tuple(tile_sizes), "scale": scale, "causal": kind in _BY_RASTER}
+    return forward(q, k, v, by_query, boxes, **options)
 
 
 @torch.library.custom_op("sora_fast::packed_attention_backward", mutates_args=())
@@ -169,17 +175,19 @@ def _triton_attention_backward(
     walks = _walks(schedule, kind)
     # The gradient of a transposed or summed logsumexp comes in any strides, expanded ones too.
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    options = {"tile_sizes": tuple(tile_sizes), "scale": scale, "causal": kind == _CAUSAL_BOXES}
+    options = {"tile_sizes": tuple(tile_sizes), "scale": scale, "causal": kind in _BY_RASTER}
     return backward(grad_out, grad_lse, q, k, v, out, lse, *walks, **options, keys=keys, deterministic=deterministic)
 
 
 def _walks(schedule: list[Tensor], kind: int) -> tuple[Any, Any, Any]:
     from sora_fast.kernels._attention import Boxes, Walk
 
-    _, _, query_tiles, key_tiles, *rest = schedule
-    by_query = Walk(query_tiles, key_tiles, *rest[:5])
-    by_key = Walk(key_tiles, query_tiles, *rest[5:10])
-    return by_query, by_key, None if kind == _FULL else Boxes(*rest[10:])
+    _, _, query_tiles, key_tiles, *boxes = schedule[:8]
+    sides = schedule[8:]
+    half = len(sides) // 2
+    by_query = Walk(query_tiles, key_tiles, *sides[:half])
+    by_key = Walk(key_tiles, query_tiles, *sides[half:])
+    return by_query, by_key, None if kind == _FULL else Boxes(*boxes)
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -263,7 +271,7 @@ def _check(
 
 def _check_schedule(name: str, scheduled: PackedLayout, given: PackedLayout) -> None:
     """The schedule was built for a layout like the given one: for that very batch, where looking costs nothing."""
-    sizes = ("capacity", "max_segments", "max_tiles", "tile_size", "device")
+    sizes = ("capacity", "max_segments", "max_tiles", "tile_size", "is_raster", "device")
     for size in sizes:
         built, wanted = getattr(scheduled, size), getattr(given, size)
         if built != wanted:

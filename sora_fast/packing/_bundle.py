@@ -10,6 +10,11 @@ from torch import Tensor
 Bundle = TypeVar("Bundle", bound="TensorBundle")
 
 
+def may_read(tensor: Tensor) -> bool:
+    """True if looking at the values costs nothing: on a CPU, outside a compiled graph. Anywhere else it would wait."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 class TensorBundle:
     """Base of frozen dataclasses whose fields are tensors, other bundles, or static Python values."""
 

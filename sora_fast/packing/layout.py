@@ -29,6 +29,8 @@ class PackedLayout(TensorBundle):
     raster_index [N]: place of the token in its full grid, t·H·W + h·W + w; zero past the end.
     tile_offsets [T+1]: the packed sequence cut into tiles of at most `tile_size` consecutive tokens of one segment;
         unused tiles repeat the last offset.
+    is_raster: the tokens of every segment lie in raster order, so that under a causal mask those that a tile may
+        attend lie side by side. Static: it follows from the order asked for, never from a batch.
     """
 
     cu_seqlens: Tensor
@@ -38,6 +40,7 @@ class PackedLayout(TensorBundle):
     raster_index: Tensor
     tile_offsets: Tensor
     tile_size: int = 128
+    is_raster: bool = False
 
     @property
     def capacity(self) -> int:
@@ -119,7 +122,11 @@ class PackedLayout(TensorBundle):
             raster_index,
             tile_offsets,
         )
-        return PackedLayout(*(torch.from_numpy(array).to(device or "cpu") for array in tensors), tile_size=tile_size)
+        return PackedLayout(
+            *(torch.from_numpy(array).to(device or "cpu") for array in tensors),
+            tile_size=tile_size,
+            is_raster=order == "raster",
+        )
 
     def tile_ids(self) -> Tensor:
         """[N] int32: tile of every token; padding tokens get the number of used tiles or more."""

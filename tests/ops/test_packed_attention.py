@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.cases import one_pass_backward
+from sora_fast import use_backend
 from sora_fast.kernels._launch import recording
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import _attention_torch as plain
@@ -188,6 +189,27 @@ def test_masks_match_the_oracle(mask: SpacetimeMask, backend: str, device: torch
     Case(ragged(order="tiled"), mask).check(backend, device)
 
 
+PAST = [SpacetimeMask.frame_causal(), SpacetimeMask.token_causal()]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", PAST)
+def test_the_past_in_raster_order_matches_the_oracle(mask: SpacetimeMask, backend: str, device: torch.device) -> None:
+    """Ranges of tokens: tiles of several blocks and several frames, frames of several tiles, dropped tokens."""
+    grids, keep = [(4, 3, 5), (2, 6, 7), (9, 1, 1)], [range(0, 60, 2), range(84), range(9)]
+    layout = PackedLayout.from_grids(grids, capacity=130, max_segments=4, keep=[[*k] for k in keep], tile_size=32)
+    Case(layout, mask, group=2, one_pass=backend == "triton").check(backend, device)
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_the_past_in_whole_blocks_matches_the_oracle(one_pass: bool, device: torch.device) -> None:
+    """Of 16 bits, whose blocks are as large as a GPU's; frames of more pairs than a call costs."""
+    layout = PackedLayout.from_grids([(3, 9, 9), (1, 3, 3)], capacity=260)
+    case = Case(layout, SpacetimeMask.frame_causal(), head_dim=72, dtype=torch.float16, one_pass=one_pass)
+    for backend in BACKENDS if not one_pass else ["triton"]:
+        case.check(backend, device)
+
+
 @pytest.mark.parametrize("head_dim", [32, 64, 72, 80, 96, 104, 128, 192, 200, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_head_dims_match_the_oracle(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -266,8 +288,11 @@ def test_empty_pack(mask: SpacetimeMask, backend: str, device: torch.device) -> 
         ("torch", SpacetimeMask.full(), torch.bfloat16),
         ("torch", WINDOW, torch.float32),
         ("torch", WINDOW, torch.bfloat16),
+        ("torch", SpacetimeMask.frame_causal(), torch.float32),
+        ("torch", SpacetimeMask.token_causal(), torch.bfloat16),
         ("triton", SpacetimeMask.full(), torch.float16),
         ("triton", WINDOW, torch.float16),
+        ("triton", SpacetimeMask.frame_causal(), torch.float16),
     ],
 )
 def test_a_sample_does_not_depend_on_the_others(
@@ -294,8 +319,11 @@ def test_a_sample_does_not_depend_on_the_others(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_repeats_to_the_bit_and_takes_a_schedule(backend: str, device: torch.device) -> None:
-    case = Case(ragged(order="tiled"))
+@pytest.mark.parametrize(("mask", "order"), [(WINDOW, "tiled"), (SpacetimeMask.frame_causal(), "raster")])
+def test_repeats_to_the_bit_and_takes_a_schedule(
+    mask: SpacetimeMask, order: str, backend: str, device: torch.device
+) -> None:
+    case = Case(ragged(order=order), mask)
     schedule = TileSchedule.build(case.layout.to(device), case.mask)
     first, *others = (case.results(backend, device, mask=mask) for mask in (None, None, schedule))
     for other in others:
@@ -376,10 +404,10 @@ def test_strides_past_32_bits(tmp_path: Path) -> None:
 def test_torch_backend_builds_no_matrix_over_the_pack(mask: SpacetimeMask, with_lse: bool) -> None:
     layout = PackedLayout.from_grids([(4, 8, 8)] * 8, order="tiled", for_mask=mask)
     qkv = [torch.randn(layout.capacity, 1, 8) for _ in range(3)]
-    tensors = module._tensors(TileSchedule.build(layout, mask))
+    schedule = TileSchedule.build(layout, mask)
 
     def blocks() -> Any:
-        return module._blocks(tensors, module._kind(mask), join=not with_lse)
+        return module._blocks(module._tensors(schedule), module._kind(schedule), join=not with_lse)
 
     with LargestTensor() as largest:
         out, lse = plain.forward(*qkv, blocks(), 0.3)
@@ -404,8 +432,8 @@ def test_gradcheck(mask: SpacetimeMask, with_lse: bool) -> None:
 def test_opcheck(strides: str, backend: str, device: torch.device) -> None:
     layout = PackedLayout.from_grids([(1, 3, 4), (1, 1, 2)], capacity=16, tile_size=16, device=device)
     q, k, v, grad_out = (_random(16, heads, 16, torch.float32, strides).to(device) for heads in (2, 1, 1, 2))
-    tensors = module._tensors(TileSchedule.build(layout, WINDOW))
-    options = ([16, 16], module._kind(WINDOW), 0.25, False)
+    schedule = TileSchedule.build(layout, WINDOW)
+    tensors, options = module._tensors(schedule), ([16, 16], module._kind(schedule), 0.25, False)
     op, op_backward = {
         "torch": (module._plain_attention, module._plain_attention_backward),
         "triton": (module._triton_attention, module._triton_attention_backward),
@@ -453,6 +481,29 @@ def test_compiles_once_for_ragged_batches(backend: str, compiler: str, batches: 
                 continue
             for a, b in zip(*results, strict=True):
                 torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", [SpacetimeMask.full(), WINDOW, *PAST])
+def test_the_host_never_waits(mask: SpacetimeMask) -> None:
+    """From the layout to the gradients: a schedule built, refreshed, and attention under it."""
+    sizes = {"capacity": 200, "max_segments": 3}
+    first, second = (PackedLayout.from_grids(g, **sizes).to("cuda") for g in ([(3, 4, 5)], [(2, 8, 8)]))
+    qkv = torch.randn(3, 200, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step() -> Tensor:
+        schedule = TileSchedule.build(first, mask).refresh_(second)
+        out = packed_attention(*qkv.unbind(), first, schedule, backend="triton")
+        return torch.autograd.grad(out, qkv, torch.ones_like(out))[0]
+
+    with use_backend("triton"):
+        expected = step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            actual = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(actual, expected)
 
 
 LAYOUT = PackedLayout.from_grids([(1, 2, 3)], capacity=8)
