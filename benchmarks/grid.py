@@ -132,7 +132,9 @@ def _on_gpu(op: str) -> Iterator[Plan]:
 
 def _on_cpu(op: str) -> Iterator[Plan]:
     small = MODELS["DiT-S"]
-    if op == "packed_attention":
+    if op == "schedule":
+        yield from (Plan(op, small, "8k ragged", mask) for mask in ("full", "frame_causal", "small window"))
+    elif op == "packed_attention":
         yield from (Plan(op, small, pack, "full") for pack in ("2k ragged", "2k uniform", "8k ragged"))
         for mask in ("frame_causal", "spatial", "temporal", "small window"):
             yield Plan(op, small, "2k ragged", mask)

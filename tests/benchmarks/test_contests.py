@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import grid, rows
+from benchmarks import rows
 from benchmarks._checkout import ROOT
 from benchmarks.contests import Arena
 from benchmarks.entrants import Absent, Entrant
@@ -35,7 +35,10 @@ def test_sdpa_does_the_work_of_every_mask(mask: str) -> None:
         assert max(row.errors["SDPA"]) < 1e-6
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "packed_attention"])
+MASKED = ("packed_attention", "schedule")
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op not in MASKED])
 def test_eager_peers_do_the_work(op: str) -> None:
     for row in measure(Plan(op, Model(64, 2), "tiny").build(CPU), ONCE, {"eager": PEERS[op]["eager"]}):
         assert not row.absent and max(row.errors["eager"]) < 1e-6
@@ -70,7 +73,7 @@ def test_names_tell_the_plans_apart(on_gpu: bool) -> None:
     for op in OPS:
         found = plans(op, on_gpu=on_gpu)
         assert len({plan.label for plan in found}) == len(found) > 0
-        assert all(plan.mask in MASKS if op == "packed_attention" else not plan.mask for plan in found)
+        assert all(plan.mask in MASKS if op in MASKED else not plan.mask for plan in found)
         curves = {(plan.series, plan.tokens) for plan in found}
         assert len(curves) == len(found), "two plans at one place of a curve"
 
@@ -108,7 +111,7 @@ def test_notes_compare_with_the_baseline_and_the_ceiling() -> None:
 
 
 def test_everyone_has_both_backends() -> None:
-    assert all({"torch", "triton", "eager"} <= everyone(op).keys() for op in grid.OPS if op != "packed_attention")
+    assert all({"torch", "triton", "eager"} <= everyone(op).keys() for op in OPS if op not in MASKED)
 
 
 @pytest.mark.timeout(1200)  # it starts a pytest of its own, whose imports take minutes on a busy machine

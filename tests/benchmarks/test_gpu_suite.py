@@ -154,6 +154,7 @@ def test_dry_walk_measures_every_op(tmp_path: Path) -> None:
         "gated_residual_adaln",
         "packed_attention",
         "patch_embed",
+        "schedule",
         "qk_norm_rope",
         "unpatchify",
     }
