@@ -18,12 +18,15 @@ from sora_fast import use_backend
 from sora_fast.kernels._attention_config import ONE_PASS
 from sora_fast.kernels._launch import recording
 from sora_fast.masks import SpacetimeMask
+from sora_fast.nn import BlockContext, DiTBlock
 from sora_fast.ops import (
     FactorisedPosition,
     Rope3D,
     adaln,
     gated_residual,
     gated_residual_adaln,
+    linear_unpatchify,
+    mlp_activation,
     packed_attention,
     patch_embed,
     qk_norm_rope,
@@ -37,6 +40,8 @@ Grid = tuple[int, int, int]
 
 # A latent of 16 channels in patches of 1×2×2, as the Sora-like models with a modern video autoencoder have it.
 CHANNELS, PATCH = 16, (1, 2, 2)
+# The smallest patch in use, and about the largest: of raw pixels.
+OTHER_PATCHES = ((4, (1, 1, 1)), (3, (4, 16, 16)))
 # One of every shape that attention splits a head into, up to the widest, and the commonest of each.
 HEAD_DIMS = (64, 72, 80, 96, 128, 192, 256)
 
@@ -90,7 +95,7 @@ class Setting:
 @dataclass(frozen=True, eq=False)
 class Case:
     """One call `op(*args, **options)`; gradients are asked for every floating-point tensor among `args`, and for the
-    pixels of ragged latents that require one.
+    pixels of ragged latents and the tables of positions that require one.
 
     label: tells the case from the op's others. bytes_moved, flops: (forward, backward), the least that any
     implementation must do; zeros where that is not what limits the op.
@@ -115,7 +120,7 @@ class Case:
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """The tensors that gradients are asked for."""
-        tensors = [a.flat if isinstance(a, RaggedLatents) else a for a in self.args]
+        tensors = [tensor for argument in self.args for tensor in _held(argument)]
         return tuple(t for t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad)
 
     def widened(self) -> "Case":
@@ -158,6 +163,12 @@ def one_pass_backward() -> AbstractContextManager[Any]:
     return patch.dict(ONE_PASS, dict.fromkeys(ONE_PASS, 256))
 
 
+def _held(argument: Any) -> tuple[Any, ...]:
+    if isinstance(argument, RaggedLatents):
+        return (argument.flat,)
+    return argument.tables if isinstance(argument, FactorisedPosition) else (argument,)
+
+
 def _widened(argument: Any) -> Any:
     if isinstance(argument, Tensor) and argument.is_floating_point():
         wide = torch.float64 if argument.dtype == torch.float32 else torch.float32
@@ -171,8 +182,15 @@ def _widened(argument: Any) -> Any:
 
 def all_cases(setting: Setting) -> Iterator[Case]:
     """Every case of every op, one at a time, so that only one case's tensors are alive."""
-    for cases in (_modulation, _qk_norm_rope, _attention, _patches, _segment_mean):
+    for cases in (_modulation, _qk_norm_rope, _attention, _patches, _final_layer, _mlp_activation, _segment_mean):
         yield from cases(setting)
+
+
+def measured_cases(setting: Setting) -> Iterator[Case]:
+    """Every case of every op, then what they make together. (Compiled ahead of time, that would be the same again.)"""
+    yield from all_cases(setting)
+    yield from _product_then_scatter(setting)
+    yield _dit_block(setting)
 
 
 def modulation(s: Setting, width: int) -> dict[str, Case]:
@@ -283,23 +301,91 @@ def _pairs(mask: SpacetimeMask, grid: Grid) -> int:
 
 
 def _patches(s: Setting) -> Iterator[Case]:
-    layout = s.layout(order="tiled")
-    pt, ph, pw = PATCH
-    videos = [s.random(CHANNELS, t * pt, h * ph, w * pw) for t, h, w in s.grids]
-    latents = RaggedLatents.from_list(videos)
-    volume = CHANNELS * pt * ph * pw
     for width in s.widths:
-        weight, bias = s.random(width, volume), s.random(width)
-        once = (volume + width) * layout.capacity * weight.element_size()
-        args = (latents, weight, bias, layout, PATCH)
-        yield Case(patch_embed, f"C{width}", args, bytes_moved=(once, once))
+        yield _patch_embed(s, width)
+    for channels, patch_size in OTHER_PATCHES:
+        yield _patch_embed(s, s.widths[0], channels, patch_size)
+    case = _patch_embed(s, s.widths[-1])
+    latents, *rest = case.args
     with_gradient = latents.with_flat(latents.flat.clone().requires_grad_())
-    tables = FactorisedPosition(*(s.random(64, width) for _ in range(3)))
-    args = (with_gradient, weight, bias, layout, PATCH, tables)
-    yield Case(patch_embed, f"tables and pixels,C{width}", args, bytes_moved=(once, 2 * once))
-    tokens = s.random(layout.capacity, volume)
-    moved = (2 * tokens.nbytes, 2 * tokens.nbytes)
-    yield Case(unpatchify, f"K{volume}", (tokens, layout, PATCH, latents), bytes_moved=moved)
+    tables = FactorisedPosition(*(s.random(64, s.widths[-1]).requires_grad_() for _ in range(3)))
+    once = case.bytes_moved[0]
+    yield replace(
+        case,
+        label=f"tables and pixels,{case.label}",
+        args=(with_gradient, *rest, tables),
+        bytes_moved=(once, 2 * once),
+    )
+    for channels, patch_size in ((CHANNELS, PATCH), *OTHER_PATCHES):
+        latents, layout = _latents(s, channels, patch_size)
+        tokens = s.random(layout.capacity, channels * math.prod(patch_size))
+        moved = (2 * tokens.nbytes, 2 * tokens.nbytes)
+        yield Case(unpatchify, f"K{tokens.shape[1]}", (tokens, layout, patch_size, latents), bytes_moved=moved)
+
+
+def _latents(s: Setting, channels: int, patch_size: Grid) -> tuple[RaggedLatents, PackedLayout]:
+    sizes = [[size * p for size, p in zip(grid, patch_size, strict=True)] for grid in s.grids]
+    return RaggedLatents.from_list([s.random(channels, *size) for size in sizes]), s.layout(order="tiled")
+
+
+def _patch_embed(s: Setting, width: int, channels: int = CHANNELS, patch_size: Grid = PATCH) -> Case:
+    latents, layout = _latents(s, channels, patch_size)
+    volume = channels * math.prod(patch_size)
+    args = (latents, s.random(width, volume), s.random(width), layout, patch_size)
+    once = (volume + width) * layout.capacity * latents.flat.element_size()
+    label = f"C{width}" if patch_size == PATCH else f"K{volume},C{width}"
+    # Few pixels are bound by memory, and hundreds by the product.
+    flops = 2 * volume * width * layout.capacity if volume > 1024 else 0
+    return Case(patch_embed, label, args, bytes_moved=(once, once), flops=(flops, flops))
+
+
+def _final_layer(s: Setting) -> Iterator[Case]:
+    for width in s.widths:
+        latents, layout = _latents(s, CHANNELS, PATCH)
+        volume = CHANNELS * math.prod(PATCH)
+        x, weight, bias = s.random(layout.capacity, width), s.random(volume, width), s.random(volume)
+        once = x.nbytes + latents.flat.nbytes
+        args = (x, weight, bias, layout, PATCH, latents)
+        yield Case(linear_unpatchify, f"C{width}", args, bytes_moved=(once, once + x.nbytes))
+
+
+def _product_then_scatter(s: Setting) -> Iterator[Case]:
+    """The same work in the other form that FinalLayerConfig chooses from."""
+
+    @wraps(linear_unpatchify)
+    def op(x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> RaggedLatents:
+        return unpatchify(torch.nn.functional.linear(x, weight, bias), *rest)
+
+    for case in _final_layer(s):
+        yield replace(case, op=op, label=f"product then scatter,{case.label}")
+
+
+def _mlp_activation(s: Setting) -> Iterator[Case]:
+    tokens = s.layout().capacity
+    for width in s.widths:
+        for activation, kept in (("gelu", 1.0), ("swiglu", 0.5)):
+            x, bias = s.random(tokens, 4 * width), s.random(4 * width)
+            moved = (int((1 + kept) * x.nbytes), int((2 + kept) * x.nbytes))
+            yield Case(mlp_activation, f"{activation},H{4 * width}", (x, bias, activation), bytes_moved=moved)
+
+
+def _dit_block(s: Setting) -> Case:
+    """A whole block in full attention, on a GPU one of DiT-XL, with a gradient for every parameter and table."""
+    dim, layout = s.widths[0], s.layout()
+    block = DiTBlock(dim, s.heads, rope=Rope3D()).to(s.device, s.dtype)
+    shared = BlockContext(layout, TileSchedule.build(layout), s.rows(layout))
+    names = [name for name, _ in block.named_parameters() if not name.startswith("adaLN")]
+
+    def dit_block(x: Tensor, h: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        parameters = dict(zip(names, tensors[8:], strict=True))
+        return torch.func.functional_call(block, parameters, (x, h, tensors[:6], tensors[6:8], shared))
+
+    tables = [s.random(layout.max_segments, dim) for _ in range(8)]
+    parameters = [block.get_parameter(name).detach().clone() for name in names]
+    args = (s.random(layout.capacity, dim), s.random(layout.capacity, dim), *tables, *parameters)
+    products = 24 * layout.capacity * dim**2
+    pairs = sum(math.prod(grid) ** 2 for grid in s.grids)
+    return Case(dit_block, f"C{dim}", args, flops=(products + 4 * pairs * dim, 2 * products + 10 * pairs * dim))
 
 
 def _segment_mean(s: Setting) -> Iterator[Case]:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Setting, all_cases
+from benchmarks.cases import Case, Setting, measured_cases
 from benchmarks.environment import Ceilings
 from benchmarks.timing import Timing, Work, time_variants
 from sora_fast import use_backend
@@ -45,7 +45,7 @@ def measure_all(device: torch.device, *, small: bool, deadline: float) -> list[R
     # Small cases prove that everything runs; their times, interpreted, say nothing.
     timer = partial(timer, max_samples=1, warmup=0) if small else partial(timer, seconds=0.5)
     rows: list[Row] = []
-    for case in all_cases(setting):
+    for case in measured_cases(setting):
         name = (case.op.__name__, case.label, "both")
         if time.monotonic() > deadline:
             rows.append(Row(*name, failure="not run: out of time"))

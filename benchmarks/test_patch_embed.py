@@ -1,6 +1,7 @@
 """patch_embed on one core, forward and the weights' gradient, beside the same videos cut up one by one."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,41 +13,64 @@ from torch import Tensor
 from sora_fast.ops import patch_embed
 from sora_fast.packing import PackedLayout, RaggedLatents
 
-PATCH, CHANNELS, WIDTH = (1, 2, 2), 4, 384
-GRIDS = [(8, 16, 16), (1, 32, 24), (4, 12, 20)]
+WIDTH = 384
 
 
-def ours(order: str) -> Callable[[list[Tensor], Tensor, Tensor], Tensor]:
-    layout = PackedLayout.from_grids(GRIDS, order=order)
+@dataclass(frozen=True)
+class Geometry:
+    """Videos of `channels` in patches `patch`; grids: in patches."""
 
-    def run(videos: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        return patch_embed(RaggedLatents.from_list(videos), weight, bias, layout, PATCH)
+    channels: int
+    patch: tuple[int, int, int]
+    grids: tuple[tuple[int, int, int], ...] = ((8, 16, 16), (1, 32, 24), (4, 12, 20))
+
+
+# K, the numbers in a patch: the fewest in use, those of a modern autoencoder's latents, and raw pixels.
+GEOMETRIES = {
+    "K=4": Geometry(4, (1, 1, 1)),
+    "K=64": Geometry(16, (1, 2, 2)),
+    "K=3072": Geometry(3, (4, 16, 16), ((2, 8, 8), (1, 16, 12), (1, 6, 10))),
+}
+
+Embed = Callable[[Geometry, list[Tensor], Tensor, Tensor], Tensor]
+
+
+def ours(order: str) -> Embed:
+    layouts = {name: PackedLayout.from_grids(g.grids, order=order) for name, g in GEOMETRIES.items()}
+
+    def run(geometry: Geometry, videos: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        layout = layouts[f"K={weight.shape[1]}"]
+        return patch_embed(RaggedLatents.from_list(videos), weight, bias, layout, geometry.patch)
 
     return run
 
 
-def one_by_one(videos: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+def one_by_one(geometry: Geometry, videos: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     """The baseline: reshape and F.linear. Sizes that the patch does not divide and other orders are beyond it."""
-    pt, ph, pw = PATCH
+    pt, ph, pw = geometry.patch
     cut = "c (t pt) (h ph) (w pw) -> (t h w) (c pt ph pw)"
     patches = torch.cat([rearrange(video, cut, pt=pt, ph=ph, pw=pw) for video in videos])
     return F.linear(patches, weight, bias)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", GEOMETRIES)
 @pytest.mark.parametrize(
     "embed", [one_by_one, ours("raster"), ours("tiled")], ids=["one by one", "packed, raster", "packed, tiled"]
 )
-def test_patch_embed(benchmark: Any, embed: Callable[..., Tensor], compiled: bool) -> None:
+def test_patch_embed(benchmark: Any, embed: Embed, name: str, compiled: bool) -> None:
     torch.manual_seed(0)
-    videos = [torch.randn(CHANNELS, *(s * p for s, p in zip(grid, PATCH, strict=True))) for grid in GRIDS]
-    weight = torch.randn(WIDTH, CHANNELS * 4, requires_grad=True)
+    geometry = GEOMETRIES[name]
+    sizes = [[size * p for size, p in zip(grid, geometry.patch, strict=True)] for grid in geometry.grids]
+    videos = [torch.randn(geometry.channels, *size) for size in sizes]
+    weight = torch.randn(WIDTH, int(name.removeprefix("K=")), requires_grad=True)
     bias = torch.randn(WIDTH, requires_grad=True)
     run = torch.compile(embed, fullgraph=True) if compiled else embed
-    d_tokens = torch.randn(run(videos, weight, bias).shape)
+    d_tokens = torch.randn(run(geometry, videos, weight, bias).shape)
 
     def step() -> None:
-        torch.autograd.grad(run(videos, weight, bias), (weight, bias), d_tokens)
+        torch.autograd.grad(run(geometry, videos, weight, bias), (weight, bias), d_tokens)
 
     step()
+    benchmark.group = f"{name}, {'compiled' if compiled else 'eager'}"
     benchmark(step)

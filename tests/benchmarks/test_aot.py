@@ -54,7 +54,7 @@ def test_kernels_cost_what_the_snapshot_says(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_shipped_kernels_compile_for_hopper(tmp_path: Path) -> None:
     # One size of everything: whole tables are for `make aot`.
-    sizes = ("[C1152", "[full,D72", "[full,D128", "[window,D64", "[cross,D96", "[K64", "[D72", "[D128")
+    sizes = ("[C1152", "[full,D72", "[full,D128", "[window,D64", "[cross,D96", "[K64", "H4608", "[D72", "[D128")
     rows = _compare(*sizes, report=tmp_path / "aot.json")
     assert [row for row in rows if row["spills"]] == []
     attention = [row for row in rows if row["kernel"].startswith("packed_attention")]
@@ -64,6 +64,8 @@ def test_shipped_kernels_compile_for_hopper(tmp_path: Path) -> None:
         "adaln",
         "gated_residual",
         "gated_residual_adaln",
+        "linear_unpatchify",
+        "mlp_activation",
         "packed_attention",
         "patch_embed",
         "qk_norm_rope",

@@ -77,7 +77,10 @@ def test_dry_walk_measures_every_op(tmp_path: Path) -> None:
     assert kernels == {
         "adaln",
         "gated_residual",
+        "dit_block",
         "gated_residual_adaln",
+        "linear_unpatchify",
+        "mlp_activation",
         "packed_attention",
         "patch_embed",
         "qk_norm_rope",
@@ -86,5 +89,5 @@ def test_dry_walk_measures_every_op(tmp_path: Path) -> None:
     errors = [error for row in suite["rows"] if row["op"] in kernels for error in row["errors"]["triton"]]
     assert 0 <= max(errors) < 1e-5, "fp32 against fp64"
     assert json.loads((tmp_path / "validated.json").read_text())["dry"] == {}, "nothing ran on a GPU"
-    assert result.stdout.rstrip().splitlines()[-1].startswith("segment_mean"), "the table comes last"
+    assert result.stdout.rstrip().splitlines()[-1].startswith("dit_block"), "the table comes last"
     assert (proved.read_bytes() if proved.exists() else None) == before
