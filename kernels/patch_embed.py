@@ -22,7 +22,9 @@ class PatchEmbedConfig:
     # Up to so many pixels, a program keeps its patches and walks over the channels: pixels are read once, and the
     # chain of loads that finds them (segment, shape, coordinates, pixels) is waited for once.
     held: int = 128
-    inner: int = 64  # pixels a step of the forward pass, of larger patches
+    # Pixels a step of the forward pass, of larger patches: 64 take more than the 128 registers a thread that leave room
+    # for two blocks on a multiprocessor, one of which reads while the other multiplies.
+    inner: int = 32
     # Programs that the forward pass is cut into where tokens are few, by channels: about four a multiprocessor.
     programs: int = 512
     features: int = 64  # columns of the weights' gradient
@@ -40,7 +42,7 @@ class PatchEmbedConfig:
     def choose(dtype: torch.dtype, wide: bool) -> "PatchEmbedConfig":
         """Smaller blocks where a number or an address takes twice the registers: the usual ones spill there."""
         if dtype == torch.float32 or wide:
-            return PatchEmbedConfig(tokens=32, width=64, held=64, inner=32, features=32, num_warps=4)
+            return PatchEmbedConfig(tokens=32, width=64, held=32, features=32, num_warps=4)
         return PatchEmbedConfig()
 
     def channels_for(self, num_tokens: int, width: int) -> int:
@@ -162,7 +164,6 @@ def _embed(
     for first_channel in range(begin, tl.minimum(begin + channels, width), BLOCK_C):
         c = first_channel + tl.arange(0, BLOCK_C)
         exist = c < width
-        columns = c.to(tl.int64)
         sums = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for first in range(0, NUM_RUNS, BLOCK_R):
             if HELD:
@@ -172,13 +173,13 @@ def _embed(
                     flat, flat_stride, capacity, origins, first, NUM_RUNS, PT, PH, PW, VECTOR, BLOCK_N, BLOCK_R, BLOCK_W
                 )
             pixels, real = patch_columns(first, NUM_RUNS, PW, BLOCK_R, BLOCK_W)
-            place = weight + columns[None, :] * weight_stride_c + pixels[:, None] * weight_stride_k
+            place = weight + c[None, :] * weight_stride_c + pixels[:, None] * weight_stride_k
             weights = tl.load(place, mask=real[:, None] & exist[None, :], other=0.0)
             sums = tl.dot(patch, weights, sums, input_precision="ieee")
         if bias is not None:
-            sums += tl.load(bias + columns * bias_stride, mask=exist, other=0.0).to(tl.float32)[None, :]
+            sums += tl.load(bias + c * bias_stride, mask=exist, other=0.0).to(tl.float32)[None, :]
         if table is not None:
-            columns *= table_stride_c
+            columns = c * table_stride_c
             if ROW_A_TOKEN:
                 sums += _table_rows(table, n, used, table_stride_row, columns, exist)
             else:
@@ -202,7 +203,10 @@ def _patch(
     run = first + tl.arange(0, BLOCK_R)
     runs = patch_runs(run, run < NUM_RUNS, PT, PH, PW, BLOCK_W)
     pixels = load_pixels(flat, flat_stride, capacity, origins, runs, PW, VECTOR, BLOCK_W)
-    return tl.reshape(tl.permute(pixels, (1, 0, 2)), [BLOCK_N, BLOCK_R * BLOCK_W])
+    patch = tl.reshape(tl.permute(pixels, (1, 0, 2)), [BLOCK_N, BLOCK_R * BLOCK_W])
+    # They are zeros already. But for sm_100, Triton 3.7 fails to put a tensor that is fresh from a reshape into the
+    # shared memory of a product.
+    return tl.where(origins[7][:, None], patch, 0.0)
 
 
 @triton.jit
