@@ -37,6 +37,8 @@ class PatchEmbedConfig:
     most_partials: int = 1 << 24
     num_warps: int = 8
     num_stages: int = 2
+    # A thread's: all that there are. The assembler, left to itself, spills a few bytes to stay below 64 or 128.
+    most_registers: int = 255
 
     @staticmethod
     def choose(dtype: torch.dtype, wide: bool) -> "PatchEmbedConfig":
@@ -93,6 +95,7 @@ def embed(flat: Tensor, weight: Tensor, bias: Tensor | None, patches: Patches, p
         BLOCK_R=fitted(config.held if held else config.inner, padded) // patches.run_block,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.most_registers,
     )
     return tokens
 
@@ -118,6 +121,7 @@ def weight_gradient(grad: Tensor, flat: Tensor, patches: Patches, num_pixels: in
         BLOCK_R=block // patches.run_block,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.most_registers,
     )
     return fold(partials)
 
