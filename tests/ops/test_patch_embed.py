@@ -151,9 +151,11 @@ def test_a_program_walks_over_channels(
     assert PatchEmbedConfig().channels_for(1 << 15, 1152) == 1152
     assert PatchEmbedConfig().channels_for(1 << 11, 1152) == 128
     assert PatchEmbedConfig().channels_for(1 << 14, 1152) == 640, "two programs a block of tokens, of 5 and 4 steps"
-    few = PatchEmbedConfig(tokens=16, width=32, programs=1, num_warps=4)
-    monkeypatch.setattr(PatchEmbedConfig, "choose", staticmethod(lambda *_: few))
-    for position in ("row a token", "tables"):
+    # One program a block of tokens, of three steps; then two, of two steps and of one.
+    for programs, position in ((1, "row a token"), (4, "tables")):
+        few = PatchEmbedConfig(tokens=16, width=32, programs=programs, num_warps=4)
+        assert few.channels_for(RaggedCase().layout().capacity, 70) == (96 if programs == 1 else 64)
+        monkeypatch.setattr(PatchEmbedConfig, "choose", staticmethod(lambda *_, few=few: few))
         check(RaggedCase(dtype=dtype), 70, position, "triton", device)
 
 
