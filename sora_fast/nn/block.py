@@ -55,7 +55,8 @@ class DiTBlock(nn.Module):
         adaln: str = "zero",
         mlp_recompute: bool = False,
     ) -> None:
-        """mlp_recompute: keep half of what the MLP keeps for the backward pass, and make the rest again there.
+        """mlp_recompute: make what goes into the MLP's second layer again in the backward pass: as DiT-XL in bf16, the
+        block keeps 9,216 bytes a token of the 18,432 between the two layers.
         adaln: how `adaLN_modulation` makes the block's tables: "zero", from the conditioning rows [M, C], or
         "single", from a modulation [M, 6C] (with cross-attention 9C) that the blocks share.
         """

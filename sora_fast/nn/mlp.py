@@ -15,8 +15,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, *, recompute: bool = False) -> None:
         """recompute: keep what comes out of fc1 for the backward pass, but not what goes into fc2, which is made again:
-        of 2 · `hidden` numbers a token one half. (Inductor does so by itself, but not where Triton kernels run, which
-        it does not look into.)
+        `hidden` numbers a token less, of twice as many (SwiGLU: of three times). (Inductor does so by itself, but not
+        where Triton kernels run, which it does not look into.)
         """
         super().__init__()
         self.recompute = recompute

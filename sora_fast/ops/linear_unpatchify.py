@@ -34,7 +34,7 @@ def linear_unpatchify(
     """
     check_patch_size(patch_size)
     _check(x, weight, bias, layout)
-    channels = channels_of("weight, transposed", weight.shape[0], patch_size)
+    channels = channels_of("weight rows", weight.shape[0], patch_size)
     if choose("linear_unpatchify", backend, x.device, offered(x)) == "torch":
         rows = F.linear(torch.where((layout.segment_ids >= 0)[:, None], x, 0), weight, bias)
         return unpatchify(rows, layout, patch_size, shapes, capacity=capacity, backend=backend)

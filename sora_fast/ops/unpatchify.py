@@ -34,7 +34,7 @@ def unpatchify(
     check_shape("tokens", tokens, [layout.capacity, f"{math.prod(patch_size)}·Cout"])
     check_dtype("tokens", tokens, FLOAT_DTYPES)
     check_device("tokens", tokens, "the layout", layout.device)
-    channels = channels_of("tokens", tokens.shape[1], patch_size)
+    channels = channels_of("tokens columns", tokens.shape[1], patch_size)
     offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity)
     if choose("unpatchify", backend, tokens.device, offered(tokens)) == "torch":
         flat = _torch(tokens, offsets, shapes, layout, patch_size, capacity)
@@ -43,11 +43,13 @@ def unpatchify(
     return RaggedLatents(flat, offsets, shapes)
 
 
-def channels_of(name: str, columns: int, patch_size: PatchSize) -> int:
-    """Cout of the argument `name` with so many columns. ValueError if they are not whole patches."""
-    channels, rest = divmod(columns, math.prod(patch_size))
+def channels_of(what: str, count: int, patch_size: PatchSize) -> int:
+    """Cout of so many columns or rows. ValueError, with `what` they are, if they are not whole patches."""
+    pixels = math.prod(patch_size)
+    channels, rest = divmod(count, pixels)
     if rest or not channels:
-        raise ValueError(f"{name}: {columns} columns; patches of {tuple(patch_size)} need {math.prod(patch_size)}·Cout")
+        name, unit = what.split()
+        raise ValueError(f"{name}: {count} {unit}; patches of {tuple(patch_size)} need {pixels}·Cout")
     return channels
 
 

@@ -44,7 +44,7 @@ def test_the_compiled_form_is_the_same_function() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("kind", [Mlp, SwiGLU])
-def test_recomputed_it_keeps_half_and_gives_the_same(kind: type[Mlp], backend: str, device: torch.device) -> None:
+def test_recomputed_it_keeps_less_and_gives_the_same(kind: type[Mlp], backend: str, device: torch.device) -> None:
     torch.manual_seed(0)
     module, x = kind(16, 48).to(device), torch.randn(33, 16, device=device, requires_grad=True)
     kept, results = [], []

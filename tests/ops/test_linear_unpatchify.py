@@ -162,7 +162,7 @@ PATCH = CASE.patch_size
     [
         ((X[1:], WEIGHT, BIAS, LAYOUT, PATCH, LATENTS), ValueError, "x: shape .* it must be"),
         ((X, WEIGHT[:, 1:], BIAS, LAYOUT, PATCH, LATENTS), ValueError, "weight: shape .* it must be"),
-        ((X, WEIGHT[1:], BIAS[1:], LAYOUT, PATCH, LATENTS), ValueError, "weight, transposed: 23 columns"),
+        ((X, WEIGHT[1:], BIAS[1:], LAYOUT, PATCH, LATENTS), ValueError, "weight: 23 rows; .* need 8·Cout"),
         ((X, WEIGHT, BIAS[1:], LAYOUT, PATCH, LATENTS), ValueError, r"bias: shape \(23,\); it must be \[24\]"),
         ((X, WEIGHT.half(), BIAS, LAYOUT, PATCH, LATENTS), TypeError, "weight: float16; it must be float32"),
         ((X.int(), WEIGHT, BIAS, LAYOUT, PATCH, LATENTS), TypeError, "x: int32"),
