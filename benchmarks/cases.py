@@ -4,7 +4,7 @@ The same cases are compiled ahead of time (benchmarks/aot.py) and timed on a GPU
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import wraps
@@ -19,12 +19,15 @@ from sora_fast import use_backend
 from sora_fast.kernels._attention_config import ONE_PASS
 from sora_fast.kernels._launch import recording
 from sora_fast.masks import SpacetimeMask
+from sora_fast.nn import BlockContext, DiTBlock
 from sora_fast.ops import (
     FactorisedPosition,
     Rope3D,
     adaln,
     gated_residual,
     gated_residual_adaln,
+    linear_unpatchify,
+    mlp_activation,
     packed_attention,
     patch_embed,
     qk_norm_rope,
@@ -36,6 +39,8 @@ from sora_fast.schedule import TileSchedule
 
 # A latent of 16 channels in patches of 1×2×2, as the Sora-like models with a modern video autoencoder have it.
 CHANNELS, PATCH = 16, (1, 2, 2)
+# The smallest patch in use, and about the largest: of raw pixels.
+OTHER_PATCHES = ((4, (1, 1, 1)), (3, (4, 16, 16)))
 # One of every shape that attention splits a head into, up to the widest, and the commonest of each.
 HEAD_DIMS = (64, 72, 80, 96, 128, 192, 256)
 _ROPES = {"": Rope3D(), "half-split,": Rope3D(interleaved=False)}
@@ -87,7 +92,7 @@ class Setting:
 @dataclass(frozen=True, eq=False)
 class Case:
     """One call `op(*args, **options)`; gradients are asked for every floating-point tensor among `args`, and for the
-    pixels of ragged latents that require one.
+    pixels of ragged latents and the tables of positions that require one.
 
     label: tells the case from the op's others. bytes_moved, flops: (forward, backward), the least that any
     implementation must do; zeros where that is not what limits the op. share: the truth is computed for one head in
@@ -118,7 +123,7 @@ class Case:
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """The tensors that gradients are asked for."""
-        tensors = [a.flat if isinstance(a, RaggedLatents) else a for a in self.args]
+        tensors = [tensor for argument in self.args for tensor in _held(argument)]
         return tuple(t for t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad)
 
     def part(self, x: Tensor) -> Tensor:
@@ -168,6 +173,12 @@ def one_pass_backward() -> AbstractContextManager[Any]:
     return patch.dict(ONE_PASS, dict.fromkeys(ONE_PASS, 256))
 
 
+def _held(argument: Any) -> tuple[Any, ...]:
+    if isinstance(argument, RaggedLatents):
+        return (argument.flat,)
+    return argument.tables if isinstance(argument, FactorisedPosition) else (argument,)
+
+
 def _widened(argument: Any) -> Any:
     if isinstance(argument, Tensor) and argument.is_floating_point():
         return argument.detach().double().requires_grad_(argument.requires_grad)
@@ -186,6 +197,8 @@ def all_cases(setting: Setting) -> Iterator[Case]:
         schedule_cases,
         attention_cases,
         patch_cases,
+        final_layer_cases,
+        mlp_activation_cases,
         segment_mean_cases,
     )
     for cases in families:
@@ -322,23 +335,87 @@ def attention_pairs(mask: SpacetimeMask, grid: Grid) -> int:
 
 
 def patch_cases(s: Setting) -> Iterator[Case]:
-    layout = s.layout(order="tiled")
-    pt, ph, pw = PATCH
-    videos = [s.random(CHANNELS, t * pt, h * ph, w * pw) for t, h, w in s.grids]
-    latents = RaggedLatents.from_list(videos)
-    volume = CHANNELS * pt * ph * pw
     for width in s.widths:
-        weight, bias = s.random(width, volume), s.random(width)
-        once = (volume + width) * layout.capacity * weight.element_size()
-        args = (latents, weight, bias, layout, PATCH)
-        yield Case(patch_embed, f"C{width}", args, bytes_moved=(once, once))
+        yield _patch_embed(s, width)
+    for channels, patch_size in OTHER_PATCHES:
+        yield _patch_embed(s, s.widths[0], channels, patch_size)
+    case = _patch_embed(s, s.widths[-1])
+    latents, *rest = case.args
     with_gradient = latents.with_flat(latents.flat.clone().requires_grad_())
-    tables = FactorisedPosition(*(s.random(64, width) for _ in range(3)))
-    args = (with_gradient, weight, bias, layout, PATCH, tables)
-    yield Case(patch_embed, f"tables and pixels,C{width}", args, bytes_moved=(once, 2 * once))
-    tokens = s.random(layout.capacity, volume)
-    moved = (2 * tokens.nbytes, 2 * tokens.nbytes)
-    yield Case(unpatchify, f"K{volume}", (tokens, layout, PATCH, latents), bytes_moved=moved)
+    tables = FactorisedPosition(*(s.random(64, s.widths[-1]).requires_grad_() for _ in range(3)))
+    once = case.bytes_moved[0]
+    yield replace(
+        case,
+        label=f"tables and pixels,{case.label}",
+        args=(with_gradient, *rest, tables),
+        bytes_moved=(once, 2 * once),
+    )
+    for channels, patch_size in ((CHANNELS, PATCH), *OTHER_PATCHES):
+        latents, layout = _latents(s, channels, patch_size)
+        tokens = s.random(layout.capacity, channels * math.prod(patch_size))
+        moved = (2 * tokens.nbytes, 2 * tokens.nbytes)
+        yield Case(unpatchify, f"K{tokens.shape[1]}", (tokens, layout, patch_size, latents), bytes_moved=moved)
+
+
+def _latents(s: Setting, channels: int, patch_size: Grid) -> tuple[RaggedLatents, PackedLayout]:
+    sizes = [[size * p for size, p in zip(grid, patch_size, strict=True)] for grid in s.grids]
+    return RaggedLatents.from_list([s.random(channels, *size) for size in sizes]), s.layout(order="tiled")
+
+
+def _patch_embed(s: Setting, width: int, channels: int = CHANNELS, patch_size: Grid = PATCH) -> Case:
+    latents, layout = _latents(s, channels, patch_size)
+    volume = channels * math.prod(patch_size)
+    args = (latents, s.random(width, volume), s.random(width), layout, patch_size)
+    once = (volume + width) * layout.capacity * latents.flat.element_size()
+    label = f"C{width}" if patch_size == PATCH else f"K{volume},C{width}"
+    # Few pixels are bound by memory, and hundreds by the product.
+    flops = 2 * volume * width * layout.capacity if volume > 1024 else 0
+    return Case(patch_embed, label, args, bytes_moved=(once, once), flops=(flops, flops))
+
+
+def final_layer_cases(s: Setting) -> Iterator[Case]:
+    for width in s.widths:
+        latents, layout = _latents(s, CHANNELS, PATCH)
+        volume = CHANNELS * math.prod(PATCH)
+        x, weight, bias = s.random(layout.capacity, width), s.random(volume, width), s.random(volume)
+        once = x.nbytes + latents.flat.nbytes
+        args = (x, weight, bias, layout, PATCH, latents)
+        yield Case(linear_unpatchify, f"C{width}", args, bytes_moved=(once, once + x.nbytes))
+
+
+def mlp_activation_cases(s: Setting) -> Iterator[Case]:
+    tokens = s.layout().capacity
+    for width in s.widths:
+        for activation, kept in (("gelu", 1.0), ("swiglu", 0.5)):
+            x, bias = s.random(tokens, 4 * width), s.random(4 * width)
+            moved = (int((1 + kept) * x.nbytes), int((2 + kept) * x.nbytes))
+            yield Case(mlp_activation, f"{activation},H{4 * width}", (x, bias, activation), bytes_moved=moved)
+
+
+def dit_block_case(s: Setting) -> Case:
+    """A whole block in full attention, with a gradient for every parameter and table."""
+    dim, layout = s.widths[0], s.layout()
+    block = DiTBlock(dim, s.heads, rope=Rope3D()).to(s.device, s.dtype)
+    names = [name for name, _ in block.named_parameters() if not name.startswith("adaLN")]
+    options = {"block": block, "names": names, "shared": BlockContext(layout, _built(layout), s.rows(layout))}
+    tables = [s.random(layout.max_segments, dim) for _ in range(6)]
+    # Products of unit size, so that 16 bits are not lost in the gates.
+    parameters = [s.random(*block.get_parameter(name).shape) / dim**0.5 for name in names]
+    args = (s.random(layout.capacity, dim), s.random(layout.capacity, dim), *tables, *parameters)
+    products, pairs = 24 * layout.capacity * dim**2, sum(math.prod(grid) ** 2 for grid in s.grids)
+    flops = (products + 4 * pairs * dim, 2 * products + 10 * pairs * dim)
+    return Case(dit_block, f"C{dim}", args, options, flops=flops)
+
+
+def dit_block(
+    x: Tensor, h: Tensor, *tensors: Tensor, block: DiTBlock, names: Sequence[str], shared: BlockContext
+) -> tuple[Tensor, Tensor]:
+    """tensors: the block's tables but for the first two, which made h, the two of the layer that follows, and its
+    parameters by `names`.
+    """
+    parameters = dict(zip(names, tensors[6:], strict=True))
+    inputs = (x, h, (None, None, *tensors[:4]), tensors[4:6], shared)
+    return torch.func.functional_call(block, parameters, inputs)
 
 
 def segment_mean_cases(s: Setting) -> Iterator[Case]:

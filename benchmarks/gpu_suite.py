@@ -55,12 +55,17 @@ class Stopped(BaseException):
 
 @dataclass(frozen=True)
 class Scope:
-    """What a call looks at. seconds: in which all of it must end."""
+    """What a call looks at. wholes: see benchmarks/grid.py. seconds: in which all of it must end."""
 
     device: torch.device
     ops: tuple[str, ...]
+    wholes: tuple[str, ...]
     seconds: float
     dry: bool = False
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        return *self.ops, *self.wholes
 
     @property
     def workers(self) -> int:
@@ -72,9 +77,9 @@ class Scope:
 
         if self.dry:
             return [Plan("packed_attention", Model(64, 1), "tiny", "frame_causal")]
-        first = [plan for plan in headline() if plan.op in self.ops]
+        first = [plan for plan in headline() if plan.op in self.compared]
         # What time is left goes round the ops.
-        rounds = zip_longest(*(plans(op, on_gpu=True) for op in self.ops))
+        rounds = zip_longest(*(plans(op, on_gpu=True) for op in self.compared))
         return list(dict.fromkeys([*first, *(plan for plans in rounds for plan in plans if plan)]))
 
     def makers(self, op: str) -> "Mapping[str, Maker]":
@@ -150,7 +155,7 @@ def _headline(scope: Scope) -> list[tuple[str, str]]:
     """The names of the plans that a call should reach; of the others only those that it did are told."""
     from benchmarks.grid import headline
 
-    return [] if scope.dry else [(plan.op, plan.label) for plan in headline() if plan.op in scope.ops]
+    return [] if scope.dry else [(plan.op, plan.label) for plan in headline() if plan.op in scope.compared]
 
 
 def _prove(suite: "Suite", scope: Scope, deadline: float) -> None:
@@ -176,7 +181,7 @@ def _walkers(folder: Path, scope: Scope) -> list[Job]:
     return [
         Job(
             f"walk-{place}",
-            [*walk, "warm", "--share", f"{place}/{_WARMERS}", "--ops", *scope.ops],
+            [*walk, "warm", "--share", f"{place}/{_WARMERS}", "--ops", *scope.compared],
             folder / f"walk-{place}.log",
             {"TORCHINDUCTOR_COMPILE_THREADS": "2"},
         )
@@ -226,12 +231,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not on_gpu:
         os.environ["TRITON_INTERPRET"] = "1"
     _checkout.make_importable()
-    from benchmarks.grid import OPS
+    from benchmarks.grid import OPS, WHOLES
 
-    ops = tuple(op for op in OPS if options.only in op)
-    if not ops:
-        parser.error(f"--only {options.only}: no op is called so; there are {', '.join(OPS)}")
-    scope = Scope(torch.device("cuda" if on_gpu else "cpu"), ops, 60 * options.minutes, options.dry)
+    ops, wholes = (tuple(name for name in names if options.only in name) for names in (OPS, WHOLES))
+    if not ops + wholes:
+        parser.error(f"--only {options.only}: nothing is called so; there are {', '.join(OPS + WHOLES)}")
+    scope = Scope(torch.device("cuda" if on_gpu else "cpu"), ops, wholes, 60 * options.minutes, options.dry)
     if options.tune:
         from benchmarks.tune import TUNABLE
 

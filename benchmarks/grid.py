@@ -20,9 +20,13 @@ OPS = (
     "patch_embed",
     "unpatchify",
     "gated_residual",
+    "linear_unpatchify",
+    "mlp_activation",
     "schedule",
     "segment_mean",
 )
+# What the ops make together; there are no tests and no kernels of their own to it.
+WHOLES = ("dit_block",)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Plan:
     def _case(self, setting: Setting) -> Case:
         if self.op == "packed_attention":
             return cases.self_attention(setting, self.model.head_dim, self.mask, MASKS[self.mask])
+        if self.op == "dit_block":
+            return cases.dit_block_case(setting)
         if self.op == "schedule":
             return cases.schedule_case(setting, self.mask, MASKS[self.mask])
         families = {
@@ -73,6 +79,8 @@ class Plan:
             "patch_embed": cases.patch_cases,
             "unpatchify": cases.patch_cases,
             "segment_mean": cases.segment_mean_cases,
+            "linear_unpatchify": cases.final_layer_cases,
+            "mlp_activation": cases.mlp_activation_cases,
         }
         family = families.get(self.op, cases.modulation_cases)
         return next(case for case in family(setting) if case.op.__name__ == self.op)
@@ -97,11 +105,15 @@ def headline() -> Iterator[Plan]:
         yield Plan("packed_attention", _heads(128), pack, mask)
     yield from (Plan("gated_residual_adaln", MODELS[name], "32k ragged") for name in ("DiT-XL", "1.3B", "5B", "14B"))
     yield Plan("qk_norm_rope", wide, "32k ragged")
+    yield Plan("dit_block", narrow, "32k ragged")
     yield Plan("schedule", wide, "32k ragged", "small window")
     yield Plan("packed_attention", narrow, "32k ragged", "full")
     yield Plan("packed_attention", _heads(64), "32k ragged", "full")
     yield Plan("packed_attention", _heads(128), "115k video", "full")
-    yield from (Plan(op, wide, "32k ragged") for op in ("adaln", "patch_embed", "unpatchify", "gated_residual"))
+    yield from (
+        Plan(op, wide, "32k ragged")
+        for op in ("adaln", "patch_embed", "mlp_activation", "unpatchify", "gated_residual")
+    )
     yield from (Plan("packed_attention", _heads(128), "32k ragged", mask) for mask in ("spatial", "temporal"))
 
 

@@ -55,11 +55,11 @@ def _untimed(variants: Mapping[str, Work]) -> dict[str, list[float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from benchmarks.grid import OPS
+    from benchmarks.grid import OPS, WHOLES
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.walk", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["small", "warm"])
-    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
+    parser.add_argument("--ops", nargs="+", default=list(OPS + WHOLES), choices=OPS + WHOLES)
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th from the I-th on")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

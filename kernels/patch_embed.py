@@ -7,38 +7,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sora_fast.kernels import _rows
 from sora_fast.kernels._fold import fold
-from sora_fast.kernels._launch import launch, next_power_of_two
-from sora_fast.kernels._patches import Patches, patch_origins, patch_pixels
+from sora_fast.kernels._launch import launch
+from sora_fast.kernels._patches import Patches, fitted, load_pixels, patch_columns, patch_origins, patch_runs
 
 
 @dataclass(frozen=True)
 class PatchEmbedConfig:
-    """Blocks of the three GEMMs; not measured yet. All are bound by memory until K is in the hundreds."""
+    """Blocks of the two GEMMs; not measured yet. All are bound by memory until K is in the hundreds."""
 
     tokens: int = 64  # a wgmma of one warpgroup is 64 rows
     width: int = 128  # divides 1152, 1536, 3072, 5120
-    # Pixels a step of the forward pass, channels a step of the pixels' gradient. With 64, the addresses of a block of
-    # pixels take so many registers that they spill.
+    # Up to so many pixels, a program keeps its patches and walks over the channels: pixels are read once, and the
+    # chain of loads that finds them (segment, shape, coordinates, pixels) is waited for once.
+    held: int = 128
+    # Pixels a step of the forward pass, of larger patches: 64 take more than the 128 registers a thread that leave room
+    # for two blocks on a multiprocessor, one of which reads while the other multiplies.
     inner: int = 32
-    features: int = 64  # columns of both gradients
-    # Tokens in one partial sum of the weights' gradient: long enough that the partials are small beside the tokens,
-    # short enough that 32k tokens give 8 of them. The bits do not depend on the GPU.
-    chunk: int = 4096
-    # Numbers in all partial sums together, 64 MB: with position tables, which are many columns and so many programs,
-    # chunks are longer.
+    # Programs that the forward pass is cut into where tokens are few, by channels: about four a multiprocessor.
+    programs: int = 512
+    features: int = 64  # columns of the weights' gradient
+    # Tokens a step of it: 116 registers a thread on sm_90, so that two blocks fit on a multiprocessor; 64 take 166.
+    step: int = 32
+    # Tokens in one partial sum of the weights' gradient. The partials of 64 pixels are an eighth of what is read, and
+    # 32k tokens by 1152 channels make 144 programs. The bits do not depend on the GPU.
+    chunk: int = 2048
+    # Numbers in all partial sums together, 64 MB: with many pixels, which are many programs, chunks are longer.
     most_partials: int = 1 << 24
-    num_warps: int = 8  # with 4, the addresses spill
-    num_stages: int = 2  # pixels come through registers, only the weights are copied ahead
+    num_warps: int = 8
+    num_stages: int = 2
+    # A thread's: all that there are. The assembler, left to itself, spills a few bytes to stay below 64 or 128.
+    most_registers: int = 255
 
     @staticmethod
-    def choose(dtype: torch.dtype, patches: Patches, elements: int) -> "PatchEmbedConfig":
+    def choose(dtype: torch.dtype, wide: bool) -> "PatchEmbedConfig":
         """Smaller blocks where a number or an address takes twice the registers: the usual ones spill there."""
-        if dtype == torch.float32:
-            return PatchEmbedConfig(tokens=32, width=64, features=32)
-        if patches.is_wide(elements):
-            return PatchEmbedConfig(tokens=32, width=64, features=32, num_warps=4)
+        if dtype == torch.float32 or wide:
+            return PatchEmbedConfig(tokens=32, width=64, held=32, features=32, num_warps=4)
         return PatchEmbedConfig()
+
+    def channels_for(self, num_tokens: int, width: int) -> int:
+        """Channels that a program of the forward pass walks over."""
+        groups = triton.cdiv(self.programs, max(1, triton.cdiv(num_tokens, self.tokens)))
+        return triton.cdiv(triton.cdiv(width, self.width), groups) * self.width
 
     def chunk_for(self, num_tokens: int, numbers: int) -> int:
         """Tokens in one partial sum of so many numbers: `chunk`, or its first double that keeps to `most_partials`."""
@@ -61,140 +73,144 @@ class Additive:
 
 def embed(flat: Tensor, weight: Tensor, bias: Tensor | None, patches: Patches, position: Additive) -> Tensor:
     """flat [elements], weight [C, K], bias [C] → tokens [N, C], zeros for padding."""
-    config = PatchEmbedConfig.choose(flat.dtype, patches, _reach(flat))
+    config = PatchEmbedConfig.choose(flat.dtype, patches.is_wide(flat))
     width, num_pixels = weight.shape
     tokens = torch.empty(patches.num_tokens, width, dtype=flat.dtype, device=flat.device)
     table = position.table
+    padded = patches.num_runs(num_pixels) * patches.run_block
+    held = padded <= config.held
+    channels = config.channels_for(patches.num_tokens, width) if held else config.width
     # One axis: only the first one of a grid is longer than 65,535.
-    grid = (triton.cdiv(width, config.width) * triton.cdiv(patches.num_tokens, config.tokens),)
+    grid = (triton.cdiv(width, channels) * triton.cdiv(patches.num_tokens, config.tokens),)
     launch(
-        *(_embed, grid, flat, flat.stride(0), weight, *weight.stride(), bias, 0 if bias is None else bias.stride(0)),
+        *(_embed, grid, flat, flat.stride(0), flat.numel()),
+        *(weight, *weight.stride(), bias, 0 if bias is None else bias.stride(0)),
         *(table, *((0, 0) if table is None else table.stride()), *(position.rows or (0, 0, 0))),
-        *(tokens, width, *patches.args),
-        **patches.meta(_reach(flat)),
+        *(tokens, width, channels, *patches.args),
+        **patches.meta(flat),
         NUM_PIXELS=num_pixels,
         ROW_A_TOKEN=not position.rows,
         BLOCK_N=config.tokens,
         BLOCK_C=config.width,
-        BLOCK_K=_fitted(config.inner, num_pixels),
+        BLOCK_R=fitted(config.held if held else config.inner, padded) // patches.run_block,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.most_registers,
     )
     return tokens
 
 
-def weight_gradient(grad: Tensor, flat: Tensor, patches: Patches, num_pixels: int, rows: tuple[int, ...]) -> Tensor:
-    """Gradients of all that maps a token's features to its channels: [C, K + Lt + Lh + Lw + 1] fp32.
-
-    Bias and position tables are weights too, of features that are one: always, and where the coordinate is the row's.
-    Columns: the weight's, then those of the three tables, then the bias's. grad: [N, C]; rows: as in `Additive`.
-    """
-    config = PatchEmbedConfig.choose(flat.dtype, patches, _reach(flat))
-    width, features = grad.shape[1], num_pixels + sum(rows) + 1
-    chunk = config.chunk_for(patches.num_tokens, width * features)
+def weight_gradient(grad: Tensor, flat: Tensor, patches: Patches, num_pixels: int) -> Tensor:
+    """Gradients of the weight [C, K], transposed, and in the last row of the bias: [K + 1, C] fp32. grad: [N, C]."""
+    config = PatchEmbedConfig.choose(flat.dtype, patches.is_wide(flat))
+    width = grad.shape[1]
+    chunk = config.chunk_for(patches.num_tokens, (num_pixels + 1) * width)
     chunks = triton.cdiv(patches.num_tokens, chunk)
-    partials = torch.empty(chunks, width, features, dtype=torch.float32, device=grad.device)
-    block = _fitted(config.features, features)
-    grid = (triton.cdiv(width, config.features), triton.cdiv(features, block), chunks)
+    partials = torch.empty(chunks, num_pixels + 1, width, dtype=torch.float32, device=grad.device)
+    padded = patches.num_runs(num_pixels) * patches.run_block
+    block = fitted(config.features, padded)
+    grid = (triton.cdiv(width, config.width), triton.cdiv(padded, block), chunks)
     launch(
-        *(
-            _weight_gradient,
-            grid,
-            grad,
-            *grad.stride(),
-            flat,
-            flat.stride(0),
-            partials,
-            width,
-            features,
-            *(rows or (0, 0, 0)),
-        ),
-        *patches.args,
-        **patches.meta(_reach(flat)),
+        *(_weight_gradient, grid, grad, *grad.stride(), flat, flat.stride(0), flat.numel()),
+        *(partials, width, *patches.args),
+        **patches.meta(flat),
         NUM_PIXELS=num_pixels,
         CHUNK=chunk,
-        BLOCK_N=config.tokens,
-        BLOCK_C=config.features,
-        BLOCK_F=block,
+        BLOCK_N=config.step,
+        BLOCK_C=config.width,
+        BLOCK_R=block // patches.run_block,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.most_registers,
     )
     return fold(partials)
 
 
-def pixel_gradient(grad: Tensor, weight: Tensor, patches: Patches, elements: int) -> Tensor:
-    """Gradient of flat [elements]: grad [N, C] · weight [C, K], each pixel to its place; zeros elsewhere."""
-    config = PatchEmbedConfig.choose(grad.dtype, patches, elements)
-    width, num_pixels = weight.shape
-    flat = torch.zeros(elements, dtype=grad.dtype, device=grad.device)
-    block = _fitted(config.features, num_pixels)
-    grid = (triton.cdiv(num_pixels, block) * triton.cdiv(patches.num_tokens, config.tokens),)
+def table_gradient(grad: Tensor, index: Tensor, offsets: Tensor, order: Tensor) -> Tensor:
+    """Gradient of the position tables [L, C]: row l is the sum of `grad` [N, C] over the tokens that took it.
+
+    index [A·N]: the row that each token took of the table of its first axis, then of the second, and so on; −1: none.
+    offsets [L+1], order [A·N]: the same, sorted by row.
+    """
+    num_tokens, width = grad.shape
+    table = grad.new_empty(len(offsets) - 1, width)
+    sums = _rows.Sums.empty(table, 1, len(index))
+    block = _rows.RowBlock.pointwise_backward(width)
     launch(
-        *(_pixel_gradient, grid, grad, *grad.stride(), weight, *weight.stride(), flat, width, *patches.args),
-        **patches.meta(elements),
-        NUM_PIXELS=num_pixels,
-        BLOCK_N=config.tokens,
-        BLOCK_C=config.inner,
-        BLOCK_P=block,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        _table_gradient,
+        (triton.cdiv(len(index), _rows.CHUNK), triton.cdiv(width, block.columns)),
+        *(grad, index, offsets, order, sums, num_tokens, len(index), len(table), grad.stride()),
+        **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": _rows.CHUNK},
+        num_warps=block.num_warps,
     )
-    return flat
-
-
-def _reach(flat: Tensor) -> int:
-    """How far a kernel's offsets into `flat` go; the buffer may be strided."""
-    return flat.numel() * max(1, flat.stride(0))
-
-
-def _fitted(block: int, size: int) -> int:
-    """No larger than needed, no smaller than the 16 that a matrix instruction takes."""
-    return min(block, max(16, next_power_of_two(size)))
+    return _rows.fold(sums, offsets, table)[0][0]
 
 
 @triton.jit
 def _embed(
-    flat, flat_stride, weight, weight_stride_c, weight_stride_k, bias, bias_stride,
-    table, table_stride_row, table_stride_c, t_rows, h_rows, w_rows, tokens, width,
+    flat, flat_stride, capacity, weight, weight_stride_c, weight_stride_k, bias, bias_stride,
+    table, table_stride_row, table_stride_c, t_rows, h_rows, w_rows, tokens, width, channels,
     offsets, shapes, segment_ids, coords, num_tokens,
-    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
     NUM_PIXELS: tl.constexpr, ROW_A_TOKEN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
+    NUM_RUNS: tl.constexpr = NUM_PIXELS // PW * tl.cdiv(PW, BLOCK_W)
+    HELD: tl.constexpr = NUM_RUNS <= BLOCK_R
     # Neighbouring programs differ in the channels: they find the same pixels in the L2.
-    blocks = tl.cdiv(width, BLOCK_C)
-    n = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    held = c < width
-    columns = c.to(tl.int64)
-    origins = patch_origins(n, offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE)
-    sums = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for first in range(0, NUM_PIXELS, BLOCK_K):
-        pixels = first + tl.arange(0, BLOCK_K)
-        elements, exists = patch_pixels(origins, pixels, NUM_PIXELS, PT, PH, PW)
-        patch = tl.load(flat + elements * flat_stride, mask=exists, other=0.0)
-        weights = tl.load(
-            weight + columns[None, :] * weight_stride_c + pixels[:, None] * weight_stride_k,
-            mask=(pixels < NUM_PIXELS)[:, None] & held[None, :],
-            other=0.0,
-        )
-        sums = tl.dot(patch, weights, sums, input_precision="ieee")
-    if bias is not None:
-        sums += tl.load(bias + columns * bias_stride, mask=held, other=0.0).to(tl.float32)[None, :]
-    used = tl.load(segment_ids + n, mask=n < num_tokens, other=-1) >= 0
-    if table is not None:
-        columns *= table_stride_c
-        if ROW_A_TOKEN:
-            sums += _table_rows(table, n, used, table_stride_row, columns, held)
-        else:
-            t, h, w = _hot_rows(n, used, coords, t_rows, h_rows, w_rows)
-            sums += _table_rows(table, t, used & (t >= 0), table_stride_row, columns, held)
-            sums += _table_rows(table, h, used & (h >= 0), table_stride_row, columns, held)
-            sums += _table_rows(table, w, used & (w >= 0), table_stride_row, columns, held)
-    place = tokens + n[:, None].to(tl.int64) * width + c[None, :]
-    # Not a product: what stands in for padding is zero, whatever the sums hold.
-    values = tl.where(used[:, None], sums, 0.0).to(tokens.dtype.element_ty)
-    tl.store(place, values, mask=(n < num_tokens)[:, None] & held[None, :])
+    groups = tl.cdiv(width, channels)
+    n = tl.program_id(0) // groups * BLOCK_N + tl.arange(0, BLOCK_N)
+    origins = patch_origins(n, offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE, VECTOR)
+    used = origins[7]
+    if HELD:
+        held = _patch(flat, flat_stride, capacity, origins, 0, NUM_RUNS, PT, PH, PW, VECTOR, BLOCK_N, BLOCK_R, BLOCK_W)
+    begin = tl.program_id(0) % groups * channels
+    for first_channel in range(begin, tl.minimum(begin + channels, width), BLOCK_C):
+        c = first_channel + tl.arange(0, BLOCK_C)
+        exist = c < width
+        sums = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        for first in range(0, NUM_RUNS, BLOCK_R):
+            if HELD:
+                patch = held
+            else:
+                patch = _patch(
+                    flat, flat_stride, capacity, origins, first, NUM_RUNS, PT, PH, PW, VECTOR, BLOCK_N, BLOCK_R, BLOCK_W
+                )
+            pixels, real = patch_columns(first, NUM_RUNS, PW, BLOCK_R, BLOCK_W)
+            place = weight + c[None, :] * weight_stride_c + pixels[:, None] * weight_stride_k
+            weights = tl.load(place, mask=real[:, None] & exist[None, :], other=0.0)
+            sums = tl.dot(patch, weights, sums, input_precision="ieee")
+        if bias is not None:
+            sums += tl.load(bias + c * bias_stride, mask=exist, other=0.0).to(tl.float32)[None, :]
+        if table is not None:
+            columns = c * table_stride_c
+            if ROW_A_TOKEN:
+                sums += _table_rows(table, n, used, table_stride_row, columns, exist)
+            else:
+                t, h, w = _hot_rows(n, used, coords, t_rows, h_rows, w_rows)
+                sums += _table_rows(table, t, used & (t >= 0), table_stride_row, columns, exist)
+                sums += _table_rows(table, h, used & (h >= 0), table_stride_row, columns, exist)
+                sums += _table_rows(table, w, used & (w >= 0), table_stride_row, columns, exist)
+        place = tokens + n[:, None].to(tl.int64) * width + c[None, :]
+        # Not a product: what stands in for padding is zero, whatever the sums hold.
+        values = tl.where(used[:, None], sums, 0.0).to(tokens.dtype.element_ty)
+        tl.store(place, values, mask=(n < num_tokens)[:, None] & exist[None, :])
+
+
+@triton.jit
+def _patch(
+    flat, flat_stride, capacity, origins, first, NUM_RUNS: tl.constexpr,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Pixels [n, p] of the runs from `first` on."""
+    run = first + tl.arange(0, BLOCK_R)
+    runs = patch_runs(run, run < NUM_RUNS, PT, PH, PW, BLOCK_W)
+    pixels = load_pixels(flat, flat_stride, capacity, origins, runs, PW, VECTOR, BLOCK_W)
+    patch = tl.reshape(tl.permute(pixels, (1, 0, 2)), [BLOCK_N, BLOCK_R * BLOCK_W])
+    # They are zeros already. But for sm_100, Triton 3.7 fails to put a tensor that is fresh from a reshape into the
+    # shared memory of a product.
+    return tl.where(origins[7][:, None], patch, 0.0)
 
 
 @triton.jit
@@ -208,72 +224,56 @@ def _hot_rows(n, used, coords, t_rows, h_rows, w_rows):
 
 
 @triton.jit
-def _table_rows(table, rows, wanted, row_stride, columns, held):
+def _table_rows(table, rows, wanted, row_stride, columns, exist):
     place = table + rows[:, None].to(tl.int64) * row_stride + columns[None, :]
-    return tl.load(place, mask=wanted[:, None] & held[None, :], other=0.0).to(tl.float32)
+    return tl.load(place, mask=wanted[:, None] & exist[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _weight_gradient(
-    grad, grad_stride_n, grad_stride_c, flat, flat_stride, partials, width, num_features, t_rows, h_rows, w_rows,
+    grad, grad_stride_n, grad_stride_c, flat, flat_stride, capacity, partials, width,
     offsets, shapes, segment_ids, coords, num_tokens,
-    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
     NUM_PIXELS: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
+    NUM_RUNS: tl.constexpr = NUM_PIXELS // PW * tl.cdiv(PW, BLOCK_W)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    features = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    first_run = tl.program_id(1) * BLOCK_R
     chunk = tl.program_id(2)
-    held = c < width
-    row = features - NUM_PIXELS
-    is_bias = features == num_features - 1
-    sums = tl.zeros([BLOCK_C, BLOCK_F], tl.float32)
+    exist = c < width
+    sums = tl.zeros([BLOCK_R * BLOCK_W, BLOCK_C], tl.float32)
+    totals = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for first in range(chunk * CHUNK, tl.minimum(num_tokens, (chunk + 1) * CHUNK), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        origins = patch_origins(n, offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE)
-        used = origins[0]
-        elements, exists = patch_pixels(origins, features, NUM_PIXELS, PT, PH, PW)
-        values = tl.load(flat + elements * flat_stride, mask=exists, other=0.0)
-        t, h, w = _hot_rows(n, used, coords, t_rows, h_rows, w_rows)
-        hot = (row[None, :] == t[:, None]) | (row[None, :] == h[:, None]) | (row[None, :] == w[:, None])
-        hot = (hot & (row >= 0)[None, :]) | is_bias[None, :]
-        values = tl.where(hot, 1.0, values.to(tl.float32)).to(values.dtype)
-        grads = tl.load(
-            grad + n[None, :].to(tl.int64) * grad_stride_n + c[:, None].to(tl.int64) * grad_stride_c,
-            mask=used[None, :] & held[:, None],
-            other=0.0,
+        origins = patch_origins(n, offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE, VECTOR)
+        patch = _patch(
+            flat, flat_stride, capacity, origins, first_run, NUM_RUNS, PT, PH, PW, VECTOR, BLOCK_N, BLOCK_R, BLOCK_W
         )
-        sums = tl.dot(grads, values, sums, input_precision="ieee")
-    place = (chunk.to(tl.int64) * width + c[:, None]) * num_features + features[None, :]
-    tl.store(partials + place, sums, mask=held[:, None] & (features < num_features)[None, :])
+        place = grad + n[:, None].to(tl.int64) * grad_stride_n + c[None, :].to(tl.int64) * grad_stride_c
+        grads = tl.load(place, mask=origins[7][:, None] & exist[None, :], other=0.0)
+        sums = tl.dot(tl.trans(patch), grads, sums, input_precision="ieee")
+        totals += grads.to(tl.float32)
+    pixels, real = patch_columns(first_run, NUM_RUNS, PW, BLOCK_R, BLOCK_W)
+    partials += chunk.to(tl.int64) * (NUM_PIXELS + 1) * width + c
+    tl.store(partials[None, :] + pixels[:, None] * width, sums, mask=real[:, None] & exist[None, :])
+    # The bias is the weight of a feature that is always one; the programs of the first features add it up.
+    tl.store(partials + NUM_PIXELS * width, tl.sum(totals, axis=0), mask=exist & (first_run == 0))
 
 
 @triton.jit
-def _pixel_gradient(
-    grad, grad_stride_n, grad_stride_c, weight, weight_stride_c, weight_stride_k, flat, width,
-    offsets, shapes, segment_ids, coords, num_tokens,
-    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr,
-    NUM_PIXELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+def _table_gradient(
+    grad, index, offsets, order, sums, num_tokens, places, rows, grad_strides,
+    WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    blocks: tl.constexpr = tl.cdiv(NUM_PIXELS, BLOCK_P)
-    n = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    pixels = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    origins = patch_origins(n, offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE)
-    used = origins[0]
-    sums = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-    for first in range(0, width, BLOCK_C):
-        c = (first + tl.arange(0, BLOCK_C)).to(tl.int64)
-        grads = tl.load(
-            grad + n[:, None].to(tl.int64) * grad_stride_n + c[None, :] * grad_stride_c,
-            mask=used[:, None] & (c < width)[None, :],
-            other=0.0,
-        )
-        weights = tl.load(
-            weight + c[:, None] * weight_stride_c + pixels[None, :] * weight_stride_k,
-            mask=(c < width)[:, None] & (pixels < NUM_PIXELS)[None, :],
-            other=0.0,
-        )
-        sums = tl.dot(grads, weights, sums, input_precision="ieee")
-    elements, exists = patch_pixels(origins, pixels, NUM_PIXELS, PT, PH, PW)
-    # A pixel belongs to one token at the most: plain stores.
-    tl.store(flat + elements, sums.to(flat.dtype.element_ty), mask=exists)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < WIDTH
+    total = tl.zeros([BLOCK_C], dtype=tl.float32)
+    begin, middle, _ = _rows.walk(offsets, rows, places, CHUNK)
+    for position in range(begin, middle):
+        place = tl.load(order + position)
+        row = tl.load(index + place)
+        total += _rows.load_fp32(grad, grad_strides, place % num_tokens, column, inside)
+        if position + 1 == tl.minimum(middle, tl.load(offsets + row + 1)):
+            _rows.store_sums(sums, (total,), None, None, None, None, offsets, row, rows, column, WIDTH, CHUNK)
+            total = tl.zeros([BLOCK_C], dtype=tl.float32)

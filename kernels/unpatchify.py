@@ -1,5 +1,6 @@
 """unpatchify: every token's row scattered to the pixels of its patch, and gathered back for the gradient."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,16 +10,21 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._launch import launch, next_power_of_two
-from sora_fast.kernels._patches import Patches, patch_origins, patch_pixels
+from sora_fast.kernels._patches import Patches, load_pixels, patch_origins, patch_runs, store_pixels
 
 
 @dataclass(frozen=True)
 class UnpatchifyConfig:
-    """Not measured yet. Pure memory traffic wants many blocks in flight: few addresses a thread, few registers."""
+    """Not measured yet. A block is read in one order and written in the other, through shared memory.
 
-    tokens: int = 32  # neighbours in the pack are neighbours in the video: their short runs of pixels share lines
-    pixels: int = 64  # at most; a patch of 1x2x2 with 16 channels has 64
-    num_warps: int = 8  # 8 elements a thread
+    Of a row it takes `row` elements at the most, so that the rest are tokens, whose runs of pixels lie side by side.
+    """
+
+    elements: int = 4096  # 16 a thread: in bf16 two loads of 16 bytes of a row, eight stores of two pixels each
+    row: int = 128  # 256 bytes of a row: whole cache lines
+    channels: int = 16  # 32 bytes of a row for each pixel, a sector
+    tokens: int = 1024  # at most: what finds a token's pixels is seven numbers a token
+    num_warps: int = 8
 
 
 def scatter(tokens: Tensor, patches: Patches, capacity: int) -> Tensor:
@@ -37,16 +43,21 @@ def gather(flat: Tensor, patches: Patches, num_pixels: int) -> Tensor:
 
 def _launch(kernel: Any, tokens: Tensor, flat: Tensor, patches: Patches) -> None:
     config = UnpatchifyConfig()
-    num_pixels = tokens.shape[1]
-    block = min(config.pixels, next_power_of_two(num_pixels))
+    channels = tokens.shape[1] // math.prod(patches.patch_size)
+    runs = patches.num_runs(tokens.shape[1]) // channels  # of one channel
+    block_c = min(config.channels, next_power_of_two(channels))
+    block_q = min(next_power_of_two(runs), max(1, config.row // (block_c * patches.run_block)))
+    block_n = min(config.tokens, config.elements // (block_c * block_q * patches.run_block))
     # One axis: only the first one of a grid is longer than 65,535.
-    grid = (triton.cdiv(num_pixels, block) * triton.cdiv(patches.num_tokens, config.tokens),)
+    parts = triton.cdiv(channels, block_c) * triton.cdiv(runs, block_q)
     launch(
-        *(kernel, grid, tokens, *tokens.stride(), flat, flat.stride(0), flat.numel(), *patches.args),
-        **patches.meta(flat.numel()),
-        NUM_PIXELS=num_pixels,
-        BLOCK_N=config.tokens,
-        BLOCK_P=block,
+        *(kernel, (parts * triton.cdiv(patches.num_tokens, block_n),), tokens, *tokens.stride()),
+        *(flat, flat.stride(0), flat.numel(), *patches.args),
+        **patches.meta(flat),
+        CHANNELS=channels,
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        BLOCK_Q=block_q,
         num_warps=config.num_warps,
     )
 
@@ -55,48 +66,54 @@ def _launch(kernel: Any, tokens: Tensor, flat: Tensor, patches: Patches) -> None
 def _scatter(
     tokens, token_stride, pixel_stride, flat, flat_stride, capacity,
     offsets, shapes, segment_ids, coords, num_tokens,
-    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr,
-    NUM_PIXELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    n, columns, elements, exists = _block(
-        offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE, NUM_PIXELS, BLOCK_N, BLOCK_P
-    )
-    exists &= elements < capacity
-    row = tokens + n[:, None].to(tl.int64) * token_stride
-    tl.store(flat + elements, tl.load(row + columns[None, :] * pixel_stride, mask=exists), mask=exists)
+    n, columns, real, runs = _block(PT, PH, PW, CHANNELS, BLOCK_N, BLOCK_C, BLOCK_Q, BLOCK_W)
+    origins = patch_origins(n, offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE, VECTOR)
+    place = tokens + n.to(tl.int64)[:, None, None, None] * token_stride + columns * pixel_stride
+    rows = tl.load(place, mask=origins[7][:, None, None, None] & real, other=0.0)
+    pixels = tl.reshape(tl.permute(rows, (3, 1, 0, 2)), [BLOCK_C * BLOCK_Q, BLOCK_N, BLOCK_W])
+    store_pixels(flat, capacity, pixels, origins, runs, PW, VECTOR, BLOCK_W)
 
 
 @triton.jit
 def _gather(
     tokens, token_stride, pixel_stride, flat, flat_stride, capacity,
     offsets, shapes, segment_ids, coords, num_tokens,
-    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr,
-    NUM_PIXELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    n, columns, elements, exists = _block(
-        offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE, NUM_PIXELS, BLOCK_N, BLOCK_P
-    )
-    exists &= elements < capacity
-    row = tokens + n[:, None].to(tl.int64) * token_stride
-    held = (n < num_tokens)[:, None] & (columns < NUM_PIXELS)[None, :]
-    tl.store(row + columns[None, :] * pixel_stride, tl.load(flat + elements * flat_stride, mask=exists, other=0), held)
+    n, columns, real, runs = _block(PT, PH, PW, CHANNELS, BLOCK_N, BLOCK_C, BLOCK_Q, BLOCK_W)
+    origins = patch_origins(n, offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE, VECTOR)
+    pixels = load_pixels(flat, flat_stride, capacity, origins, runs, PW, VECTOR, BLOCK_W)
+    rows = tl.permute(tl.reshape(pixels, [BLOCK_C, BLOCK_Q, BLOCK_N, BLOCK_W]), (2, 1, 3, 0))
+    place = tokens + n.to(tl.int64)[:, None, None, None] * token_stride + columns * pixel_stride
+    tl.store(place, rows, mask=(n < num_tokens)[:, None, None, None] & real)
 
 
 @triton.jit
 def _block(
-    offsets, shapes, segment_ids, coords, num_tokens,
-    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr,
-    NUM_PIXELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Tokens [n], the columns [p] of their rows that this program moves, and where those lie in the buffer [n, p].
-
-    Pixels are taken in the buffer's order (c, pt, ph, pw): the reads of a row meet in the cache, writes cannot.
-    """
-    blocks: tl.constexpr = tl.cdiv(NUM_PIXELS, BLOCK_P)
-    n = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    pixels = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    origins = patch_origins(n, offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE)
-    elements, exists = patch_pixels(origins, pixels, NUM_PIXELS, PT, PH, PW)
-    volume: tl.constexpr = PT * PH * PW
-    columns = tl.where(pixels < NUM_PIXELS, pixels % volume * (NUM_PIXELS // volume) + pixels // volume, NUM_PIXELS)
-    return n, columns, elements, exists
+    """What this program moves: tokens [n]; columns of their rows [1, q, w, c], and which exist; the same as runs
+    [c · q]. q numbers the runs of one channel."""
+    PIECES: tl.constexpr = tl.cdiv(PW, BLOCK_W)
+    RUNS: tl.constexpr = PT * PH * PIECES
+    steps: tl.constexpr = tl.cdiv(RUNS, BLOCK_Q)
+    parts: tl.constexpr = tl.cdiv(CHANNELS, BLOCK_C) * steps
+    n = tl.program_id(0) // parts * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(0) % parts
+    first_c, first_q = part // steps * BLOCK_C, part % steps * BLOCK_Q
+    q = (first_q + tl.arange(0, BLOCK_Q))[None, :, None, None]
+    w = q % PIECES * BLOCK_W + tl.arange(0, BLOCK_W)[None, None, :, None]
+    c = (first_c + tl.arange(0, BLOCK_C))[None, None, None, :]
+    columns = (q // PIECES * PW + w) * CHANNELS + c
+    real = (q < RUNS) & (w < PW) & (c < CHANNELS)
+    block = tl.arange(0, BLOCK_C * BLOCK_Q)
+    channel, run = first_c + block // BLOCK_Q, first_q + block % BLOCK_Q
+    exist = (channel < CHANNELS) & (run < RUNS)
+    return n, columns.to(tl.int64), real, patch_runs(channel * RUNS + run, exist, PT, PH, PW, BLOCK_W)

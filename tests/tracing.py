@@ -20,6 +20,20 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+class Computed(TorchDispatchMode):
+    """Inside, lists the ops that compute: not views, and not memory that is only taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if "empty" not in name and not any(result.alias_info for result in func._schema.returns):
+            self.names.append(name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
 def check_unasked(
     op: Callable[..., Tensor | tuple[Tensor, ...]], tensors: Sequence[Tensor], *, asked: int, spared: str
 ) -> None:

@@ -6,7 +6,7 @@ one, write it into the op's module and list it here.
 
 from collections.abc import Mapping
 
-from benchmarks.peers import attention, modulation, patches, rope, segments
+from benchmarks.peers import activation, attention, block, modulation, patches, rope, segments
 from benchmarks.peers.compiling import ours_compiled
 from benchmarks.rows import OURS, Maker
 
@@ -30,6 +30,9 @@ PEERS: Mapping[str, Mapping[str, Maker]] = {
     },
     "patch_embed": {"eager": patches.embed, "compiled": patches.embed_compiled},
     "unpatchify": {"eager": patches.assemble, "compiled": patches.assemble_compiled},
+    "linear_unpatchify": {"eager": patches.product_then_assemble, "product, then ours": patches.product_then_ours},
+    "mlp_activation": {"eager": activation.eager, "compiled": activation.compiled},
+    "dit_block": {"eager": block.eager, "compiled": block.compiled},
     "segment_mean": {"eager": segments.eager, "compiled": segments.compiled},
 }
 
@@ -40,4 +43,14 @@ def everyone(op: str) -> Mapping[str, Maker]:
 
 
 # Ops whose torch backend is written for Inductor to fuse.
-_FUSED = ("adaln", "gated_residual", "gated_residual_adaln", "qk_norm_rope", "patch_embed", "unpatchify")
+_FUSED = (
+    "adaln",
+    "gated_residual",
+    "gated_residual_adaln",
+    "qk_norm_rope",
+    "patch_embed",
+    "unpatchify",
+    "linear_unpatchify",
+    "mlp_activation",
+    "dit_block",
+)

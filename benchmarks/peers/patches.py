@@ -1,6 +1,8 @@
 """Videos cut up and put together one by one, in raster order. Sizes that the patch does not divide are beyond them."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,8 @@ from benchmarks.cases import Case
 from benchmarks.entrants import Absent, Entrant
 from benchmarks.peers.compiling import compiled as compile_peer
 from benchmarks.peers.order import Raster
+from sora_fast import use_backend
+from sora_fast.ops import unpatchify
 
 
 def embed(case: Case, compete: Callable[..., Entrant] = Entrant.peer) -> Entrant:
@@ -43,6 +47,26 @@ def assemble(case: Case, compete: Callable[..., Entrant] = Entrant.peer) -> Entr
 
     order = Raster.of(layout)
     return compete(case, run, pack=order.pack, unpack=order.unpack)
+
+
+def product_then_assemble(case: Case) -> Entrant:
+    """F.linear, then `assemble`."""
+    x, _, _, *rest = case.args
+    tokens = assemble(replace(case, args=(x, *rest)))
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return tokens.forward(F.linear(x, weight, bias))
+
+    return Entrant.peer(case, run, pack=tokens.pack, unpack=tokens.unpack)
+
+
+def product_then_ours(case: Case) -> Entrant:
+    """F.linear, then our own scatter: the other form that FinalLayerConfig chooses from."""
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return unpatchify(F.linear(x, weight, bias), *case.args[3:]).flat
+
+    return Entrant.peer(case, run, within=partial(use_backend, "triton" if case.device.type == "cuda" else "torch"))
 
 
 def embed_compiled(case: Case) -> Entrant:

@@ -35,6 +35,11 @@ class DiTBlock(nn.Module):
     The stream travels as a pair (x, h): the residual x and its normalised, modulated form h. Each branch ends in one
     pass over memory that gates it, adds it to x, and makes the h of whatever comes next, which for the last branch is
     the next block: its shift and scale are handed in.
+
+    A forward pass on Triton's kernels is 9 launches, 4 matrix products and 5 passes over memory: qkv, qk_norm_rope,
+    packed_attention, proj, gated_residual_adaln, fc1 (which leaves its bias to the next), mlp_activation, fc2,
+    gated_residual_adaln. Without qk_norm and rope it is 8; cross-attention adds q, kv, packed_attention, proj and
+    gated_residual_adaln. (The tables of `adaLN_modulation` are made on M rows, outside.)
     """
 
     def __init__(
@@ -48,8 +53,11 @@ class DiTBlock(nn.Module):
         rope: Rope3D | None = None,
         context_dim: int | None = None,
         adaln: str = "zero",
+        mlp_recompute: bool = False,
     ) -> None:
-        """adaln: how `adaLN_modulation` makes the block's tables: "zero", from the conditioning rows [M, C], or
+        """mlp_recompute: make what goes into the MLP's second layer again in the backward pass: as DiT-XL in bf16, the
+        block keeps 9,216 bytes a token of the 18,432 between the two layers.
+        adaln: how `adaLN_modulation` makes the block's tables: "zero", from the conditioning rows [M, C], or
         "single", from a modulation [M, 6C] (with cross-attention 9C) that the blocks share.
         """
         super().__init__()
@@ -59,7 +67,7 @@ class DiTBlock(nn.Module):
             raise ValueError(f'mlp: {mlp!r}; it must be "gelu" or "swiglu"')
         self.attn = PackedAttention(dim, heads, qk_norm=qk_norm, rope=rope)
         self.cross = None if context_dim is None else PackedCrossAttention(dim, heads, context_dim)
-        self.mlp = (Mlp if mlp == "gelu" else SwiGLU)(dim, int(mlp_ratio * dim))
+        self.mlp = (Mlp if mlp == "gelu" else SwiGLU)(dim, int(mlp_ratio * dim), recompute=mlp_recompute)
         modulation = AdaLNZero if adaln == "zero" else AdaLNSingle
         self.adaLN_modulation = modulation(dim, 6 if self.cross is None else 9)
 

@@ -1,46 +1,58 @@
 """The two feed-forward branches of a block."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sora_fast.ops.mlp_activation import adds_bias, mlp_activation
 
 
 class Mlp(nn.Module):
     """Linear, tanh-GELU, Linear (DiT)."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    activation, parts = "gelu", 1
+
+    def __init__(self, dim: int, hidden: int, *, recompute: bool = False) -> None:
+        """recompute: keep what comes out of fc1 for the backward pass, but not what goes into fc2, which is made again:
+        `hidden` numbers a token less, of twice as many (SwiGLU: of three times). (Inductor does so by itself, but not
+        where Triton kernels run, which it does not look into.)
+        """
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.recompute = recompute
+        self.fc1 = nn.Linear(dim, self.parts * hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C] → [N, C]"""
-        return self.fc2(_tanh_gelu(self.fc1(x)))
+        hidden, bias = _product(self.fc1, x)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._rest, hidden, bias, use_reentrant=False, preserve_rng_state=False)
+        return self._rest(hidden, bias)
+
+    def _rest(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
+        return self.fc2(mlp_activation(hidden, bias, self.activation))
 
 
-def _tanh_gelu(x: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling() or x.device.type != "cpu":
-        return F.gelu(x, approximate="tanh")
-    # (1 + tanh u) / 2 = sigmoid 2u. Inductor's exponential is quick on a CPU, its hyperbolic tangent is not: forward
-    # and backward over 1,024 × 512 on one core take 1.7 ms in place of 3.9.
-    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-
-
-class SwiGLU(nn.Module):
+class SwiGLU(Mlp):
     """Linear to two halves, SiLU of the first times the second, Linear (Shazeer 2020).
 
     Two thirds of the hidden width, in steps of 8, so that it has the parameters of `Mlp`.
     """
 
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        width = -(-2 * hidden // 24) * 8
-        self.fc1 = nn.Linear(dim, 2 * width)
-        self.fc2 = nn.Linear(width, dim)
+    activation, parts = "swiglu", 2
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C] → [N, C]"""
-        gate, value = self.fc1(x).chunk(2, dim=1)
-        return self.fc2(F.silu(gate) * value)
+    def __init__(self, dim: int, hidden: int, *, recompute: bool = False) -> None:
+        super().__init__(dim, -(-2 * hidden // 24) * 8, recompute=recompute)
+
+
+def _product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What `linear` makes of x, and the bias that is still to be added.
+
+    It is left to the activation's kernel where that runs and `linear` is what it seems: a module that replaces it or
+    hooks into it (adapters, quantisation, tensor parallelism) is called like any other.
+    """
+    plain = type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+    if plain and linear.bias is not None and adds_bias(x):
+        return F.linear(x, linear.weight), linear.bias
+    return linear(x), None

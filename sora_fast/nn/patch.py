@@ -21,16 +21,18 @@ class PatchEmbed3D(nn.Module):
         self, latents: RaggedLatents, layout: PackedLayout, position: Tensor | FactorisedPosition | None = None
     ) -> Tensor:
         """→ [N, C] in the layout's order, with `position` added."""
-        weight, bias, flat = self.proj.weight, self.proj.bias, latents.flat
-        if torch.is_autocast_enabled(flat.device.type):
-            # The op is not on autocast's list of matrix products: what nn.Linear would be given, it gets from here.
-            dtype = torch.get_autocast_dtype(flat.device.type)
-            weight, bias, flat = weight.to(dtype), bias.to(dtype), flat.to(dtype)
-            position = _cast(position, dtype)
+        weight, bias, flat = autocast(self.proj.weight, self.proj.bias, latents.flat)
+        if isinstance(position, FactorisedPosition):
+            position = FactorisedPosition(*autocast(*position.tables))
+        else:
+            (position,) = autocast(position)
         return patch_embed(latents.with_flat(flat), weight, bias, layout, self.patch_size, position)
 
 
-def _cast(position: Tensor | FactorisedPosition | None, dtype: torch.dtype) -> Tensor | FactorisedPosition | None:
-    if isinstance(position, FactorisedPosition):
-        return FactorisedPosition(*(table if table is None else table.to(dtype) for table in position.tables))
-    return position if position is None else position.to(dtype)
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As nn.Linear would be given them: the ops on patches are products, but not on autocast's list of such."""
+    device = next((tensor.device.type for tensor in tensors if tensor is not None), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)

@@ -4,6 +4,8 @@ from sora_fast.ops._schedule import filler
 from sora_fast.ops.adaln import adaln
 from sora_fast.ops.gated_residual import gated_residual
 from sora_fast.ops.gated_residual_adaln import gated_residual_adaln
+from sora_fast.ops.linear_unpatchify import linear_unpatchify
+from sora_fast.ops.mlp_activation import mlp_activation
 from sora_fast.ops.packed_attention import packed_attention
 from sora_fast.ops.patch_embed import FactorisedPosition, patch_embed
 from sora_fast.ops.qk_norm_rope import Rope3D, qk_norm_rope
@@ -17,6 +19,8 @@ __all__ = [
     "adaln",
     "gated_residual",
     "gated_residual_adaln",
+    "linear_unpatchify",
+    "mlp_activation",
     "packed_attention",
     "patch_embed",
     "qk_norm_rope",

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape, may_read
 from sora_fast.ops._dispatch import choose
-from sora_fast.ops._modulation import offered
+from sora_fast.ops._modulation import offered, parts
 from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, pixel_index
-from sora_fast.packing import PackedLayout, RaggedLatents
+from sora_fast.packing import PackedLayout, RaggedLatents, RowIndex
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,13 +148,20 @@ def _weight_gradient(
     coords: Tensor,
     patch_size: list[int],
     num_pixels: int,
-    table_rows: list[int],
 ) -> Tensor:
+    """[K + 1, width] fp32: the weight's gradient, transposed, then the bias's."""
     from sora_fast.kernels import patch_embed as kernels
     from sora_fast.kernels._patches import Patches
 
     patches = Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
-    return kernels.weight_gradient(grad, flat, patches, num_pixels, tuple(table_rows))
+    return kernels.weight_gradient(grad, flat, patches, num_pixels)
+
+
+@torch.library.custom_op("sora_fast::patch_embed_table_gradient", mutates_args=())
+def _table_gradient(grad: Tensor, index: Tensor, offsets: Tensor, order: Tensor) -> Tensor:
+    from sora_fast.kernels.patch_embed import table_gradient
+
+    return table_gradient(grad, index, offsets, order)
 
 
 @torch.library.custom_op("sora_fast::patch_embed_pixel_gradient", mutates_args=())
@@ -168,11 +175,11 @@ def _pixel_gradient(
     patch_size: list[int],
     elements: int,
 ) -> Tensor:
-    from sora_fast.kernels import patch_embed as kernels
     from sora_fast.kernels._patches import Patches
+    from sora_fast.kernels.linear_unpatchify import scatter_product
 
     patches = Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
-    return kernels.pixel_gradient(grad, weight, patches, elements)
+    return scatter_product(grad, weight.t(), None, patches, elements, channel_last=False)
 
 
 @_patch_embed.register_fake
@@ -183,8 +190,12 @@ def _(flat: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 @_weight_gradient.register_fake
 def _(grad: Tensor, *rest: Any) -> Tensor:
-    num_pixels, table_rows = rest[-2:]
-    return grad.new_empty(grad.shape[1], num_pixels + sum(table_rows) + 1, dtype=torch.float32)
+    return grad.new_empty(rest[-1] + 1, grad.shape[1], dtype=torch.float32)
+
+
+@_table_gradient.register_fake
+def _(grad: Tensor, index: Tensor, offsets: Tensor, order: Tensor) -> Tensor:
+    return grad.new_empty(offsets.shape[0] - 1, grad.shape[1])
 
 
 @_pixel_gradient.register_fake
@@ -203,16 +214,26 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     d_flat = d_weight = d_bias = d_table = None
     if needs_flat:
         d_flat = _pixel_gradient(grad, weight, *geometry, ctx.patch_size, flat.shape[0])
-    if needs_table and not ctx.table_rows:
+    if needs_weight or needs_bias:
+        sums = _weight_gradient(grad, flat, *geometry, ctx.patch_size, weight.shape[1]).to(weight.dtype)
+        d_weight = sums[:-1].T if needs_weight else None
+        d_bias = sums[-1] if needs_bias else None
+    if needs_table and ctx.table_rows:
+        d_table = _table_gradient(grad, *parts(_rows_taken(*geometry[2:], ctx.table_rows)))
+    elif needs_table:
         d_table = torch.where((geometry[2] >= 0)[:, None], grad, 0)
-    if needs_weight or needs_bias or (needs_table and ctx.table_rows):
-        rows = ctx.table_rows if needs_table else []
-        pixels = weight.shape[1]
-        features = _weight_gradient(grad, flat, *geometry, ctx.patch_size, pixels, rows).to(weight.dtype)
-        d_weight = features[:, :pixels] if needs_weight else None
-        d_table = features[:, pixels:-1].T if rows else d_table
-        d_bias = features[:, -1] if needs_bias else None
     return d_flat, d_weight, d_bias, d_table, *[None] * 6
+
+
+def _rows_taken(segment_ids: Tensor, coords: Tensor, table_rows: list[int]) -> RowIndex:
+    """The row of the joint table that every token took, for all axes with rows, one after the other: [axes · N]."""
+    taken, first = [], 0
+    for axis, rows in enumerate(table_rows):
+        if rows:
+            row = coords[:, axis].clamp(max=rows - 1) + first
+            taken.append(torch.where(segment_ids >= 0, row, -1))
+        first += rows
+    return RowIndex.from_index(torch.cat(taken), first)
 
 
 _patch_embed.register_autograd(_backward, setup_context=_save)

@@ -31,20 +31,11 @@ def unpatchify(
     tokens, and the buffer past the last video, are zeros. Differentiable in tokens.
     """
     check_patch_size(patch_size)
-    if isinstance(shapes, RaggedLatents):
-        capacity = shapes.flat.numel() if capacity is None else capacity
-        shapes = shapes.shapes
-    if capacity is None:
-        raise ValueError("capacity: None; it must be given when shapes is a tensor")
-    check_grids(shapes, layout, patch_size)
-    pixels = math.prod(patch_size)
-    check_shape("tokens", tokens, [layout.capacity, f"{pixels}·Cout"])
-    if tokens.shape[1] % pixels or tokens.shape[1] == 0:
-        raise ValueError(f"tokens: {tokens.shape[1]} columns; patches of {tuple(patch_size)} need {pixels}·Cout")
+    check_shape("tokens", tokens, [layout.capacity, f"{math.prod(patch_size)}·Cout"])
     check_dtype("tokens", tokens, FLOAT_DTYPES)
     check_device("tokens", tokens, "the layout", layout.device)
-    shapes, offsets = _place(shapes, tokens.shape[1] // pixels)
-    _check_capacity(offsets, capacity)
+    channels = channels_of("tokens columns", tokens.shape[1], patch_size)
+    offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity)
     if choose("unpatchify", backend, tokens.device, offered(tokens)) == "torch":
         flat = _torch(tokens, offsets, shapes, layout, patch_size, capacity)
     else:
@@ -52,12 +43,39 @@ def unpatchify(
     return RaggedLatents(flat, offsets, shapes)
 
 
-def _place(shapes: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Shapes and offsets of the same videos with `channels` channels, without waiting for the device."""
+def channels_of(what: str, count: int, patch_size: PatchSize) -> int:
+    """Cout of so many columns or rows. ValueError, with `what` they are, if they are not whole patches."""
+    pixels = math.prod(patch_size)
+    channels, rest = divmod(count, pixels)
+    if rest or not channels:
+        name, unit = what.split()
+        raise ValueError(f"{name}: {count} {unit}; patches of {tuple(patch_size)} need {pixels}·Cout")
+    return channels
+
+
+def videos_of(
+    channels: int,
+    layout: PackedLayout,
+    patch_size: PatchSize,
+    shapes: Tensor | RaggedLatents,
+    capacity: int | None,
+) -> tuple[Tensor, Tensor, int]:
+    """Offsets, shapes and capacity of videos of so many channels; shapes, capacity: as in `unpatchify`.
+
+    Made without waiting for the device. ValueError if they do not fit the layout, or each other.
+    """
+    if isinstance(shapes, RaggedLatents):
+        capacity = shapes.flat.numel() if capacity is None else capacity
+        shapes = shapes.shapes
+    if capacity is None:
+        raise ValueError("capacity: None; it must be given when shapes is a tensor")
+    check_grids(shapes, layout, patch_size)
     pixels = shapes[:, 1:].long().prod(dim=1)
-    channel = torch.where(pixels > 0, channels, 0).to(shapes.dtype)
     offsets = torch.cat([pixels.new_zeros(1), (pixels * channels).cumsum(0)])
-    return torch.cat([channel[:, None], shapes[:, 1:]], dim=1), offsets
+    if may_read(offsets) and offsets[-1] > capacity:
+        raise ValueError(f"capacity: {capacity} elements, but the videos have {int(offsets[-1])}")
+    channel = torch.where(pixels > 0, channels, 0).to(shapes.dtype)
+    return offsets, torch.cat([channel[:, None], shapes[:, 1:]], dim=1), capacity
 
 
 def _torch(
@@ -125,8 +143,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _unpatchify.register_autograd(_backward, setup_context=_save)
-
-
-def _check_capacity(offsets: Tensor, capacity: int) -> None:
-    if may_read(offsets) and offsets[-1] > capacity:
-        raise ValueError(f"capacity: {capacity} elements, but the videos have {int(offsets[-1])}")

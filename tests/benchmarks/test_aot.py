@@ -60,6 +60,7 @@ def test_kernels_cost_what_the_snapshot_says(some: list[dict[str, Any]]) -> None
 def test_shipped_kernels_compile_for_hopper(some: list[dict[str, Any]], tmp_path: Path) -> None:
     # One size of everything: whole tables are for `make aot`.
     others = ("gated_residual[C1152", "[full,D72", "[window,D64", "[cross,D96", "qk_norm_rope[D72")
+    others += ("linear_unpatchify[C1152", "H4608")
     rows = some + _compare(*others, report=tmp_path / "aot.json")
     assert [row for row in rows if row["spills"]] == []
     attention = [row for row in rows if row["kernel"].startswith("packed_attention")]
@@ -69,6 +70,8 @@ def test_shipped_kernels_compile_for_hopper(some: list[dict[str, Any]], tmp_path
         "adaln",
         "gated_residual",
         "gated_residual_adaln",
+        "linear_unpatchify",
+        "mlp_activation",
         "packed_attention",
         "patch_embed",
         "qk_norm_rope",

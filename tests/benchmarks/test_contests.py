@@ -15,7 +15,7 @@ from benchmarks._checkout import ROOT
 from benchmarks.contests import Arena
 from benchmarks.entrants import Absent, Entrant
 from benchmarks.environment import Ceilings
-from benchmarks.grid import OPS, Plan, headline, plans
+from benchmarks.grid import OPS, WHOLES, Plan, headline, plans
 from benchmarks.peers import PEERS, attention, everyone
 from benchmarks.rows import measure
 from benchmarks.shapes import MASKS, MODELS, PACKS, Model
@@ -38,7 +38,7 @@ def test_sdpa_does_the_work_of_every_mask(mask: str) -> None:
 MASKED = ("packed_attention", "schedule")
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in MASKED])
+@pytest.mark.parametrize("op", [op for op in (*OPS, *WHOLES) if op not in MASKED])
 def test_eager_peers_do_the_work(op: str) -> None:
     for row in measure(Plan(op, Model(64, 2), "tiny").build(CPU), ONCE, {"eager": PEERS[op]["eager"]}):
         assert not row.absent and max(row.errors["eager"]) < 1e-6
@@ -70,7 +70,7 @@ def test_who_cannot_is_absent_and_ours_may_not_fail(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_names_tell_the_plans_apart(on_gpu: bool) -> None:
-    for op in OPS:
+    for op in (*OPS, *WHOLES):
         found = plans(op, on_gpu=on_gpu)
         assert len({plan.label for plan in found}) == len(found) > 0
         assert all(plan.mask in MASKS if op in MASKED else not plan.mask for plan in found)
@@ -87,7 +87,7 @@ def test_the_grid_of_the_gpu_is_the_whole_of_it() -> None:
                 if pack.split(" ")[0] in ("8k", "32k", "128k"):
                     assert (head_dim, pack, mask) in found
         assert {(head_dim, "115k video", mask) for mask in ("full", "window", "window strided")} <= found
-    assert set(headline()) <= {plan for op in OPS for plan in plans(op, on_gpu=True)}
+    assert set(headline()) <= {plan for op in (*OPS, *WHOLES) for plan in plans(op, on_gpu=True)}
 
 
 def test_packs_of_a_name_have_its_number_of_tokens() -> None:
@@ -111,7 +111,7 @@ def test_notes_compare_with_the_baseline_and_the_ceiling() -> None:
 
 
 def test_everyone_has_both_backends() -> None:
-    assert all({"torch", "triton", "eager"} <= everyone(op).keys() for op in OPS if op not in MASKED)
+    assert all({"torch", "triton", "eager"} <= everyone(op).keys() for op in (*OPS, *WHOLES) if op not in MASKED)
 
 
 @pytest.mark.timeout(1200)  # it starts a pytest of its own, whose imports take minutes on a busy machine
@@ -122,6 +122,7 @@ def test_pytest_benchmark_gets_rounds_that_took_turns(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks/test_segment_mean.py", "-q", "-k", words]
     options = [f"--benchmark-json={file}", f"--benchmark-storage={tmp_path}", "--benchmark-autosave"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # of this test: the plugin would time nothing
     ran = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     result = read_result(file)

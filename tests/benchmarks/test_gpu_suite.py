@@ -152,6 +152,8 @@ def test_dry_walk_measures_every_op(tmp_path: Path) -> None:
         "adaln",
         "gated_residual",
         "gated_residual_adaln",
+        "linear_unpatchify",
+        "mlp_activation",
         "packed_attention",
         "patch_embed",
         "schedule",

@@ -6,7 +6,7 @@ import torch
 from benchmarks import walk
 from benchmarks.cases import Setting
 from benchmarks.gpu_suite import Scope, _walkers
-from benchmarks.grid import OPS, Plan
+from benchmarks.grid import OPS, WHOLES, Plan
 from benchmarks.rows import OURS
 from benchmarks.shapes import Model
 
@@ -31,8 +31,8 @@ def test_it_warms_its_share(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_the_suite_calls_it_by_its_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
     monkeypatch.setattr(walk, "warm", lambda device, *arguments: calls.append(arguments))
-    jobs = _walkers(tmp_path, Scope(CPU, OPS, 540.0))
+    jobs = _walkers(tmp_path, Scope(CPU, OPS, WHOLES, 540.0))
     for job in jobs:
         assert job.command[1:3] == ["-m", "benchmarks.walk"]
         walk.main(job.command[3:])
-    assert calls == [(list(OPS), place, len(jobs)) for place in range(len(jobs))]
+    assert calls == [([*OPS, *WHOLES], place, len(jobs)) for place in range(len(jobs))]

@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sora_fast.ops._modulation import parts
 from sora_fast.ops.patch_embed import (
     FactorisedPosition,
     _patch_embed,
     _pixel_gradient,
+    _rows_taken,
+    _table_gradient,
     _weight_gradient,
     patch_embed,
 )
@@ -127,10 +130,39 @@ def test_addresses_beyond_int32(dtype: torch.dtype, device: torch.device, monkey
     check(RaggedCase(order="tiled", drop=True, dtype=dtype), 20, "tables", "triton", device)
 
 
+@pytest.mark.parametrize("pw", [4, 8, 20])
+@pytest.mark.parametrize("spoiler", [0, 1, 2])
+def test_runs_as_long_as_a_vector(pw: int, spoiler: int, device: torch.device) -> None:
+    """Patches that are read by vectors where all rows of a video start at a multiple of them, and not elsewhere: a
+    narrow video, one that starts at an odd place, a crop. spoiler: which of three videos is odd.
+    """
+    videos = [[2, 1, 3, 2 * pw] for _ in range(3)]
+    videos[spoiler][3] -= 3
+    case = RaggedCase(tuple(map(tuple, videos)), (1, 2, pw), spare_tokens=30, dtype=torch.float16)
+    check(case, 20, "none", "triton", device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_program_walks_over_channels(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sora_fast.kernels.patch_embed import PatchEmbedConfig
+
+    assert PatchEmbedConfig().channels_for(1 << 15, 1152) == 1152
+    assert PatchEmbedConfig().channels_for(1 << 11, 1152) == 128
+    assert PatchEmbedConfig().channels_for(1 << 14, 1152) == 640, "two programs a block of tokens, of 5 and 4 steps"
+    # One program a block of tokens, of three steps; then two, of two steps and of one.
+    for programs, position in ((1, "row a token"), (4, "tables")):
+        few = PatchEmbedConfig(tokens=16, width=32, programs=programs, num_warps=4)
+        assert few.channels_for(RaggedCase().layout().capacity, 70) == (96 if programs == 1 else 64)
+        monkeypatch.setattr(PatchEmbedConfig, "choose", staticmethod(lambda *_, few=few: few))
+        check(RaggedCase(dtype=dtype), 70, position, "triton", device)
+
+
 def test_several_partial_sums(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from sora_fast.kernels.patch_embed import PatchEmbedConfig
 
-    short = PatchEmbedConfig(tokens=16, chunk=16)
+    short = PatchEmbedConfig(step=16, chunk=16)
     monkeypatch.setattr(PatchEmbedConfig, "choose", staticmethod(lambda *_: short))
     check(RaggedCase(shapes=((3, 4, 6, 8), (3, 1, 2, 7))), 20, "tables", "triton", device)
 
@@ -175,9 +207,9 @@ def test_partial_sums_of_the_weights_gradient_are_bounded(
     from sora_fast.kernels.patch_embed import PatchEmbedConfig
 
     config = PatchEmbedConfig()
-    chunks = {features: config.chunk_for(1 << 20, 5120 * features) for features in (65, 257, 2107)}
-    assert chunks[65] == 32768
-    assert all(-(-(1 << 20) // chunk) * 5120 * features <= 1 << 24 for features, chunk in chunks.items())
+    chunks = {rows: config.chunk_for(1 << 20, 5120 * rows) for rows in (5, 65, 257, 3073)}
+    assert chunks[5] == config.chunk and chunks[65] == 32768
+    assert all(-(-(1 << 20) // chunk) * 5120 * rows <= 1 << 24 for rows, chunk in chunks.items())
     inputs = Inputs(RaggedCase(order="tiled"), 20, "tables")
     run = partial(inputs.run, inputs.op(device, "triton"), torch.float32, inputs.d_tokens, device=device)
     monkeypatch.setattr(PatchEmbedConfig, "chunk_for", lambda *_: 32)
@@ -211,7 +243,9 @@ def test_opcheck(position: str, device: torch.device) -> None:
     torch.library.opcheck(_patch_embed, (*differentiable, rows, *geometry))
     d_tokens = inputs.d_tokens.to(device).t().contiguous().t()
     flat, weight = latents.flat.detach(), leaves["weight"].detach()
-    torch.library.opcheck(_weight_gradient, (d_tokens, flat, *geometry, case.num_pixels, rows))
+    torch.library.opcheck(_weight_gradient, (d_tokens, flat, *geometry, case.num_pixels))
+    if rows:
+        torch.library.opcheck(_table_gradient, (d_tokens, *parts(_rows_taken(*geometry[2:4], rows))))
     torch.library.opcheck(_pixel_gradient, (d_tokens, weight, *geometry, len(flat)))
 
 

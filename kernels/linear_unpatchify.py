@@ -1,0 +1,94 @@
+"""linear_unpatchify: a matrix product whose columns are pixels, written to their places as it is made."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sora_fast.kernels._launch import launch
+from sora_fast.kernels._patches import Patches, fitted, patch_columns, patch_origins, patch_runs, store_pixels
+
+
+@dataclass(frozen=True)
+class LinearUnpatchifyConfig:
+    """Not measured yet. Bound by the read of x until a patch has hundreds of pixels."""
+
+    tokens: int = 64  # a wgmma of one warpgroup is 64 rows
+    pixels: int = 64  # at most; a patch of 1x2x2 with 16 channels has 64, and x is then read once
+    inner: int = 64  # channels of x a step: 128 bytes of a row, whole cache lines
+    num_warps: int = 4
+    num_stages: int = 4  # 64 KB of x and weights on their way
+
+    @staticmethod
+    def choose(dtype: torch.dtype, wide: bool) -> "LinearUnpatchifyConfig":
+        """Smaller blocks where a number or an address takes twice the registers."""
+        if dtype == torch.float32 or wide:
+            return LinearUnpatchifyConfig(tokens=32, pixels=32, inner=32)
+        return LinearUnpatchifyConfig()
+
+
+def scatter_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, patches: Patches, capacity: int, *, channel_last: bool
+) -> Tensor:
+    """x [N, C] · weightᵀ + bias, each column to its pixel → flat [capacity]; zeros elsewhere.
+
+    weight [K, C], bias [K], of any strides, have a row a pixel of a patch, laid out (pt, ph, pw, channel), or else
+    (channel, pt, ph, pw).
+    """
+    num_pixels, width = weight.shape
+    flat = torch.zeros(capacity, dtype=x.dtype, device=x.device)
+    config = LinearUnpatchifyConfig.choose(x.dtype, patches.is_wide(flat))
+    runs = patches.num_runs(num_pixels)
+    block = fitted(config.pixels, runs * patches.run_block) // patches.run_block
+    grid = (triton.cdiv(runs, block) * triton.cdiv(patches.num_tokens, config.tokens),)
+    launch(
+        *(_scatter_product, grid, x, *x.stride(), weight, *weight.stride()),
+        *(bias, 0 if bias is None else bias.stride(0), flat, capacity, width, *patches.args),
+        **patches.meta(flat),
+        NUM_PIXELS=num_pixels,
+        CHANNEL_LAST=channel_last,
+        BLOCK_N=config.tokens,
+        BLOCK_C=config.inner,
+        BLOCK_R=block,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return flat
+
+
+@triton.jit
+def _scatter_product(
+    x, x_stride_n, x_stride_c, weight, weight_stride_k, weight_stride_c, bias, bias_stride, flat, capacity, width,
+    offsets, shapes, segment_ids, coords, num_tokens,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
+    NUM_PIXELS: tl.constexpr, CHANNEL_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    NUM_RUNS: tl.constexpr = NUM_PIXELS // PW * tl.cdiv(PW, BLOCK_W)
+    blocks: tl.constexpr = tl.cdiv(NUM_RUNS, BLOCK_R)
+    # Neighbouring programs differ in the pixels: they find the same rows of x in the L2.
+    n = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) % blocks * BLOCK_R
+    origins = patch_origins(n, offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE, VECTOR)
+    used = origins[7]
+    columns, real = patch_columns(first, NUM_RUNS, PW, BLOCK_R, BLOCK_W)
+    if CHANNEL_LAST:
+        VOLUME: tl.constexpr = PT * PH * PW
+        columns = columns % VOLUME * (NUM_PIXELS // VOLUME) + columns // VOLUME
+    columns = columns.to(tl.int64)
+    sums = tl.zeros([BLOCK_N, BLOCK_R * BLOCK_W], tl.float32)
+    for first_channel in range(0, width, BLOCK_C):
+        c = (first_channel + tl.arange(0, BLOCK_C)).to(tl.int64)
+        place = x + n[:, None].to(tl.int64) * x_stride_n + c[None, :] * x_stride_c
+        rows = tl.load(place, mask=used[:, None] & (c < width)[None, :], other=0.0)
+        place = weight + columns[None, :] * weight_stride_k + c[:, None] * weight_stride_c
+        weights = tl.load(place, mask=(c < width)[:, None] & real[None, :], other=0.0)
+        sums = tl.dot(rows, weights, sums, input_precision="ieee")
+    if bias is not None:
+        sums += tl.load(bias + columns * bias_stride, mask=real, other=0.0).to(tl.float32)[None, :]
+    pixels = tl.reshape(sums.to(flat.dtype.element_ty), [BLOCK_N, BLOCK_R, BLOCK_W])
+    run = first + tl.arange(0, BLOCK_R)
+    runs = patch_runs(run, run < NUM_RUNS, PT, PH, PW, BLOCK_W)
+    store_pixels(flat, capacity, tl.permute(pixels, (1, 0, 2)), origins, runs, PW, VECTOR, BLOCK_W)

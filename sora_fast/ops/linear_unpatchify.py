@@ -1,0 +1,100 @@
+"""linear_unpatchify: a linear map from packed tokens straight to the pixels of ragged latents."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape
+from sora_fast.ops._dispatch import choose
+from sora_fast.ops._modulation import offered
+from sora_fast.ops._patches import PatchSize, check_patch_size
+from sora_fast.ops.unpatchify import _unpatchify_backward, channels_of, unpatchify, videos_of
+from sora_fast.packing import PackedLayout, RaggedLatents
+
+
+def linear_unpatchify(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: PackedLayout,
+    patch_size: PatchSize,
+    shapes: Tensor | RaggedLatents,
+    *,
+    capacity: int | None = None,
+    backend: str | None = None,
+) -> RaggedLatents:
+    """unpatchify(x · weightᵀ + bias), without the rows in between: a product writes its pixels itself.
+
+    x: [N, C]; padding is not read. weight: [pt·ph·pw·Cout, C], bias: [pt·ph·pw·Cout] or None, laid out (pt, ph, pw,
+        Cout) as DiT's final layer has them. All of one dtype (bf16, fp16, fp32; fp64 on the torch backend).
+    layout, patch_size, shapes, capacity, and what is returned: as in `unpatchify`.
+    Differentiable in x, weight and bias; the gradients are those of two plain products.
+    """
+    check_patch_size(patch_size)
+    _check(x, weight, bias, layout)
+    channels = channels_of("weight rows", weight.shape[0], patch_size)
+    if choose("linear_unpatchify", backend, x.device, offered(x)) == "torch":
+        rows = F.linear(torch.where((layout.segment_ids >= 0)[:, None], x, 0), weight, bias)
+        return unpatchify(rows, layout, patch_size, shapes, capacity=capacity, backend=backend)
+    offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity)
+    geometry = (offsets, shapes, layout.segment_ids, layout.coords, list(patch_size))
+    return RaggedLatents(_linear_unpatchify(x, weight, bias, *geometry, capacity), offsets, shapes)
+
+
+@torch.library.custom_op("sora_fast::linear_unpatchify", mutates_args=())
+def _linear_unpatchify(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    shapes: Tensor,
+    segment_ids: Tensor,
+    coords: Tensor,
+    patch_size: list[int],
+    capacity: int,
+) -> Tensor:
+    from sora_fast.kernels._patches import Patches
+    from sora_fast.kernels.linear_unpatchify import scatter_product
+
+    patches = Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
+    return scatter_product(x, weight, bias, patches, capacity, channel_last=True)
+
+
+@_linear_unpatchify.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(rest[-1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, *geometry, ctx.patch_size, _ = inputs
+    ctx.save_for_backward(x, weight, *geometry)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, *geometry = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    rows = _unpatchify_backward(grad, *geometry, ctx.patch_size, weight.shape[0])  # zeros for padding
+    used = (geometry[2] >= 0)[:, None]
+    d_x = rows @ weight if needs_x else None
+    d_weight = rows.T @ torch.where(used, x, 0) if needs_weight else None
+    d_bias = rows.sum(dim=0) if needs_bias else None
+    return d_x, d_weight, d_bias, *[None] * 6
+
+
+_linear_unpatchify.register_autograd(_backward, setup_context=_save)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, layout: PackedLayout) -> None:
+    check_shape("x", x, [layout.capacity, "C"])
+    check_dtype("x", x, FLOAT_DTYPES)
+    check_device("x", x, "the layout", layout.device)
+    check_shape("weight", weight, ["pt·ph·pw·Cout", x.shape[1]])
+    given = {"weight": weight}
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[:1])
+        given["bias"] = bias
+    for name, tensor in given.items():
+        check_dtype(name, tensor, [x.dtype])
+        check_device(name, tensor, "x", x.device)
