@@ -44,7 +44,12 @@ def test_row_patterns_match_the_oracle(pattern: str, backend: str, device: torch
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths_match_the_oracle(width: int, device: torch.device) -> None:
-    case = Case(tokens=5, width=width, rows=2, dtypes=DTYPES[-1])
+    case = Case(tokens=9, width=width, rows=2, dtypes=DTYPES[-1])
+    check_against_oracle(gated_residual, formula, case, **SHAPE, device=device, backend="triton")
+
+
+def test_rows_of_more_columns_than_a_program_has(device: torch.device) -> None:
+    case = Case(tokens=9, width=1030, rows=2)
     check_against_oracle(gated_residual, formula, case, **SHAPE, device=device, backend="triton")
 
 
