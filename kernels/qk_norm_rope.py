@@ -19,7 +19,8 @@ class QkNormRopeConfig:
     """Not measured yet. A program owns some tokens and walks over their heads: sines are computed once for all."""
 
     # Pairs of channels in a block, heads of several tokens. 8 a thread: 16-byte loads of half-split heads in bf16 (of
-    # interleaved ones two). Backward, a thread holds their cosines, sines, gradients, both weights and their sums.
+    # interleaved ones two; where 16 does not divide the head dim, as it does not 72, half-split loads are shorter).
+    # Backward, a thread holds their cosines, sines, gradients, both weights and their sums.
     pairs: int = 512
     num_warps: int = 2
 
@@ -294,8 +295,8 @@ def _weights(weight, stride, SHAPE: tl.constexpr, ROTATION: tl.constexpr):
         return 1.0, 1.0
     else:
         first, second, held = _pairs(SHAPE, ROTATION)
-        a = tl.load(weight + first * stride, mask=held, other=0.0).to(tl.float32)[None, :]
-        b = tl.load(weight + second * stride, mask=held, other=0.0).to(tl.float32)[None, :]
+        a = tl.load(weight + first.to(tl.int64) * stride, mask=held, other=0.0).to(tl.float32)[None, :]
+        b = tl.load(weight + second.to(tl.int64) * stride, mask=held, other=0.0).to(tl.float32)[None, :]
         return a, b
 
 

@@ -54,3 +54,17 @@ def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
 
     return wrapper
+
+
+def far_apart(x: Tensor, axis: int) -> Tensor:
+    """`x` laid out anew, so that its last element along `axis` lies 2³¹ elements behind its first.
+
+    On a CPU, memory that nobody touches is never taken; where that much cannot even be reserved, the test is skipped.
+    """
+    strides = list(torch.empty(x.shape[:axis] + x.shape[axis + 1 :]).stride())
+    strides.insert(axis, -(-(1 << 31) // (x.shape[axis] - 1)))
+    try:
+        far = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    except RuntimeError as error:
+        pytest.skip(f"no room for strides past 32 bits: {error}")
+    return far.copy_(x)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sora_fast.packing import RowIndex
-from tests.helpers import assert_within_rule, poison_empty
+from tests.helpers import assert_within_rule, far_apart, poison_empty
 
 PATTERNS = ("sorted", "interleaved", "random", "single row", "row a token", "unused rows", "all padding")
 LAYOUTS = ("contiguous", "sliced", "permuted")
@@ -190,6 +190,25 @@ def check_against_oracle(
             continue
         empty = index < 0 if number < len(plain) - vectors - tables else ~_used(index, len(a))
         assert (a.cpu()[empty] == 0).all(), f"result {number} of {case}: padding or an unused row is not zero"
+
+
+def check_far_apart(op: Op, *, tokens: int, tables: int, device: torch.device) -> None:
+    """On Triton, outputs and gradients are the same when rows, or columns, lie further apart than 32 bits reach."""
+    case = Case(tokens=5, width=3, rows=3, layout="contiguous")
+    index = case.index().to(device)
+    # Half precision takes the least memory.
+    inputs = case.tensors(5, tokens, torch.float16) + case.tensors(3, tables, torch.float16)
+    inputs, d_outputs = ([t.to(device) for t in given] for given in (inputs, case.tensors(5, 2, torch.float16)))
+
+    def run(tensors: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        return outputs_and_gradients(lambda *t: op(*t, index, backend="triton"), tensors, gradients)
+
+    expected = run(inputs, d_outputs)
+    for axis in range(2):
+        for place in range(len(inputs)):
+            moved = [far_apart(t, axis) if place == number else t for number, t in enumerate(inputs)]
+            torch.testing.assert_close(run(moved, d_outputs), expected)
+        torch.testing.assert_close(run(inputs, [far_apart(t, axis) for t in d_outputs]), expected)
 
 
 def _used(index: Tensor, rows: int) -> Tensor:

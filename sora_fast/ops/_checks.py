@@ -41,6 +41,9 @@ def check_index(index: Tensor | RowIndex, tokens: int, rows: int, device: torch.
         if index.num_rows != rows:
             raise ValueError(f"index: a RowIndex of {index.num_rows} rows, but the modulation has {rows}")
         check_shape("index.tokens", index.tokens, [tokens])
+        for name, part in (("index.offsets", index.offsets), ("index.tokens", index.tokens)):
+            check_dtype(name, part, [torch.int32])
+            check_device(name, part, "the first argument", device)
         index = index.index
     elif not isinstance(index, Tensor):
         raise TypeError(f"index: {type(index).__name__}; it must be an int32 tensor [{tokens}] or a RowIndex")

@@ -1,5 +1,6 @@
 """qk_norm_rope: RMSNorm of every head of the queries and keys, then rotation by the token's place in space and time."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,17 +40,18 @@ class Rope3D:
     def __post_init__(self) -> None:
         if self.split is not None and (len(self.split) != 3 or any(size < 0 or size % 2 for size in self.split)):
             raise ValueError(f"split: {self.split}; it must be three even sizes (t, h, w) ≥ 0")
-        if self.theta <= 0:
-            raise ValueError(f"theta: {self.theta}; it must be positive")
+        if not 0 < self.theta < math.inf:
+            raise ValueError(f"theta: {self.theta}; it must be positive and finite")
         if self.scaling not in ("linear", "ntk"):
             raise ValueError(f'scaling: {self.scaling!r}; it must be "linear" or "ntk"')
-        if len(self.scale) != 3 or (self.scaling == "ntk" and min(self.scale) <= 0):
-            positive = ", each above 0" * (self.scaling == "ntk")
-            raise ValueError(f"scale: {self.scale}; it must be three factors (t, h, w){positive}")
+        least = 0 if self.scaling == "ntk" else -math.inf
+        if len(self.scale) != 3 or not all(least < factor < math.inf for factor in self.scale):
+            positive = " above 0" * (self.scaling == "ntk")
+            raise ValueError(f"scale: {self.scale}; it must be three finite factors (t, h, w){positive}")
         if self.extent is not None and (
-            len(self.extent) != 3 or any(side is not None and side <= 0 for side in self.extent)
+            len(self.extent) != 3 or not all(side is None or 0 < side < math.inf for side in self.extent)
         ):
-            raise ValueError(f"extent: {self.extent}; it must be three lengths (t, h, w), each above 0 or None")
+            raise ValueError(f"extent: {self.extent}; it must be three finite lengths (t, h, w) above 0, or None")
 
     def split_for(self, head_dim: int) -> tuple[int, int, int]:
         """Channels of the axes (t, h, w) in a head of `head_dim`. Raises ValueError if they do not add up to it."""
@@ -269,11 +271,15 @@ _qk_norm_rope.register_autograd(_backward, setup_context=_save)
 def _check(
     q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, layout: PackedLayout, rope: Rope3D | None
 ) -> None:
+    if not isinstance(layout, PackedLayout):
+        raise TypeError(f"layout: {type(layout).__name__}; it must be a PackedLayout")
+    if rope is not None and not isinstance(rope, Rope3D):
+        raise TypeError(f"rope: {type(rope).__name__}; it must be a Rope3D or None")
     check_shape("q", q, [layout.capacity, "H", "D"])
     if q.shape[2] % 2 or q.shape[2] == 0:
         raise ValueError(f"q: head dim {q.shape[2]}; it must be even")
     check_shape("k", k, [layout.capacity, "Hk", q.shape[2]])
-    if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+    if q.shape[1] != k.shape[1] and (0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]):
         raise ValueError(f"k: {k.shape[1]} heads; they must divide the {q.shape[1]} of q")
     check_dtype("q", q, FLOAT_DTYPES)
     check_dtype("k", k, [q.dtype])

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.modulated import (
     cases,
     check_against_oracle,
     check_compiles_once,
+    check_far_apart,
 )
 from tests.tracing import check_unasked
 
@@ -53,12 +55,16 @@ def test_row_patterns_match_the_oracle(pattern: str, norm: Norm, backend: str, d
 @pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths_match_the_oracle(width: int, norm: Norm, device: torch.device) -> None:
-    check(Case(tokens=5, width=width, rows=2, dtypes=DTYPES[-1]), norm, device, "triton")
+    check(Case(tokens=9, width=width, rows=2, dtypes=DTYPES[-1]), norm, device, "triton")
 
 
 def test_many_rows_in_groups(device: torch.device) -> None:
     # Rows of a few tokens, whole in a chunk or cut by its end, and of none; a program of the fold looks at two of them.
     check(Case(tokens=600, width=8, rows=300), Norm("layer", weight=True, bias=True), device, "triton")
+
+
+def test_rows_of_many_chunks(device: torch.device) -> None:
+    check(Case(tokens=240, width=3, rows=2), Norm("layer", weight=True, bias=True), device, "triton")
 
 
 def test_more_rows_need_no_more_scratch(device: torch.device) -> None:
@@ -100,6 +106,10 @@ def test_large_mean_loses_no_digits(device: torch.device) -> None:
     exact = F.layer_norm(x.double(), (96,), eps=1e-6)
     plain = F.layer_norm(x, (96,), eps=1e-6)
     assert (y - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6
+
+
+def test_strides_past_32_bits(device: torch.device) -> None:
+    check_far_apart(adaln, **SHAPE, device=device)
 
 
 @pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
@@ -166,6 +176,7 @@ def test_empty_pack(device: torch.device) -> None:
 
 
 X, TABLE, INDEX = torch.zeros(5, 8), torch.zeros(3, 8), torch.zeros(5, dtype=torch.int32)
+ROWS = RowIndex.from_index(INDEX, 3)
 WIDE = torch.zeros(5, 8200)
 
 
@@ -183,6 +194,8 @@ WIDE = torch.zeros(5, 8200)
         ((X, TABLE, TABLE, INDEX.long()), {}, TypeError, "index: int64; it must be int32"),
         ((X, TABLE, TABLE, None), {}, TypeError, "index: NoneType; it must be an int32 tensor"),
         ((X, TABLE, TABLE, RowIndex.from_index(INDEX, 2)), {}, ValueError, "index: a RowIndex of 2 rows, .* has 3"),
+        ((X, TABLE, TABLE, ROWS.to("meta")), {}, ValueError, "index.offsets: on meta, but the first argument"),
+        ((X, TABLE, TABLE, replace(ROWS, tokens=INDEX.long())), {}, TypeError, "index.tokens: int64; it must be int32"),
         ((X, TABLE.to("meta"), TABLE, INDEX), {}, ValueError, "shift: on meta, but x is on cpu"),
         ((X, TABLE, TABLE, INDEX), {"norm": "batch"}, ValueError, 'norm: .batch.; it must be "layer" or "rms"'),
         ((X, TABLE, TABLE, INDEX), {"weight": X}, ValueError, r"weight: shape \(5, 8\); it must be \[8\]"),

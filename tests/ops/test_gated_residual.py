@@ -8,7 +8,16 @@ from torch import Tensor
 
 from sora_fast.ops.gated_residual import _gated_residual, _gated_residual_backward, gated_residual
 from sora_fast.packing import RowIndex
-from tests.modulated import DTYPES, PATTERNS, WIDTHS, Case, cases, check_against_oracle, check_compiles_once
+from tests.modulated import (
+    DTYPES,
+    PATTERNS,
+    WIDTHS,
+    Case,
+    cases,
+    check_against_oracle,
+    check_compiles_once,
+    check_far_apart,
+)
 from tests.tracing import check_unasked
 
 BACKENDS = ("torch", "triton")
@@ -35,7 +44,12 @@ def test_row_patterns_match_the_oracle(pattern: str, backend: str, device: torch
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths_match_the_oracle(width: int, device: torch.device) -> None:
-    case = Case(tokens=5, width=width, rows=2, dtypes=DTYPES[-1])
+    case = Case(tokens=9, width=width, rows=2, dtypes=DTYPES[-1])
+    check_against_oracle(gated_residual, formula, case, **SHAPE, device=device, backend="triton")
+
+
+def test_rows_of_more_columns_than_a_program_has(device: torch.device) -> None:
+    case = Case(tokens=9, width=1030, rows=2)
     check_against_oracle(gated_residual, formula, case, **SHAPE, device=device, backend="triton")
 
 
@@ -44,6 +58,10 @@ def test_product_does_not_overflow_fp16(backend: str, device: torch.device) -> N
     full = torch.full((2, 4), 300.0, dtype=torch.float16, device=device)
     out = gated_residual(-200 * full, full, full[:1], torch.zeros(2, dtype=torch.int32, device=device), backend=backend)
     assert (out == 30000).all()
+
+
+def test_strides_past_32_bits(device: torch.device) -> None:
+    check_far_apart(gated_residual, **SHAPE, device=device)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

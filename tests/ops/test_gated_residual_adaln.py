@@ -23,6 +23,7 @@ from tests.modulated import (
     cases,
     check_against_oracle,
     check_compiles_once,
+    check_far_apart,
 )
 from tests.tracing import check_unasked
 
@@ -59,7 +60,7 @@ def test_row_patterns_match_the_oracle(pattern: str, norm: Norm, backend: str, d
 @pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths_match_the_oracle(width: int, norm: Norm, device: torch.device) -> None:
-    check(Case(tokens=5, width=width, rows=2, dtypes=DTYPES[-1]), norm, device, "triton")
+    check(Case(tokens=9, width=width, rows=2, dtypes=DTYPES[-1]), norm, device, "triton")
 
 
 @pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
@@ -72,6 +73,10 @@ def test_gradient_of_one_output_alone(used: int, norm: Norm, device: torch.devic
         gradients.append(torch.autograd.grad(output.square().sum(), tensors, allow_unused=True, materialize_grads=True))
     for plain, kernel in zip(*gradients, strict=True):
         torch.testing.assert_close(kernel, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_strides_past_32_bits(device: torch.device) -> None:
+    check_far_apart(gated_residual_adaln, **SHAPE, device=device)
 
 
 @pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
