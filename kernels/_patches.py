@@ -96,7 +96,7 @@ def patch_origins(
 @triton.jit
 def patch_runs(runs, exist, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, BLOCK_W: tl.constexpr):
     """Of runs [r], numbered in the order (c, pt, ph, pieces of pw): channel, frame, row, column, and which exist."""
-    PIECES: tl.constexpr = tl.cdiv(PW, BLOCK_W)
+    PIECES: tl.constexpr = (PW + BLOCK_W - 1) // BLOCK_W  # written out: Triton 3.6 has no tl.cdiv of constants
     c, t, h, w = runs // (PIECES * PH * PT), runs // (PIECES * PH) % PT, runs // PIECES % PH, runs % PIECES * BLOCK_W
     return c, t, h, w, exist
 
@@ -104,7 +104,7 @@ def patch_runs(runs, exist, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr
 @triton.jit
 def patch_columns(first, NUM_RUNS: tl.constexpr, PW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
     """Numbers [p], in the order (c, pt, ph, pw), of the pixels of BLOCK_R runs from `first` on, and which exist."""
-    PIECES: tl.constexpr = tl.cdiv(PW, BLOCK_W)
+    PIECES: tl.constexpr = (PW + BLOCK_W - 1) // BLOCK_W
     place = first * BLOCK_W + tl.arange(0, BLOCK_R * BLOCK_W)
     if PW % BLOCK_W == 0:
         return place, place < NUM_RUNS * BLOCK_W

@@ -66,8 +66,8 @@ def _scatter_product(
     NUM_PIXELS: tl.constexpr, CHANNEL_LAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    NUM_RUNS: tl.constexpr = NUM_PIXELS // PW * tl.cdiv(PW, BLOCK_W)
-    blocks: tl.constexpr = tl.cdiv(NUM_RUNS, BLOCK_R)
+    NUM_RUNS: tl.constexpr = NUM_PIXELS // PW * ((PW + BLOCK_W - 1) // BLOCK_W)
+    blocks: tl.constexpr = (NUM_RUNS + BLOCK_R - 1) // BLOCK_R
     # Neighbouring programs differ in the pixels: they find the same rows of x in the L2.
     n = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(0) % blocks * BLOCK_R

@@ -155,7 +155,7 @@ def _embed(
     NUM_PIXELS: tl.constexpr, ROW_A_TOKEN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    NUM_RUNS: tl.constexpr = NUM_PIXELS // PW * tl.cdiv(PW, BLOCK_W)
+    NUM_RUNS: tl.constexpr = NUM_PIXELS // PW * ((PW + BLOCK_W - 1) // BLOCK_W)
     HELD: tl.constexpr = NUM_RUNS <= BLOCK_R
     # Neighbouring programs differ in the channels: they find the same pixels in the L2.
     groups = tl.cdiv(width, channels)
@@ -237,7 +237,7 @@ def _weight_gradient(
     NUM_PIXELS: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    NUM_RUNS: tl.constexpr = NUM_PIXELS // PW * tl.cdiv(PW, BLOCK_W)
+    NUM_RUNS: tl.constexpr = NUM_PIXELS // PW * ((PW + BLOCK_W - 1) // BLOCK_W)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     first_run = tl.program_id(1) * BLOCK_R
     chunk = tl.program_id(2)

@@ -101,10 +101,10 @@ def _block(
 ):  # fmt: skip
     """What this program moves: tokens [n]; columns of their rows [1, q, w, c], and which exist; the same as runs
     [c · q]. q numbers the runs of one channel."""
-    PIECES: tl.constexpr = tl.cdiv(PW, BLOCK_W)
+    PIECES: tl.constexpr = (PW + BLOCK_W - 1) // BLOCK_W
     RUNS: tl.constexpr = PT * PH * PIECES
-    steps: tl.constexpr = tl.cdiv(RUNS, BLOCK_Q)
-    parts: tl.constexpr = tl.cdiv(CHANNELS, BLOCK_C) * steps
+    steps: tl.constexpr = (RUNS + BLOCK_Q - 1) // BLOCK_Q
+    parts: tl.constexpr = ((CHANNELS + BLOCK_C - 1) // BLOCK_C) * steps
     n = tl.program_id(0) // parts * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(0) % parts
     first_c, first_q = part // steps * BLOCK_C, part % steps * BLOCK_Q
