@@ -18,14 +18,15 @@ class LinearUnpatchifyConfig:
     tokens: int = 64  # a wgmma of one warpgroup is 64 rows
     pixels: int = 64  # at most; a patch of 1x2x2 with 16 channels has 64, and x is then read once
     inner: int = 64  # channels of x a step: 128 bytes of a row, whole cache lines
-    num_warps: int = 4
+    # 56 to 80 registers a thread under Triton 3.7; 4 warps spill under 3.6, which finds a worse layout for the scatter.
+    num_warps: int = 8
     num_stages: int = 4  # 64 KB of x and weights on their way
 
     @staticmethod
     def choose(dtype: torch.dtype, wide: bool) -> "LinearUnpatchifyConfig":
         """Smaller blocks where a number or an address takes twice the registers."""
         if dtype == torch.float32 or wide:
-            return LinearUnpatchifyConfig(tokens=32, pixels=32, inner=32)
+            return LinearUnpatchifyConfig(tokens=32, pixels=32, inner=32, num_warps=4)
         return LinearUnpatchifyConfig()
 
 
