@@ -58,6 +58,7 @@ class Setting:
     widths: tuple[int, ...]
     head_dims: tuple[int, ...]
     heads: int
+    clean: bool = False  # the first frame of every video is given, as in image to video: a row of its own
 
     @staticmethod
     def ahead_of_time() -> "Setting":
@@ -81,8 +82,12 @@ class Setting:
         return PackedLayout.from_grids(self.grids, device=self.device, **options)
 
     def rows(self, layout: PackedLayout) -> RowIndex:
-        """One modulation row a segment."""
-        return Conditioning.per_segment(torch.rand(layout.max_segments, device=self.device), layout).rows
+        """One modulation row a segment, or two."""
+        sigma = torch.rand(layout.max_segments, device=self.device)
+        if not self.clean:
+            return Conditioning.per_segment(sigma, layout).rows
+        first = (layout.coords[:, 0] == 0) & (layout.segment_ids >= 0)
+        return Conditioning.with_clean(sigma, first, layout).rows
 
     def random(self, *shape: int) -> Tensor:
         """Normal random numbers."""
@@ -206,11 +211,11 @@ def all_cases(setting: Setting) -> Iterator[Case]:
 
 
 def modulation(s: Setting, width: int) -> dict[str, Case]:
-    """A case of each of the ops that modulate tokens, by its name; one modulation row a segment."""
+    """A case of each of the ops that modulate tokens, by its name."""
     layout = s.layout()
     rows = s.rows(layout)
     x, branch = (s.random(layout.capacity, width) for _ in range(2))
-    shift, scale, gate = (s.random(layout.max_segments, width) for _ in range(3))
+    shift, scale, gate = (s.random(rows.num_rows, width) for _ in range(3))
     label, once = f"C{width}", x.nbytes
     cases = (
         Case(adaln, label, (x, shift, scale, rows), bytes_moved=(2 * once, 3 * once)),

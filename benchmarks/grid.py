@@ -31,12 +31,14 @@ WHOLES = ("dit_block",)
 
 @dataclass(frozen=True)
 class Plan:
-    """A case to be. pack, mask: names in benchmarks/shapes.py; mask: of attention and schedules only."""
+    """A case to be. pack, mask: names in benchmarks/shapes.py; mask: of attention and schedules only. clean: the first
+    frame of every video is given, which only what is modulated feels."""
 
     op: str
     model: Model
     pack: str
     mask: str = ""
+    clean: bool = False
 
     @property
     def _parts(self) -> tuple[str, ...]:
@@ -44,7 +46,7 @@ class Plan:
             return (self.mask,)
         if self.op in ("packed_attention", "qk_norm_rope"):
             return tuple(filter(None, (self.mask, f"D{self.model.head_dim}×{self.model.heads}")))
-        return (f"C{self.model.width}",)
+        return (f"C{self.model.width}", *(["clean first frames"] if self.clean else []))
 
     @property
     def label(self) -> str:
@@ -63,7 +65,7 @@ class Plan:
         """In bf16 on a GPU and fp32 on a CPU."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model, grids = self.model, PACKS[self.pack].grids
-        setting = Setting(device, dtype, grids, (model.width,), (model.head_dim,), model.heads)
+        setting = Setting(device, dtype, grids, (model.width,), (model.head_dim,), model.heads, self.clean)
         torch.manual_seed(0)
         return replace(self._case(setting), label=self.label)
 
@@ -104,6 +106,7 @@ def headline() -> Iterator[Plan]:
     ):
         yield Plan("packed_attention", _heads(128), pack, mask)
     yield from (Plan("gated_residual_adaln", MODELS[name], "32k ragged") for name in ("DiT-XL", "1.3B", "5B", "14B"))
+    yield Plan("gated_residual_adaln", wide, "32k ragged", clean=True)
     yield Plan("qk_norm_rope", wide, "32k ragged")
     yield Plan("dit_block", narrow, "32k ragged")
     yield Plan("schedule", wide, "32k ragged", "small window")
@@ -153,3 +156,5 @@ def _on_cpu(op: str) -> Iterator[Plan]:
     else:
         yield from (Plan(op, small, pack) for pack in ("2k ragged", "8k ragged"))
         yield Plan(op, MODELS["DiT-XL"], "2k ragged")
+        if op == "gated_residual_adaln":
+            yield Plan(op, MODELS["DiT-XL"], "2k ragged", clean=True)

@@ -36,12 +36,22 @@ class PackedAttention(nn.Module):
         self.q_norm = nn.Parameter(torch.ones(head_dim)) if qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(head_dim)) if qk_norm else None
 
-    def forward(self, x: Tensor, layout: PackedLayout, mask: SpacetimeMask | TileSchedule | None = None) -> Tensor:
-        """x: [N, C] → [N, C]. mask: None is the full one; a schedule, built once a batch, where layers share it."""
+    def forward(
+        self,
+        x: Tensor,
+        layout: PackedLayout,
+        mask: SpacetimeMask | TileSchedule | None = None,
+        *,
+        segment_scale: Tensor | None = None,
+    ) -> Tensor:
+        """x: [N, C] → [N, C]. mask: None is the full one; a schedule, built once a batch, where layers share it.
+
+        segment_scale: [S, 3] fp32, by which the positions (t, h, w) of each segment are scaled; see `qk_norm_rope`.
+        """
         heads = self.qkv(x).unflatten(1, (self.heads + 2 * self.num_kv_heads, -1))
         q, k, v = heads.split([self.heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.q_norm is not None or self.rope is not None:
-            q, k = qk_norm_rope(q, k, self.q_norm, self.k_norm, layout, self.rope)
+        if any(given is not None for given in (self.q_norm, self.rope, segment_scale)):
+            q, k = qk_norm_rope(q, k, self.q_norm, self.k_norm, layout, self.rope, segment_scale=segment_scale)
         return self.proj(packed_attention(q, k, v, layout, mask).flatten(1))
 
 

@@ -19,6 +19,7 @@ class BlockContext:
 
     rows: row of the modulation table of every token.
     text, text_layout, text_schedule: the packed text, if the model reads any.
+    segment_scale: of the rotary positions, as `PackedAttention` takes it.
     """
 
     layout: PackedLayout
@@ -27,6 +28,7 @@ class BlockContext:
     text: Tensor | None = None
     text_layout: PackedLayout | None = None
     text_schedule: TileSchedule | None = None
+    segment_scale: Tensor | None = None
 
 
 class DiTBlock(nn.Module):
@@ -86,7 +88,8 @@ class DiTBlock(nn.Module):
         """
         rows = shared.rows
         _, _, gate, *rest = modulation
-        x, h = gated_residual_adaln(x, self.attn(h, shared.layout, shared.schedule), gate, *rest[:2], rows)
+        branch = self.attn(h, shared.layout, shared.schedule, segment_scale=shared.segment_scale)
+        x, h = gated_residual_adaln(x, branch, gate, *rest[:2], rows)
         if self.cross is not None:
             branch = self.cross(h, shared.text, shared.layout, shared.text_layout, shared.text_schedule)
             x, h = gated_residual_adaln(x, branch, rest[2], *rest[3:5], rows)

@@ -75,6 +75,25 @@ def test_rotation_turns_grouped_keys_as_their_queries() -> None:
     torch.testing.assert_close(grouped(x, layout), full(x, layout))
 
 
+def test_each_segment_has_positions_of_its_own_scale() -> None:
+    torch.manual_seed(0)
+    grids, scales = [(2, 3, 4), (3, 2, 2)], [(1.0, 0.5, 0.25), (2.0, 3.0, 1.0)]
+    layout = PackedLayout.from_grids(grids, tile_size=16)
+    module = PackedAttention(32, 2, rope=Rope3D())
+    x = torch.randn(layout.capacity, 32)
+    made = module(x, layout, segment_scale=torch.tensor(scales))
+    for part, result, grid, scale in zip(pieces(x, layout), pieces(made, layout), grids, scales, strict=True):
+        module.rope = Rope3D(scale=scale)
+        torch.testing.assert_close(result, module(part, PackedLayout.from_grids([grid], tile_size=16)))
+
+
+def test_a_scale_without_positions_is_named() -> None:
+    layout = PackedLayout.from_grids(GRIDS)
+    for qk_norm in (True, False):
+        with pytest.raises(ValueError, match="segment_scale: given without a rope"):
+            PackedAttention(32, 2, qk_norm=qk_norm)(torch.randn(37, 32), layout, segment_scale=torch.ones(3, 3))
+
+
 @pytest.mark.parametrize("num_kv_heads", [2, 1])
 def test_cross_attention_reads_the_text_of_its_segment(num_kv_heads: int) -> None:
     torch.manual_seed(0)

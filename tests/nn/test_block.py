@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from sora_fast import use_backend
 from sora_fast.nn import BlockContext, DiTBlock
+from sora_fast.ops import Rope3D
 from sora_fast.packing import PackedLayout, RowIndex
 from sora_fast.schedule import TileSchedule
 from tests.tracing import Computed
@@ -16,9 +17,10 @@ def test_a_chain_of_blocks_is_adaln_zero() -> None:
     torch.manual_seed(0)
     dim = 32
     layout = PackedLayout.from_grids([(2, 3, 4), (1, 4, 4)], tile_size=16)
-    blocks = [DiTBlock(dim, 2) for _ in range(2)]
+    blocks = [DiTBlock(dim, 2, rope=Rope3D()) for _ in range(2)]
     index = torch.randint(0, 3, (layout.capacity,), dtype=torch.int32)
-    shared = BlockContext(layout, TileSchedule.build(layout), RowIndex.from_index(index, 3))
+    scale = torch.rand(2, 3) + 0.5
+    shared = BlockContext(layout, TileSchedule.build(layout), RowIndex.from_index(index, 3), segment_scale=scale)
     modulations = [torch.randn(6, 3, dim).unbind(0) for _ in blocks]
     final = tuple(torch.randn(2, 3, dim).unbind(0))
     start = torch.randn(layout.capacity, dim)
@@ -28,7 +30,7 @@ def test_a_chain_of_blocks_is_adaln_zero() -> None:
 
     expected = start
     for block, (shift, scale, gate, shift_mlp, scale_mlp, gate_mlp) in zip(blocks, modulations, strict=True):
-        attended = block.attn(norm(expected, shift, scale), layout, shared.schedule)
+        attended = block.attn(norm(expected, shift, scale), layout, shared.schedule, segment_scale=shared.segment_scale)
         expected = expected + gate[index] * attended
         expected = expected + gate_mlp[index] * block.mlp(norm(expected, shift_mlp, scale_mlp))
 
