@@ -117,7 +117,7 @@ def _backward(
 def _biased(x, x_strides, bias, bias_stride, token, column, inside, END: tl.constexpr):
     u = load_fp32(x, x_strides, token, column, inside)
     if bias is not None:
-        u += tl.load(bias + column * bias_stride, mask=column < END, other=0.0).to(tl.float32)
+        u += tl.load(bias + column.to(tl.int64) * bias_stride, mask=column < END, other=0.0).to(tl.float32)
     return u
 
 

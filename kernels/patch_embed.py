@@ -166,7 +166,8 @@ def _embed(
         held = _patch(flat, flat_stride, capacity, origins, 0, NUM_RUNS, PT, PH, PW, VECTOR, BLOCK_N, BLOCK_R, BLOCK_W)
     begin = tl.program_id(0) % groups * channels
     for first_channel in range(begin, tl.minimum(begin + channels, width), BLOCK_C):
-        c = first_channel + tl.arange(0, BLOCK_C)
+        # 64 bits: a weight or a position of any strides, a transposed one of 420k tokens by 5120 channels for example.
+        c = (first_channel + tl.arange(0, BLOCK_C)).to(tl.int64)
         exist = c < width
         sums = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for first in range(0, NUM_RUNS, BLOCK_R):
@@ -177,7 +178,7 @@ def _embed(
                     flat, flat_stride, capacity, origins, first, NUM_RUNS, PT, PH, PW, VECTOR, BLOCK_N, BLOCK_R, BLOCK_W
                 )
             pixels, real = patch_columns(first, NUM_RUNS, PW, BLOCK_R, BLOCK_W)
-            place = weight + c[None, :] * weight_stride_c + pixels[:, None] * weight_stride_k
+            place = weight + c[None, :] * weight_stride_c + pixels.to(tl.int64)[:, None] * weight_stride_k
             weights = tl.load(place, mask=real[:, None] & exist[None, :], other=0.0)
             sums = tl.dot(patch, weights, sums, input_precision="ieee")
         if bias is not None:
