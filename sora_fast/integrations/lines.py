@@ -28,6 +28,9 @@ def layout_from_cu_seqlens(
         raise ValueError(f"{name}: shape {tuple(cu_seqlens.shape)}; it must have two offsets at least")
     if may_read(cu_seqlens):
         _check_offsets(name, cu_seqlens.tolist(), capacity)
+    # Memory of the layout's own, in line, for kernels and for `refresh_`, which writes there. Where offsets are not
+    # read, none may lead a kernel out of the sequence.
+    cu_seqlens = cu_seqlens.clamp(0, capacity).cummax(0)[0]
     lengths, end = cu_seqlens.diff(), cu_seqlens[-1]
     tokens = torch.arange(capacity, dtype=torch.int32, device=cu_seqlens.device)
     segments = torch.searchsorted(cu_seqlens, tokens, right=True, out_int32=True) - 1
@@ -52,8 +55,7 @@ def _tile_offsets(cu_seqlens: Tensor, lengths: Tensor, capacity: int, tile_size:
     numbers = torch.arange(2 * capacity // tile_size + len(lengths) + 1, dtype=torch.int32, device=tiles.device)
     segments = torch.searchsorted(first_tile, numbers, right=True, out_int32=True) - 1
     offsets = cu_seqlens[segments] + (numbers - first_tile[segments]) * tile_size
-    # Where offsets are not read, one past the capacity must not make a kernel write there.
-    return torch.minimum(offsets, cu_seqlens[-1].clamp(max=capacity))
+    return torch.minimum(offsets, cu_seqlens[-1])
 
 
 def _check_offsets(name: str, offsets: list[int], capacity: int) -> None:

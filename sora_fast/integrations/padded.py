@@ -30,6 +30,8 @@ class PaddedBatch:
         """mask: [B, L] bool, True for real tokens, wherever they stand. Never waits for the device."""
         check_shape("mask", mask, ["B", "L"])
         check_dtype("mask", mask, [torch.bool])
+        if not mask.shape[0]:
+            raise ValueError(f"mask: shape {tuple(mask.shape)}; it must have one sample at least")
         lengths = mask.sum(dim=1, dtype=torch.int32)
         cu_seqlens = torch.cat([torch.zeros_like(lengths[:1]), lengths.cumsum(0, dtype=torch.int32)])
         order = torch.argsort((~mask).flatten().to(torch.uint8), stable=True)

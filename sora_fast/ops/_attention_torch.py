@@ -7,7 +7,7 @@ the device.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -71,7 +71,7 @@ def past_blocks(offsets: Tensor, tiles: Tensor, masking: Masking) -> Iterator[Bl
     bounds = tiles.unique().tolist() if by_tokens else _frame_bounds(offsets, masking)
     first = start = 0
     tested = by_tokens
-    for stop, following in zip(bounds[1:], [*bounds[2:], None], strict=True):
+    for stop, following in zip_longest(bounds[1:], bounds[2:]):  # a pack without tokens has one bound
         more = following and stop not in segments and (stop - start) * (following - stop) <= _CALL_PAIRS
         if more and (following - start) * (following - first) <= _MOST_PAIRS:
             tested = True

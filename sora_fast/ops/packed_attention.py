@@ -210,6 +210,9 @@ def _backward_with(op: Any) -> Any:
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse, *schedule = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        if grad_lse is not None:
+            # −∞ is a constant, whatever comes back for it: NaN where two such results were merged by logaddexp.
+            grad_lse = grad_lse.masked_fill(lse == -math.inf, 0.0)
         keys = any(ctx.needs_input_grad[1:3])
         grads = op(grad_out, grad_lse, q, k, v, out, lse, schedule, *ctx.options, keys)
         missing = [None] * (3 - len(grads))
@@ -265,6 +268,10 @@ def _check(
             )
         _check_schedule("layout", mask.layout, layout)
         _check_schedule("layout" if kv_layout is None else "kv_layout", mask.kv_layout, keys)
+        # Of like sizes, the one would do the other's work wherever nobody may read the offsets.
+        if mask.cross != (kv_layout is not None):
+            built, given = ("cross", "without") if mask.cross else ("self", "with")
+            raise ValueError(f"mask: a schedule of {built}-attention {given} kv_layout; build it {given} one, too")
         if may_read(mask.overflow):
             mask.check()
 

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sora_fast.integrations import layout_from_cu_seqlens
 from sora_fast.masks import SpacetimeMask
 from sora_fast.packing import PackedLayout
+from sora_fast.schedule import TileSchedule
 
 TENSORS = ("cu_seqlens", "grids", "segment_ids", "coords", "raster_index", "tile_offsets")
 
@@ -37,6 +38,29 @@ def test_lines_longer_than_any_grid_keep_their_causal_order() -> None:
     allowed = SpacetimeMask.token_causal().materialize(layout)
     assert torch.equal(allowed[:1500, :1500], torch.ones(1500, 1500, dtype=torch.bool).tril())
     assert not allowed[:1500, 1500:].any() and not allowed[1503:].any()
+
+
+def test_offsets_that_lie_apart_and_change_later() -> None:
+    """Kernels read offsets in line, and a layout is refreshed in place: it has offsets of its own."""
+    given = torch.stack([offsets([4, 5, 9])] * 2, dim=1)[:, 0]
+    layout = layout_from_cu_seqlens(given, capacity=20)
+    assert all(getattr(layout, name).is_contiguous() for name in TENSORS)
+    TileSchedule.build(layout).refresh_(layout_from_cu_seqlens(offsets([1, 2, 3]), capacity=20))
+    assert given.tolist() == [0, 4, 9, 18]
+
+
+@pytest.mark.parametrize("wrong", [[0, 50, 50, 50], [0, 30, 10, 40], [-7, -3, 9, 12], [0, 40, 20, -20], [3, 60, 5, 2]])
+@pytest.mark.parametrize("mask", [SpacetimeMask.full(), SpacetimeMask.token_causal(), SpacetimeMask.frame_causal()])
+def test_offsets_that_nobody_could_check_stay_within(wrong: list[int], mask: SpacetimeMask) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("sora_fast.integrations.lines.may_read", lambda tensor: False)
+        layout = layout_from_cu_seqlens(torch.tensor(wrong, dtype=torch.int32), capacity=40, tile_size=16)
+    schedule = TileSchedule.build(layout, mask)
+    sides = [getattr(side, name) for side in (schedule.by_query, schedule.by_key) for name in ("begin", "split", "end")]
+    for places in (layout.cu_seqlens, layout.tile_offsets, *sides):
+        assert 0 <= places.min() and places.max() <= 40
+    for bounds in (layout.cu_seqlens, layout.tile_offsets):
+        assert (bounds.diff() >= 0).all()
 
 
 def test_no_value_is_read() -> None:

@@ -77,6 +77,7 @@ X, MASK = torch.zeros(2, 5, 2, 4), torch.ones(2, 5, dtype=torch.bool)
     [
         ((X, X, X, MASK[0]), {}, ValueError, "key_padding_mask: shape (5,); it must be [2, Lk]"),
         ((X, X, X, MASK.int()), {}, TypeError, "mask: int32; it must be bool"),
+        ((X[:0], X[:0], X[:0], MASK[:0]), {}, ValueError, "mask: shape (0, 5); it must have one sample at least"),
         ((X, X, X, MASK[:, 1:]), {}, ValueError, "q: shape (2, 5, 2, 4); it must be [2, 4, H, D]"),
         ((X, X, X[:, 1:], MASK), {}, ValueError, "v: shape (2, 4, 2, 4); it must be [2, 5, H, D]"),
         ((X, X, X, MASK.to("meta")), {}, ValueError, "key_padding_mask: on meta, but q is on cpu"),

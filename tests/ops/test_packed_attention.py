@@ -275,10 +275,11 @@ def test_no_text_at_all(backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mask", [SpacetimeMask.full(), WINDOW])
+@pytest.mark.parametrize("mask", [SpacetimeMask.full(), WINDOW, *PAST])
 def test_empty_pack(mask: SpacetimeMask, backend: str, device: torch.device) -> None:
     out, *grads, lse = Case(PackedLayout.from_grids([]), mask).results(backend, device)
     assert out.shape == (0, 1, 24) and lse.shape == (0, 1) and all(grad.shape == out.shape for grad in grads)
+    Case(PackedLayout.from_grids([(0, 2, 2)], capacity=5, max_segments=2), mask).check(backend, device)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +370,22 @@ def test_expanded_gradient(backend: str, device: torch.device) -> None:
         for gradient in (torch.ones((), device=device).expand(out.shape), torch.ones_like(out))
     )
     assert all(torch.equal(a, b) for a, b in zip(expanded, given, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_logsumexp_of_nothing_is_a_constant(backend: str, device: torch.device) -> None:
+    """Two such merged by logaddexp give NaN back, which no gradient may take over."""
+    layout = ragged().to(device)
+    qkv = [torch.randn(layout.capacity, 1, 24, device=device, requires_grad=True) for _ in range(3)]
+    results = []
+    for merged in (False, True):
+        _, lse = packed_attention(*qkv, layout, NO_KEY_FOR_SOME, return_lse=True, backend=backend)
+        empty = lse == float("-inf")
+        assert 0 < empty[layout.segment_ids >= 0].sum() < empty.numel()
+        lse = torch.logaddexp(lse, torch.full_like(lse, float("-inf"))) if merged else lse
+        results.append(torch.autograd.grad(lse.masked_fill(empty, 0).sum(), qkv))
+    for plainly, by_merging in zip(*results, strict=True):
+        torch.testing.assert_close(by_merging, plainly)
 
 
 @pytest.mark.parametrize("scale", [0.2, 0.0, -0.2])
@@ -512,6 +529,7 @@ OTHER = PackedLayout.from_grids([(1, 2, 2)], capacity=8)
 ROOMY = PackedLayout.from_grids([(1, 2, 3)], capacity=8, max_segments=2)
 SMALL_TILES = PackedLayout.from_grids([(1, 2, 3)], capacity=8, tile_size=16)
 CROSS = TileSchedule.build(LAYOUT, kv_layout=TEXT)
+CROSS_ALIKE = TileSchedule.build(LAYOUT, kv_layout=PackedLayout.from_grids([(1, 3, 2)], capacity=8))
 X = torch.zeros(8, 2, 16)
 
 
@@ -548,6 +566,13 @@ X = torch.zeros(8, 2, 16)
             {"kv_layout": LAYOUT},
             ValueError,
             "mask: a schedule of .* cross-attention takes the full mask only",
+        ),
+        ((X, X, X, LAYOUT, CROSS_ALIKE), {}, ValueError, "mask: a schedule of cross-attention without kv_layout"),
+        (
+            (X, X, X, LAYOUT, TileSchedule.build(LAYOUT)),
+            {"kv_layout": LAYOUT},
+            ValueError,
+            "mask: a schedule of self-attention with kv_layout",
         ),
         ((X, X, X, LAYOUT), {"scale": float("nan")}, ValueError, "scale: nan; it must be a finite number"),
         ((X, X, X, LAYOUT), {"backend": "cuda"}, ValueError, "backend: 'cuda' cannot run packed_attention"),
