@@ -52,7 +52,9 @@ def _product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     It is left to the activation's kernel where that runs and `linear` is what it seems: a module that replaces it or
     hooks into it (adapters, quantisation, tensor parallelism) is called like any other.
     """
-    plain = type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    # Offloading (accelerate) sets another `forward` on the module itself.
+    plain = type(linear) is nn.Linear and "forward" not in linear.__dict__ and not any(hooks)
     if plain and linear.bias is not None and adds_bias(x):
         return F.linear(x, linear.weight), linear.bias
     return linear(x), None

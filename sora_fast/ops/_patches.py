@@ -1,9 +1,11 @@
 """Where the pixels of a patch lie in the flat buffer of ragged latents."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from sora_fast.ops._checks import check_device, check_shape, may_read
+from sora_fast.ops._checks import check_device, check_dtype, check_shape, may_read
 from sora_fast.packing import PackedLayout
 
 PatchSize = tuple[int, int, int]
@@ -31,9 +33,19 @@ def pixel_index(
     return index, used & (t < frames) & (h < height) & (w < width)
 
 
+def geometry(
+    offsets: Tensor, shapes: Tensor, layout: PackedLayout, patch_size: PatchSize
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+    """What the custom ops take of them. The kernels read these at stride 1: nothing is copied where they are so."""
+    tensors = (offsets, shapes, layout.segment_ids, layout.coords)
+    offsets, shapes, segment_ids, coords = (tensor.contiguous() for tensor in tensors)
+    return offsets, shapes, segment_ids, coords, list(patch_size)
+
+
 def check_patch_size(patch_size: PatchSize) -> None:
     """Raise ValueError unless it is three sizes ≥ 1."""
-    if len(patch_size) != 3 or not all(isinstance(size, int) and size >= 1 for size in patch_size):
+    is_three = isinstance(patch_size, Sequence) and len(patch_size) == 3
+    if not is_three or not all(isinstance(size, int) and size >= 1 for size in patch_size):
         raise ValueError(f"patch_size: {patch_size!r}; it must be three ints (pt, ph, pw) ≥ 1")
 
 
@@ -43,6 +55,7 @@ def check_grids(shapes: Tensor, layout: PackedLayout, patch_size: PatchSize) -> 
     The values are only looked at where `may_read` allows it.
     """
     check_shape("shapes", shapes, [layout.max_segments, 4])
+    check_dtype("shapes", shapes, [torch.int32, torch.int64])
     check_device("shapes", shapes, "the layout", layout.device)
     if not may_read(shapes):
         return

@@ -9,7 +9,7 @@ from torch import Tensor
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
-from sora_fast.ops._patches import PatchSize, check_patch_size
+from sora_fast.ops._patches import PatchSize, check_patch_size, geometry
 from sora_fast.ops.unpatchify import _unpatchify_backward, channels_of, unpatchify, videos_of
 from sora_fast.packing import PackedLayout, RaggedLatents
 
@@ -39,8 +39,8 @@ def linear_unpatchify(
         rows = F.linear(torch.where((layout.segment_ids >= 0)[:, None], x, 0), weight, bias)
         return unpatchify(rows, layout, patch_size, shapes, capacity=capacity, backend=backend)
     offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity)
-    geometry = (offsets, shapes, layout.segment_ids, layout.coords, list(patch_size))
-    return RaggedLatents(_linear_unpatchify(x, weight, bias, *geometry, capacity), offsets, shapes)
+    places = geometry(offsets, shapes, layout, patch_size)
+    return RaggedLatents(_linear_unpatchify(x, weight, bias, *places, capacity), offsets, shapes)
 
 
 @torch.library.custom_op("sora_fast::linear_unpatchify", mutates_args=())

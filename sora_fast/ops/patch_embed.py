@@ -11,7 +11,7 @@ from torch import Tensor
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape, may_read
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered, parts
-from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, pixel_index
+from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry, pixel_index
 from sora_fast.packing import PackedLayout, RaggedLatents, RowIndex
 
 
@@ -76,13 +76,16 @@ def patch_embed(
     Differentiable in latents.flat, weight, bias and position.
     """
     check_patch_size(patch_size)
+    if not isinstance(latents, RaggedLatents):
+        raise TypeError(f"latents: {type(latents).__name__}; it must be RaggedLatents")
     check_grids(latents.shapes, layout, patch_size)
     _check_weights(latents, weight, bias, patch_size)
+    check_device("weight", weight, "the layout", layout.device)
     _check_position(position, weight, layout)
     if choose("patch_embed", backend, weight.device, offered(weight)) == "torch":
         return _torch(latents, weight, bias, layout, patch_size, position)
-    geometry = (latents.offsets, latents.shapes, layout.segment_ids, layout.coords, list(patch_size))
-    return _patch_embed(latents.flat, weight, bias, *_joined(position), *geometry)
+    places = geometry(latents.offsets, latents.shapes, layout, patch_size)
+    return _patch_embed(latents.flat, weight, bias, *_joined(position), *places)
 
 
 def _torch(
@@ -247,16 +250,24 @@ def _check_weights(latents: RaggedLatents, weight: Tensor, bias: Tensor | None, 
             f"weight: shape {tuple(weight.shape)}; it must be [width, Cin·{pixels}] for patches of {tuple(patch_size)}"
         )
     check_dtype("weight", weight, FLOAT_DTYPES)
+    check_shape("latents.flat", latents.flat, ["elements"])
     _check_like_weight("latents.flat", latents.flat, weight)
+    check_shape("latents.offsets", latents.offsets, [latents.max_segments + 1])
+    check_device("latents.offsets", latents.offsets, "weight", weight.device)
     if bias is not None:
         check_shape("bias", bias, weight.shape[:1])
         _check_like_weight("bias", bias, weight)
     if may_read(latents.shapes):
         channels = weight.shape[1] // pixels
-        others = set(latents.shapes[:, 0].tolist()) - {0, channels}
+        videos = latents.shapes[latents.shapes[:, 1:].prod(dim=1) > 0]
+        others = set(videos[:, 0].tolist()) - {channels}
         if others:
             raise ValueError(
                 f"latents: a video of {others.pop()} channels, but weight {tuple(weight.shape)} takes {channels}"
+            )
+        if latents.offsets[-1] > latents.flat.shape[0]:
+            raise ValueError(
+                f"latents.flat: {latents.flat.shape[0]} elements, but the videos have {int(latents.offsets[-1])}"
             )
 
 

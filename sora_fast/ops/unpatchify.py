@@ -9,7 +9,7 @@ from torch import Tensor
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape, may_read
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
-from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, pixel_index
+from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry, pixel_index
 from sora_fast.packing import PackedLayout, RaggedLatents
 
 
@@ -39,7 +39,7 @@ def unpatchify(
     if choose("unpatchify", backend, tokens.device, offered(tokens)) == "torch":
         flat = _torch(tokens, offsets, shapes, layout, patch_size, capacity)
     else:
-        flat = _unpatchify(tokens, offsets, shapes, layout.segment_ids, layout.coords, list(patch_size), capacity)
+        flat = _unpatchify(tokens, *geometry(offsets, shapes, layout, patch_size), capacity)
     return RaggedLatents(flat, offsets, shapes)
 
 

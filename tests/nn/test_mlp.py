@@ -86,10 +86,25 @@ def test_what_replaces_or_hooks_a_linear_layer_is_called(backend: str, device: t
     hooked = Mlp(16, 64).to(device)
     hooked.load_state_dict(module.state_dict())
     hooked.fc1.register_forward_hook(lambda _, inputs, output: 2 * output)
+    patched = Mlp(16, 64).to(device)
+    patched.load_state_dict(module.state_dict())
+    original = patched.fc1.forward
+    patched.fc1.forward = lambda x: 2 * original(x)
     module.fc1 = doubled
     with use_backend(backend):
         torch.testing.assert_close(module(x), expected)
         torch.testing.assert_close(hooked(x), expected)
+        torch.testing.assert_close(patched(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_backward_hooks_of_a_linear_layer_are_called(backend: str, device: torch.device) -> None:
+    module, called = Mlp(16, 64).to(device), []
+    module.fc1.register_full_backward_hook(lambda *_: called.append("hook"))
+    module.fc1.register_full_backward_pre_hook(lambda *_: called.append("pre-hook"))
+    with use_backend(backend):
+        module(torch.randn(5, 16, device=device, requires_grad=True)).sum().backward()
+    assert sorted(called) == ["hook", "pre-hook"]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sora_fast.ops.mlp_activation import _mlp_activation, _mlp_activation_backward, mlp_activation
-from tests.helpers import assert_within_rule, poison_empty
+from tests.helpers import assert_within_rule, far_apart, poison_empty
 from tests.modulated import no_recompilation
 from tests.ragged import DTYPES
 
@@ -110,6 +110,18 @@ def test_numbers_of_every_size(dtype: torch.dtype, activation: str, device: torc
     torch.testing.assert_close(out.cpu().double(), exact, rtol=tolerance, atol=1e-6)
     d_exact = d_exact.clamp(-largest, largest).nan_to_num(0)
     torch.testing.assert_close(d_x.cpu().double()[:, :20], d_exact[:, :20], rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_bias_of_a_stride_beyond_int32(activation: str, device: torch.device) -> None:
+    if device.type == "cuda":
+        pytest.skip("that much memory is only free where it is never touched: on a CPU")
+    (x, bias), d_out = Case(tokens=3, columns=6, activation=activation).tensors()
+    results = [
+        run(lambda x: mlp_activation(x, b, activation, backend="triton"), [x], d_out)  # noqa: B023
+        for b in (bias, far_apart(bias, 0))
+    ]
+    assert all(torch.equal(near, far) for near, far in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sora_fast.ops._modulation import parts
+from sora_fast.ops.linear_unpatchify import linear_unpatchify
 from sora_fast.ops.patch_embed import (
     FactorisedPosition,
     _patch_embed,
@@ -19,8 +21,9 @@ from sora_fast.ops.patch_embed import (
     _weight_gradient,
     patch_embed,
 )
+from sora_fast.ops.unpatchify import unpatchify
 from sora_fast.packing import PackedLayout, RaggedLatents
-from tests.helpers import assert_within_rule, poison_empty
+from tests.helpers import assert_within_rule, far_apart, poison_empty
 from tests.modulated import no_recompilation
 from tests.ragged import DTYPES, RaggedCase, pad, ragged_cases
 
@@ -128,6 +131,42 @@ def test_addresses_beyond_int32(dtype: torch.dtype, device: torch.device, monkey
 
     monkeypatch.setattr(_patches, "INT32_ELEMENTS", 0)
     check(RaggedCase(order="tiled", drop=True, dtype=dtype), 20, "tables", "triton", device)
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"), [("weight", 0), ("weight", 1), ("bias", 0), ("position", 0), ("position", 1), ("flat", 0)]
+)
+def test_strides_beyond_int32(name: str, axis: int, device: torch.device) -> None:
+    if device.type == "cuda":
+        pytest.skip("that much memory is only free where it is never touched: on a CPU")
+    inputs = Inputs(RaggedCase(), 5, "row a token")
+    op = inputs.op(device, "triton")
+    torch.testing.assert_close(op(**inputs.leaves | {name: far_apart(inputs.leaves[name], axis)}), op(**inputs.leaves))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layout_of_any_strides(backend: str, device: torch.device) -> None:
+    weight = torch.randn(5, CASE.num_pixels, device=device)
+    rows = torch.randn(LAYOUT.capacity, CASE.num_pixels, device=device)
+
+    def run(layout: PackedLayout, latents: RaggedLatents) -> list[Tensor]:
+        to_pixels = (layout, PATCH, latents.shapes)
+        return [
+            patch_embed(latents, weight, None, layout, PATCH, backend=backend),
+            unpatchify(rows, *to_pixels, capacity=999, backend=backend).flat,
+            linear_unpatchify(
+                rows, weight.T.repeat(1, 5)[:, : rows.shape[1]], None, *to_pixels, capacity=999, backend=backend
+            ).flat,
+        ]
+
+    plain = LAYOUT.to(device), LATENTS.to(device)
+    for actual, expected in zip(run(*(bundle._map(_strided) for bundle in plain)), run(*plain), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def _strided(x: Tensor) -> Tensor:
+    """Every second number of memory, the first axis the fastest."""
+    return torch.stack([x.mT, x.mT], dim=-1)[..., 0].mT if x.ndim == 2 else torch.stack([x, x], dim=-1)[..., 0]
 
 
 @pytest.mark.parametrize("pw", [4, 8, 20])
@@ -285,8 +324,28 @@ def test_empty_pack(backend: str, device: torch.device) -> None:
     assert tokens.shape == (0, 8) and not weight.grad.any()
 
 
+@pytest.mark.parametrize("capacity", [0, 7])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_no_tokens_are_zeros(backend: str, capacity: int, device: torch.device) -> None:
+    layout = PackedLayout.from_grids([], capacity=capacity, max_segments=2).to(device)
+    latents = RaggedLatents.from_list([], capacity=5, max_segments=2).to(device)
+    latents = latents.with_flat(torch.full((5,), float("nan"), device=device, requires_grad=True))
+    weight, bias, *tables = (
+        torch.randn(*shape, device=device, requires_grad=True) for shape in ((8, 4), (8,), (3, 8), (3, 8), (3, 8))
+    )
+    leaves = [latents.flat, weight, bias, *tables]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        poison_empty(monkeypatch)
+        tokens = patch_embed(latents, weight, bias, layout, (1, 2, 2), FactorisedPosition(*tables), backend=backend)
+        grads = torch.autograd.grad(tokens, leaves, torch.full_like(tokens, float("nan")))
+    assert not tokens.any() and not any(grad.any() for grad in grads)
+
+
 CASE = RaggedCase()
 LAYOUT, LATENTS = CASE.layout(), CASE.latents()
+NO_CHANNELS = RaggedLatents.from_list(
+    [torch.zeros(CASE.shapes[0]), torch.zeros(0, *CASE.shapes[1][1:])], max_segments=3
+)
 WEIGHT, BIAS, PATCH = torch.zeros(5, CASE.num_pixels), torch.zeros(5), CASE.patch_size
 
 
@@ -294,6 +353,21 @@ WEIGHT, BIAS, PATCH = torch.zeros(5, CASE.num_pixels), torch.zeros(5), CASE.patc
     ("arguments", "error", "message"),
     [
         ((LATENTS, WEIGHT, BIAS, LAYOUT, (2, 2, 0)), ValueError, "patch_size: .* three ints"),
+        ((LATENTS, WEIGHT, BIAS, LAYOUT, 2), ValueError, "patch_size: 2; .* three ints"),
+        ((LATENTS.flat, WEIGHT, BIAS, LAYOUT, PATCH), TypeError, "latents: Tensor; it must be RaggedLatents"),
+        ((LATENTS.with_flat(LATENTS.flat[:, None]), WEIGHT, BIAS, LAYOUT, PATCH), ValueError, "latents.flat: shape"),
+        ((LATENTS.with_flat(LATENTS.flat[:9]), WEIGHT, BIAS, LAYOUT, PATCH), ValueError, "latents.flat: 9 elements"),
+        ((NO_CHANNELS, WEIGHT, BIAS, LAYOUT, PATCH), ValueError, "latents: a video of 0 channels, but .* takes 3"),
+        (
+            (LATENTS.with_flat(LATENTS.flat.to("meta")), WEIGHT.to("meta"), None, LAYOUT, PATCH),
+            ValueError,
+            "on cpu, but weight is on meta",
+        ),
+        (
+            (replace(LATENTS, offsets=LATENTS.offsets[1:]), WEIGHT, BIAS, LAYOUT, PATCH),
+            ValueError,
+            "latents.offsets: shape",
+        ),
         ((LATENTS, WEIGHT, BIAS, LAYOUT, (2, 2, 4)), ValueError, r"layout: segment 0 has the grid \(2, 3, 2\)"),
         ((LATENTS, WEIGHT[:, 1:], BIAS, LAYOUT, PATCH), ValueError, r"weight: .* it must be \[width, Cin·8\]"),
         ((LATENTS, WEIGHT[:, 8:], BIAS, LAYOUT, PATCH), ValueError, "latents: a video of 3 channels, but .* takes 2"),

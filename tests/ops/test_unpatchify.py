@@ -147,6 +147,8 @@ TOKENS = torch.zeros(LAYOUT.capacity, CASE.num_pixels)
         ((TOKENS[:, 1:], LAYOUT, (2, 2, 2), LATENTS), {}, ValueError, "tokens: 23 columns; .* need 8·Cout"),
         ((TOKENS.int(), LAYOUT, (2, 2, 2), LATENTS), {}, TypeError, "tokens: int32"),
         ((TOKENS, LAYOUT, (2, 2), LATENTS), {}, ValueError, "patch_size: .* three ints"),
+        ((TOKENS, LAYOUT, 2, LATENTS), {}, ValueError, "patch_size: 2; .* three ints"),
+        ((TOKENS, LAYOUT, (2, 2, 2), LATENTS.shapes.float()), {"capacity": 999}, TypeError, "shapes: float32"),
         ((TOKENS, LAYOUT, (1, 2, 2), LATENTS), {}, ValueError, "layout: segment 0 has the grid"),
         ((TOKENS, LAYOUT, (2, 2, 2), LATENTS.shapes), {}, ValueError, "capacity: None"),
         ((TOKENS, LAYOUT, (2, 2, 2), LATENTS.shapes), {"capacity": 9}, ValueError, "capacity: 9 elements"),
