@@ -110,7 +110,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
     ],
 )
 def test_packed_attention(
-    benchmark: Any, make: Callable[..., Attention], grids: list[Any], mask: SpacetimeMask, direction: str
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    make: Callable[..., Attention],
+    grids: list[Any],
+    mask: SpacetimeMask,
+    direction: str,
 ) -> None:
     if make is flex and direction != "forward":
         pytest.skip("FlexAttention has no backward pass on a CPU")
@@ -126,4 +131,6 @@ def test_packed_attention(
             torch.autograd.grad(out, qkv, gradient)
 
     step()
+    case, _, backend = request.node.callspec.id.removesuffix(f"-{direction}").rpartition(", ")
+    benchmark.extra_info.update(op="packed_attention", case=case, direction=direction, backend=backend)
     benchmark.pedantic(step, rounds=5)

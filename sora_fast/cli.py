@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sora_fast.generation.tasks import Request
     from sora_fast.training.batches import BatchConfig
     from sora_fast.training.data import FolderSource
-    from sora_fast.training.run import RunConfig
+    from sora_fast.training.run import RunConfig, TrainConfig
 
 BAD_INPUT, INTERRUPTED = 2, 130
 RESULTS = (".mp4", ".gif", ".png")
@@ -93,8 +93,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except ModuleNotFoundError as error:
         return _fail(f"{error}; pip install 'sora_fast[demo,text]' brings the optional parts")
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except OSError as error:
+        known = error.filename is not None and error.strerror
+        return _fail(f"{error.filename}: {error.strerror}" if known else str(error))
+    except (ValueError, TypeError, FloatingPointError) as error:
         return _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        advice = {"train": "a smaller --capacity or model", "sample": "a smaller --size or fewer --frames"}
+        return _fail(f"out of memory ({str(error).strip()}); {advice.get(argv[0], 'less at once')} may fit")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a CPU PyTorch raises a plain RuntimeError."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _fail(message: str) -> int:
@@ -152,7 +167,7 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     add("--dim", type=_COUNT, help=f"width (default: {defaults.dim})")
     add("--depth", type=_COUNT, help=f"transformer blocks (default: {defaults.depth})")
     add("--heads", type=_COUNT, help=f"attention heads (default: {defaults.heads})")
-    add("--patch", type=_sizes(3), metavar="TxHxW", help="pixels in a token (default: 1x4x4)")
+    add("--patch", type=_sizes("1x4x4"), metavar="TxHxW", help="pixels in a token (default: 1x4x4)")
     add("--text-encoder", metavar="FOLDER", help="a CLIP or T5 saved there (default: a small one, trained along)")
     add = parser.add_argument_group("training").add_argument
     add("--capacity", type=_COUNT, help=f"tokens in a batch (default: {defaults.capacity})")
@@ -179,9 +194,14 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
     add("--out", type=Path, required=True, help="file to write: .mp4, .gif, or .png for one frame")
     add("--prompt", default="", help="what is to be seen")
     add("--frames", type=_COUNT, default=16, help="frames of the whole result (default: %(default)s)")
-    add("--size", type=_sizes(2), metavar="HxW", help="height x width in pixels (default: 64x64, or the image's)")
-    add("--image", type=Path, metavar="FILE", help="image or clip to begin with; its frames stay as they are")
-    add("--end", type=Path, metavar="FILE", help="image or clip to end with")
+    add("--size", type=_sizes("64x48"), metavar="HxW", help="height x width in pixels (default: 64x64, or the image's)")
+    add(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="image or clip to begin with, scaled down as the run's own files were; its frames are kept",
+    )
+    add("--end", type=Path, metavar="FILE", help="image or clip to end with, of the same size")
     add("--guidance", type=_FINITE, default=3.0, help="1: none; more follows the prompt closer (default: %(default)s)")
     add("--steps", type=_COUNT, default=30, help="steps of the sampler (default: %(default)s)")
     add("--sampler", help="euler, heun, ddim, dpm++ or ddpm (default: what suits the run)")
@@ -235,7 +255,9 @@ _SHARE = _number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 _DECAY = _number(float, "a number of at least 0 and less than 1", lambda value: 0 <= value < 1)
 
 
-def _sizes(count: int) -> "argparse._ActionType":
+def _sizes(example: str) -> "argparse._ActionType":
+    count = len(example.split("x"))
+
     def parse(text: str) -> tuple[int, ...]:
         try:
             sizes = tuple(int(part) for part in text.lower().split("x"))
@@ -243,7 +265,7 @@ def _sizes(count: int) -> "argparse._ActionType":
             sizes = ()
         if len(sizes) != count or min(sizes) < 1:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not {count} whole numbers with an x between, like " + "x".join(["64"] * count)
+                f"{text!r} is not {count} positive whole numbers with an x between, like {example}"
             )
         return sizes
 
@@ -257,10 +279,14 @@ def _device(name: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: it must be cpu, cuda, or cuda with a number, like cuda:1") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):  # PyTorch knows names of devices it was not built for
+        raise ValueError(f"--device {name}: it must be cpu, cuda, or cuda with a number, like cuda:1")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: there is no usable GPU here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
     return name
 
 
@@ -282,6 +308,7 @@ def _train(a: argparse.Namespace) -> int:
     if a.resume:
         print(f"going on from step {trainer.step}")
     resume = f"sora-fast train --resume --out {a.out}"
+    before = trainer.step
     try:
         finished = trainer.fit()
     except FloatingPointError as error:
@@ -289,8 +316,15 @@ def _train(a: argparse.Namespace) -> int:
     if not finished:
         print(f"Saved at step {trainer.step}. To go on: {resume}")
         return INTERRUPTED
+    if a.resume and trainer.step == before:
+        print(f"It was at its end already. To train it for longer: {resume} {_longer(config.train)}")
     print(f"Done: {trainer.step} steps. To sample: sora-fast sample {a.out} --prompt … --out clip.mp4")
     return 0
+
+
+def _longer(config: "TrainConfig") -> str:
+    """The option that doubles what a run was given."""
+    return f"--minutes {2 * config.minutes:g}" if config.steps is None else f"--steps {2 * config.steps}"
 
 
 def _resumed_config(a: argparse.Namespace, given: Set[str]) -> "RunConfig":

@@ -57,10 +57,12 @@ def test_sample(run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_resume(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "--resume", "--out", str(run), "--device", "cpu"]) == 0
-    assert "going on from step 3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "going on from step 3" in said
+    assert f"at its end already. To train it for longer: sora-fast train --resume --out {run} --steps 6" in said
 
 
-def test_resume_with_changes(run: Path, tmp_path: Path) -> None:
+def test_resume_with_changes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shutil.copytree(run, tmp_path / "run")
     before = read_run(run)
     compiled = replace(before, train=replace(before.train, compile="inductor"))
@@ -71,6 +73,7 @@ def test_resume_with_changes(run: Path, tmp_path: Path) -> None:
     assert read_run(tmp_path / "run") == replace(before, train=changed)
     rows = read_log(tmp_path / "run" / LOG)
     assert len(rows) == 5
+    assert "at its end already" not in capsys.readouterr().out
     assert rows[-1]["lr"] < 1e-4
     assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--minutes", "1e-9", "--device", "cpu"]) == 0
     assert (read_run(tmp_path / "run").train.steps, read_run(tmp_path / "run").train.minutes) == (None, 1e-9)
@@ -114,6 +117,9 @@ def test_other_data_is_not_gone_on_with(folder: Path, tmp_path: Path, capsys: py
         ("train --data {tmp}/absent --out {tmp}/new", "is not a folder"),
         ("train --data {tmp} --out {tmp}/new", "no usable video or image"),
         ("train --data {data} --out {tmp}/new --capacity 9 --max-side 24", "left.png has 24 tokens"),
+        ("train --data {tmp}/absent --out {tmp}/new --device mps", "--device mps: it must be cpu, cuda"),
+        ("train --data {tmp}/absent --out {tmp}/new --device gpu", "--device gpu: it must be cpu, cuda"),
+        ("train --data {tmp}/absent --out {tmp}/new --device cuda:99", "--device cuda:99: there "),
         ("train --resume --out {tmp}", "holds no run"),
         ("sample {tmp} --out {tmp}/a.mp4", "holds no run"),
         ("sample {tmp} --out {tmp}/a.txt", "must end in"),
@@ -122,7 +128,9 @@ def test_other_data_is_not_gone_on_with(folder: Path, tmp_path: Path, capsys: py
         ("sample {tmp} --out {data}/left.png/a.mp4", "left.png: Not a directory"),
         ("sample {tmp} --out /proc/a.mp4", "nothing can be written to /proc"),
         ("sample {run} --out {tmp}/a.mp4 --image {data}/empty.mp4", "empty file"),
-        ("sample {run} --out {tmp}/a.mp4 --image {data}/absent.mp4", "absent.mp4"),
+        ("sample {run} --out {tmp}/a.mp4 --image {data}/absent.mp4", "absent.mp4: No such file or directory"),
+        ("sample {run} --out {tmp}/a.mp4 --size 99999999x99999999 --device cpu", "out of memory"),
+        ("report {tmp}/absent.json", "absent.json: No such file or directory"),
         ("sample {run} --out {tmp}/a.mp4 --image {data}/left.png --size 8x8", "must agree"),
         ("sample {run} --out {tmp}/a.mp4 --sampler rk4", "must be one of euler"),
         ("sample {run} --out {tmp}/a.mp4 --frames 1 --image {data}/left.png", "there must be more"),
@@ -175,6 +183,19 @@ def test_numbers_out_of_range_are_named(option: str, values: str, capsys: pytest
             main([command, *arguments, name, value])
         assert stop.value.code == 2
         assert f"argument {name}: '{value}' is not a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "example"),
+    [
+        ("train --data a --out b --patch 4x4", "3 positive whole numbers with an x between, like 1x4x4"),
+        ("sample a --out b.mp4 --size 0x0", "2 positive whole numbers with an x between, like 64x48"),
+    ],
+)
+def test_sizes_are_shown_by_example(arguments: str, example: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments.split())
+    assert example in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["sample"]])

@@ -47,7 +47,7 @@ class Request:
                 )
             given += clip.shape[1]
         if given >= self.frames:
-            raise ValueError(f"frames: {self.frames}, but {given} are given; there must be more, to make")
+            raise ValueError(f"frames: {self.frames}, but {given} are given, and count too; there must be more")
 
 
 def text_to_video(prompt: str, frames: int, size: tuple[int, int], *, guidance: float = 1.0, seed: int = 0) -> Request:

@@ -5,7 +5,9 @@ Figures are narrow (a phone shows them whole, a desk puts them side by side). Ma
 
 import html
 import io
+import math
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,11 +15,15 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from sora_fast.report.results import Measurement, Result
 
-WIDTH, BAR = 4.0, 0.24  # inches
+WIDTH, BAR, LINE = 4.0, 0.24, 0.17  # inches; LINE: of a legend
+# Characters of a name that fit into a legend's column: of two, and of one.
+HALF_LINE, WHOLE_LINE = 24, 56
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 MARKS = "osD^vP*X"
@@ -89,11 +95,15 @@ class _Canvas:
         artist.set_gid(f"tip-{len(self.tips)}")
         self.tips.append(text)
 
-    def legend(self, **options: Any) -> None:
-        """Above the axes, where it hides no mark; each name once."""
+    def legend(self, columns: int = 1) -> None:
+        """Above the axes, where it hides no mark and takes no height from them; each name once, and whole."""
         handles = dict(zip(*self.axes.get_legend_handles_labels()[::-1], strict=True))
-        where = {"loc": "outside upper left", "frameon": False, "fontsize": 8}
-        for text in self.figure.legend(handles.values(), handles, **where, **options).get_texts():
+        columns = 1 if any(len(name) > HALF_LINE for name in handles) else columns
+        names = [textwrap.fill(name, WHOLE_LINE) for name in handles]
+        lines = math.ceil(sum(name.count("\n") + 1 for name in names) / columns)
+        self.figure.set_figheight(self.figure.get_figheight() + LINE * max(lines - 2, 0))
+        where = {"loc": "outside upper left", "frameon": False, "fontsize": 8, "ncols": columns}
+        for text in self.figure.legend(handles.values(), names, **where).get_texts():
             text.set_parse_math(False)
 
     def plot(self, name: str, title: str, caption: str) -> Plot:
@@ -146,7 +156,9 @@ def _roofline(marks: Sequence[Mark]) -> Iterator[Plot]:
     for mark in {mark.who: mark for mark, _ in known}.values():
         axes.plot([], [], color=mark.colour, alpha=mark.alpha, linewidth=4, label=mark.who)
     axes.set(xlabel="least time that the ceilings allow (ms)", ylabel="measured time (ms)")
-    canvas.legend(ncols=2)
+    _plain_ticks(axes.xaxis)
+    _plain_ticks(axes.yaxis)
+    canvas.legend(columns=2)
     yield canvas.plot(
         "roofline",
         "Roofline",
@@ -172,6 +184,8 @@ def _scaling(marks: Sequence[Mark]) -> Iterator[Plot]:
         for curve in curves.values():
             _curve(canvas, sorted(curve, key=lambda mark: mark.measurement.tokens))
         canvas.axes.set(xlabel="tokens", ylabel="ns a token", xscale="log", yscale="log")
+        _plain_ticks(canvas.axes.xaxis)
+        _plain_ticks(canvas.axes.yaxis)
         canvas.legend()
         title = ", ".join(filter(None, (op, series, direction)))
         name = f"scaling-{title}"
@@ -204,7 +218,7 @@ def _bars(marks: Sequence[Mark]) -> Iterator[Plot]:
             place += len(group) + 1
         canvas.axes.set(xlim=(0, 1.3 * longest), ylim=(place - 0.5, -1.1), yticks=[], xlabel="time, fastest = 1")
         canvas.axes.axvline(1, color="grey", linewidth=0.7, linestyle="--", zorder=0)
-        canvas.legend(ncols=2)
+        canvas.legend(columns=2)
         caption = "Each group is the same work; whiskers: the first to the ninth decile of the rounds."
         yield canvas.plot(f"bars-{op}", op, caption)
 
@@ -226,6 +240,14 @@ def _group_of_bars(canvas: _Canvas, name: str, group: list[Mark], place: float) 
         ends.append(max(width, time.high / fastest))
         _beside(axes, f"{time.median:.3g} ms" if time.median < 1000 else f"{time.median:.0f} ms", ends[-1], y)
     return max(ends)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """0.5, 1, 2 where a logarithmic axis is short; the default writes 3×10⁰ beside 4×10⁰, one over the other."""
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.set_minor_formatter(StrMethodFormatter("{x:g}") if high < 100 * low else NullFormatter())
 
 
 def _beside(axes: Axes, text: str, x: float, y: float, **options: Any) -> None:

@@ -66,7 +66,7 @@ def test_given_frames_must_fill_patches() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="frames: 0"):
         text_to_video("", 0, (8, 8))
-    with pytest.raises(ValueError, match="2 are given; there must be more"):
+    with pytest.raises(ValueError, match="2 are given, and count too; there must be more"):
         Request("", 2, 8, 12, head=_clip(2))
     with pytest.raises(ValueError, match=r"tail: shape \(1, 1, 8, 12\); it must be \(C, t, 8, 8\)"):
         Request("", 3, 8, 8, tail=_clip(1))
