@@ -58,7 +58,7 @@ def test_offsets_that_nobody_could_check_stay_within(wrong: list[int], mask: Spa
     schedule = TileSchedule.build(layout, mask)
     sides = [getattr(side, name) for side in (schedule.by_query, schedule.by_key) for name in ("begin", "split", "end")]
     for places in (layout.cu_seqlens, layout.tile_offsets, *sides):
-        assert 0 <= places.min() and places.max() <= 40
+        assert places.min() >= 0 and places.max() <= 40
     for bounds in (layout.cu_seqlens, layout.tile_offsets):
         assert (bounds.diff() >= 0).all()
 
