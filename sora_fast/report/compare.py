@@ -7,6 +7,7 @@ from sora_fast.report.results import Measurement, Result
 # Below this many rounds a spread says nothing about the noise.
 ROUNDS = 3
 
+NOTHING_IN_COMMON = "Nothing was measured in both."
 NOISE = (
     "A change counts only if the two spreads (first to ninth decile of the rounds) do not overlap and both have at "
     f"least {ROUNDS} rounds. What differs between runs and not within one (clocks, temperature, other work) is not in "

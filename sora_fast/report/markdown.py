@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sora_fast.report.compare import NOISE
+from sora_fast.report.compare import NOISE, NOTHING_IN_COMMON
 from sora_fast.report.tables import Table, text
 
 
@@ -21,7 +21,7 @@ def document(
     """Everything; plots: (title, file)."""
     parts = ["# Benchmark report", table(environment)]
     for content in comparisons:
-        parts += [f"## {content.title}", NOISE, table(content)]
+        parts += [f"## {content.title}", *([NOISE, table(content)] if content.rows else [NOTHING_IN_COMMON])]
     parts += [f"![{title}]({file})" for title, file in plots]
     parts += [f"## {rows.title}", table(rows), "## Not measured"]
     parts.append("\n".join(f"- {line}" for line in missing) or "Nothing is missing.")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from sora_fast.report.compare import NOISE
+from sora_fast.report.compare import NOISE, NOTHING_IN_COMMON
 from sora_fast.report.figures import Plot
 from sora_fast.report.tables import Table, text
 
@@ -61,8 +61,7 @@ def document(
 ) -> str:
     """The whole page."""
     parts = [_table(environment, sortable=False)]
-    for content in comparisons:
-        parts += [f"<h2>{escape(content.title)}</h2>", f"<p>{escape(_verdict(content))} {NOISE}</p>", _table(content)]
+    parts += map(_comparison, comparisons)
     parts += ["<h2>Plots</h2>", f'<div class="plots">{"".join(map(_figure, plots))}</div>']
     search = '<input type="search" placeholder="filter, for example: adaln backward" aria-label="filter the table">'
     parts += [f"<h2>{escape(rows.title)}</h2>", "<p>Click a column's head to sort by it.</p>", search, _table(rows)]
@@ -87,9 +86,14 @@ def document(
 """
 
 
+def _comparison(content: Table) -> str:
+    head = f"<h2>{escape(content.title)}</h2>"
+    if not content.rows:
+        return f"{head}<p>{NOTHING_IN_COMMON}</p>"
+    return f"{head}<p>{escape(_verdict(content))} {NOISE}</p>{_table(content)}"
+
+
 def _verdict(comparison: Table) -> str:
-    if not comparison.rows:
-        return "Nothing was measured in both."
     if comparison.marked:
         return f"{len(comparison.marked)} of {len(comparison.rows)} regressed beyond the noise (marked)."
     return f"{len(comparison.rows)} measured in both, none marked as a regression."

@@ -49,6 +49,14 @@ def test_every_kernel_is_on_the_roofline(single: Path) -> None:
     assert "adaln[C1152], forward, triton, 0.04152 ms" in roofline
 
 
+def test_results_with_nothing_in_common_make_no_empty_table(tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    write_report([save(suite(), tmp_path / "suite.json"), save(pytest_benchmark(), tmp_path / "bench.json")], out)
+    for text in (out.read_text(), out.with_suffix(".md").read_text()):
+        assert text.count("Nothing was measured in both.") == 1
+        assert "verdict" not in text
+
+
 def test_what_lacks_is_said(tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     write_report([save(pytest_benchmark(), tmp_path / "bench.json")], out)
