@@ -1,5 +1,6 @@
 """Time variants of the same work fairly: interleaved, from a cold cache, by CUDA events on a GPU."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,7 @@ def time_variants(
 ) -> dict[str, list[float]]:
     """Milliseconds of every round of every variant, which take turns, so that a drift of the clocks meets them alike.
 
+    In another order every round: what a variant leaves in the caches and the allocator hastens or delays the next one.
     After `warmup` calls each, rounds go on until `seconds` have passed (all variants together), but at
     least 3 times, or until `max_samples` rounds are done.
     """
@@ -58,10 +60,12 @@ def time_variants(
             sample(work)
     samples: dict[str, list[float]] = {name: [] for name in variants}
     end = time.perf_counter() + seconds
+    turns, shuffle = list(variants.items()), random.Random(0).shuffle
     for done in range(max_samples):
         if done >= 3 and time.perf_counter() > end:
             break
-        for name, work in variants.items():
+        shuffle(turns)
+        for name, work in turns:
             samples[name].append(sample(work))
     return samples
 

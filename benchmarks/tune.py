@@ -25,7 +25,6 @@ from benchmarks.shapes import Model
 from benchmarks.timing import Timing
 from sora_fast import use_backend
 from sora_fast.kernels import _attention_config as config
-from sora_fast.kernels._attention import split_head_dim
 from sora_fast.kernels._attention_config import BlockSizes
 from sora_fast.kernels._launch import target_arch
 
@@ -58,8 +57,8 @@ _CANDIDATES: Mapping[str, tuple[tuple[int, int, int, int], ...]] = {
     ),
     "one_pass": ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 3)),
 }
-# All that a head may take, see kernels/_attention.py. A winner speaks for its own width alone.
-_WIDTHS = tuple(sorted({sum(split_head_dim(head_dim)) for head_dim in range(32, 257, 8)}))
+# A winner speaks for its own head dim alone.
+_ALL_HEAD_DIMS = range(32, 257, 8)
 # Of the head dims that video models have, the commonest first.
 _HEAD_DIMS = (128, 64, 72)
 _MARK = "# Measured on "
@@ -68,10 +67,10 @@ Table = list[tuple[int, BlockSizes]]
 
 @dataclass(frozen=True)
 class Trial:
-    """A configuration of a pass at one width. time: of the whole direction. absent: why there is none."""
+    """A configuration of a pass at one head dim. time: of the whole direction. absent: why there is none."""
 
     kernel: str
-    width: int
+    head_dim: int
     blocks: BlockSizes
     time: Timing | None = None
     absent: str = ""
@@ -82,7 +81,7 @@ class Winner:
     """What the table should say, and why."""
 
     kernel: str
-    width: int
+    head_dim: int
     blocks: BlockSizes
     reason: str
 
@@ -93,19 +92,18 @@ def tune_attention(folder: Path, device: torch.device, timer: Timer, *, small: b
     for head_dim in _HEAD_DIMS[-1:] if small else _HEAD_DIMS:
         heads, pack = (1, "tiny") if small else (16, "32k ragged")
         case = Plan("packed_attention", Model(heads * head_dim, heads), pack, "full").build(device)
-        width = sum(split_head_dim(head_dim))
         for kernel, numbers in _CANDIDATES.items():
-            present = config.block_sizes(kernel, torch.bfloat16, width, arch)
+            present = config.block_sizes(kernel, torch.bfloat16, head_dim, arch)
             candidates = list(dict.fromkeys([present, *(BlockSizes(*n) for n in numbers[: 2 if small else None])]))
             print(f"trying {len(candidates)} configurations of {kernel} at head dim {head_dim}", file=sys.stderr)
-            trials += try_all(case, kernel, width, candidates, arch[0], timer)
+            trials += try_all(case, kernel, head_dim, candidates, arch[0], timer)
             text = json.dumps([asdict(trial) for trial in trials], indent=1)
             (folder / "tune.json").write_text(text + "\n")
     return trials
 
 
 def try_all(
-    case: Case, kernel: str, width: int, candidates: Sequence[BlockSizes], major: int, timer: Timer
+    case: Case, kernel: str, head_dim: int, candidates: Sequence[BlockSizes], major: int, timer: Timer
 ) -> list[Trial]:
     """Time `candidates` in turn: those that compile, fit, and agree with fp64."""
     direction = DIRECTIONS[0] if kernel == "forward" else DIRECTIONS[1]
@@ -113,7 +111,7 @@ def try_all(
     (row,) = measure(case, timer, makers, directions=[direction])
     times, absent = row.times, row.absent
     return [
-        Trial(kernel, width, blocks, times.get(name(blocks)), absent.get(name(blocks), "")) for blocks in candidates
+        Trial(kernel, head_dim, blocks, times.get(name(blocks)), absent.get(name(blocks), "")) for blocks in candidates
     ]
 
 
@@ -137,9 +135,9 @@ def name(blocks: BlockSizes) -> str:
 
 
 def winners(trials: Sequence[Trial]) -> Iterator[Winner]:
-    """The fastest of each pass and width, where it beats the present one, which is the first of its trials."""
-    for key in dict.fromkeys((trial.kernel, trial.width) for trial in trials):
-        present, *others = [trial for trial in trials if (trial.kernel, trial.width) == key]
+    """The fastest of each pass and head dim, where it beats the present one, which is the first of its trials."""
+    for key in dict.fromkeys((trial.kernel, trial.head_dim) for trial in trials):
+        present, *others = [trial for trial in trials if (trial.kernel, trial.head_dim) == key]
         timed = [trial for trial in others if trial.time]
         if not timed:
             continue
@@ -152,15 +150,15 @@ def winners(trials: Sequence[Trial]) -> Iterator[Winner]:
 
 
 def one_pass_up_to(trials: Sequence[Trial]) -> int:
-    """The widest head up to which, at every width tried, one pass beats the best that was seen of two."""
+    """The widest head up to which, at every head dim tried, one pass beats the best that was seen of two."""
     widest = 0
-    for width in sorted({trial.width for trial in trials}):
-        here = [trial for trial in trials if trial.width == width and trial.time]
+    for head_dim in sorted({trial.head_dim for trial in trials}):
+        here = [trial for trial in trials if trial.head_dim == head_dim and trial.time]
         one = [trial.time for trial in here if trial.kernel == "one_pass"]
         two = [trial.time for trial in here if trial.kernel.startswith("grad_")]
         if not one or not two or min(one, key=_median).high >= min(two, key=_median).low:
             break
-        widest = width
+        widest = head_dim
     return widest
 
 
@@ -177,7 +175,7 @@ def rewrite(source: str, found: Sequence[Winner], major: int, *, where: str, one
     for winner in found:
         entry = _entry(source, "_TABLES", winner.kernel, major)
         table = _with_winner(_read(entry), winner)
-        source = _replace(source, entry, _format(table, entry.col_offset), f"{where}: {winner.reason}", winner.width)
+        source = _replace(source, entry, _format(table, entry.col_offset), f"{where}: {winner.reason}", winner.head_dim)
     if one_pass is not None:
         entry = _entry(source, "ONE_PASS", major)
         source = _splice(source, entry, str(one_pass))
@@ -204,15 +202,15 @@ def _read(entry: ast.expr) -> Table:
 
 
 def _with_winner(table: Table, winner: Winner) -> Table:
-    """Every other width keeps what it has."""
-    rows = [(width, next(blocks for widest, blocks in table if width <= widest)) for width in _WIDTHS]
-    rows = [(width, winner.blocks if width == winner.width else blocks) for width, blocks in rows]
+    """Every other head dim keeps what it has."""
+    rows = [(own, next(blocks for widest, blocks in table if own <= widest)) for own in _ALL_HEAD_DIMS]
+    rows = [(own, winner.blocks if own == winner.head_dim else blocks) for own, blocks in rows]
     return [row for row, after in zip(rows, [*rows[1:], (0, None)], strict=True) if row[1] != after[1]]
 
 
 def _format(table: Table, column: int) -> str:
     """As ruff formats it: in one line if it fits."""
-    pairs = [f"({width}, BlockSizes({b.own}, {b.other}, {b.num_warps}, {b.num_stages}))" for width, b in table]
+    pairs = [f"({widest}, BlockSizes({b.own}, {b.other}, {b.num_warps}, {b.num_stages}))" for widest, b in table]
     line = f"[{', '.join(pairs)}]"
     if column + len(line) + 1 <= 120:
         return line
@@ -220,15 +218,15 @@ def _format(table: Table, column: int) -> str:
     return "[" + "".join(f"{indent}{pair}," for pair in pairs) + "\n" + " " * 8 + "]"
 
 
-def _replace(source: str, entry: ast.expr, text: str, reason: str, width: int) -> str:
-    """`text` in place of the entry, and the reason in a line above it, in place of an earlier one of this width."""
+def _replace(source: str, entry: ast.expr, text: str, reason: str, head_dim: int) -> str:
+    """`text` in place of the entry, and the reason in a line above it, in place of an earlier one of this head dim."""
     lines = _splice(source, entry, text).split("\n")
     first = start = entry.lineno - 1
     while lines[start - 1].lstrip().startswith("#"):
         start -= 1
-    kept = [line for line in lines[start:first] if not (_MARK in line and f" at {width}: " in line)]
+    kept = [line for line in lines[start:first] if not (_MARK in line and f" at {head_dim}: " in line)]
     place, _, rest = reason.partition(": ")
-    comment = f"{' ' * 8}{_MARK}{place}, at {width}: {rest}."
+    comment = f"{' ' * 8}{_MARK}{place}, at {head_dim}: {rest}."
     return "\n".join([*lines[:start], *kept, comment, *lines[first:]])
 
 
@@ -251,8 +249,8 @@ def tune(folder: Path, device: torch.device, timer: Timer, *, dry: bool) -> None
     if not dry:
         file.write_text(text)
     for winner in found:
-        print(f"{winner.kernel} at width {winner.width}: {winner.reason}")
-    print(f"{len(found)} numbers changed; one pass is taken up to width {one_pass_up_to(trials)}")
+        print(f"{winner.kernel} at head dim {winner.head_dim}: {winner.reason}")
+    print(f"{len(found)} numbers changed; one pass is taken up to head dim {one_pass_up_to(trials)}")
 
 
 TUNABLE: Mapping[str, Callable[..., None]] = {"packed_attention": tune}

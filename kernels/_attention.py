@@ -97,11 +97,6 @@ class Head:
         dim = q.shape[2]
         return Head(dim, *split_head_dim(dim), q.shape[1] // k.shape[1], unit, reach >= 1 << 31)
 
-    @property
-    def width(self) -> int:
-        """Columns that the kernels compute with."""
-        return self.main + self.rest
-
     def rows(self, x: Tensor) -> Rows:
         """x [N, H, D] as a kernel takes it."""
         return Rows(x, x.stride(0) // self.unit, x.stride(1) // self.unit, x.stride(2))

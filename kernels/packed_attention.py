@@ -55,7 +55,7 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device)
     head = Head.of(q, k, v, out)
-    blocks = block_sizes("forward", q.dtype, head.width, target_arch(q.device)).fitted(*tile_sizes)
+    blocks = block_sizes("forward", q.dtype, head.dim, target_arch(q.device)).fitted(*tile_sizes)
     parts = triton.cdiv(tile_sizes[0], blocks.own)
     launch(
         forward_kernel,

@@ -20,8 +20,11 @@ def test_timing_reads_the_work_and_not_the_noise() -> None:
 
 def test_variants_take_turns() -> None:
     calls: list[str] = []
-    time_variants({name: lambda name=name: calls.append(name) for name in "ab"}, device=CPU, max_samples=4)
-    assert "".join(calls) == "aabb" + "ab" * 4, "a warm-up of each, then rounds"
+    time_variants({name: lambda name=name: calls.append(name) for name in "abc"}, device=CPU, max_samples=20)
+    assert "".join(calls[:6]) == "aabbcc", "a warm-up of each"
+    rounds = ["".join(calls[start : start + 3]) for start in range(6, len(calls), 3)]
+    assert len(rounds) == 20 and all(sorted(order) == list("abc") for order in rounds)
+    assert len(set(rounds)) == 6, "nobody always comes after the same one"
 
 
 def test_out_of_time_still_gives_three_samples() -> None:

@@ -17,10 +17,10 @@ OLD, NEW = BlockSizes(128, 64, 8, 3), BlockSizes(64, 64, 4, 3)
 FAST, SLOW, CLOSE = (Timing(middle, middle - 0.1, middle + 0.1, 9) for middle in (1.0, 2.0, 1.1))
 
 
-def _block_sizes(source: str, kernel: str, width: int, major: int) -> BlockSizes:
+def _block_sizes(source: str, kernel: str, head_dim: int, major: int) -> BlockSizes:
     module: dict[str, Any] = {"__name__": "sora_fast.kernels.rewritten"}
     exec(compile(source, "rewritten", "exec", dont_inherit=True), module)
-    found = module["block_sizes"](kernel, torch.bfloat16, width, (major, 0))
+    found = module["block_sizes"](kernel, torch.bfloat16, head_dim, (major, 0))
     return BlockSizes(found.own, found.other, found.num_warps, found.num_stages)
 
 
@@ -49,8 +49,8 @@ def test_what_does_not_run_loses_to_anything() -> None:
 
 
 def test_one_pass_is_taken_where_it_wins_without_a_gap() -> None:
-    def trials(width: int, one: Timing, two: Timing) -> list[Trial]:
-        return [Trial("one_pass", width, OLD, one), Trial("grad_query", width, OLD, two)]
+    def trials(head_dim: int, one: Timing, two: Timing) -> list[Trial]:
+        return [Trial("one_pass", head_dim, OLD, one), Trial("grad_query", head_dim, OLD, two)]
 
     wins, loses = trials(64, FAST, SLOW), trials(80, SLOW, FAST)
     assert one_pass_up_to(wins) == 64
@@ -59,14 +59,14 @@ def test_one_pass_is_taken_where_it_wins_without_a_gap() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["forward", "grad_query", "grad_key_value", "one_pass"])
-@pytest.mark.parametrize("width", [64, 80, 128])
-def test_only_the_winners_width_changes(kernel: str, width: int) -> None:
-    text = rewrite(SOURCE, [Winner(kernel, width, BlockSizes(32, 64, 4, 5), "why")], 9, where="some GPU 2026-01-01")
-    for other in tune._WIDTHS:
-        expected = BlockSizes(32, 64, 4, 5) if other == width else _block_sizes(SOURCE, kernel, other, 9)
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+def test_only_the_winners_head_dim_changes(kernel: str, head_dim: int) -> None:
+    text = rewrite(SOURCE, [Winner(kernel, head_dim, BlockSizes(32, 64, 4, 5), "why")], 9, where="some GPU 2026-01-01")
+    for other in tune._ALL_HEAD_DIMS:
+        expected = BlockSizes(32, 64, 4, 5) if other == head_dim else _block_sizes(SOURCE, kernel, other, 9)
         assert _block_sizes(text, kernel, other, 9) == expected, other
         assert _block_sizes(text, kernel, other, 8) == _block_sizes(SOURCE, kernel, other, 8)
-    assert f"        # Measured on some GPU 2026-01-01, at {width}: why.\n        9: [" in text
+    assert f"        # Measured on some GPU 2026-01-01, at {head_dim}: why.\n        9: [" in text
     assert max(map(len, text.split("\n"))) <= 120
 
 
