@@ -76,25 +76,22 @@ def table_gradients(grads: Tensor, count: int) -> tuple[Tensor | None, ...]:
 
 
 def without_padding(x: Tensor, index: Index) -> Tensor:
-    """`x` [N, C], widened, with zeros for padding, whatever stands there; in its gradient too."""
-    return widened(torch.where((parts(index)[0] >= 0)[:, None], x, 0))
+    """`x` [N, C] with zeros for padding, whatever stands there; in its gradient too."""
+    return torch.where(_is_token(parts(index)[0]), x, 0)
+
+
+def guarded(x: Tensor, index: Index) -> Tensor:
+    """`x` [N, C] as it is, padding too, but with zeros for padding in its gradient, whatever arrives there.
+
+    An op that takes padding out of its result alone needs no more: a mask for every factor cost a compiled `adaln`
+    half of its speed on a CPU.
+    """
+    return _Guarded.apply(x, parts(index)[0])
 
 
 def gather_rows(table: Tensor, index: Index) -> Tensor:
-    """table[index], [N, C], widened, with zeros for padding."""
-    if table.device.type == "cpu" and not (torch.compiler.is_compiling() and _on_one_core()):
-        return _GatherRows.apply(widened(table), *parts(index))
-    return without_padding(table[parts(index)[0].clamp(min=0)], index)
-
-
-def _on_one_core() -> bool:
-    """There Inductor's own backward pass of a gather is the faster one, and adds in one order: it needs no atomics, and
-    is one loop with what comes before it."""
-    return torch.get_num_threads() == 1
-
-
-# Dynamo cannot trace it; see `choose` for why this and not the decorator.
-_on_one_core._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    """table[index], [N, C], widened; padding gets some row or other, and gives nothing to the table's gradient."""
+    return _GatherRows.apply(widened(table), *parts(index))
 
 
 def widened(x: Tensor) -> Tensor:
@@ -102,23 +99,56 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class _GatherRows(torch.autograd.Function):
-    """table[index] with a backward pass that is fast on a CPU and gives the same bits every time.
+def sum_rows(x: Tensor, offsets: Tensor, tokens: Tensor) -> Tensor:
+    """Sums [M, C] of the rows of `x` [N, C] that `tokens` names from each of `offsets` [M+1] to the next.
 
-    PyTorch's own adds token after token, and by atomics in what Inductor makes of it: measured 5× slower, and other
-    bits in every run on two threads. A bag of embeddings is the same sum, and its kernel runs at memory speed. (On a
-    GPU it is the other way round: a bag is summed by one thread a column.)
+    Fast on a CPU and the same bits in every run. PyTorch's own sum by index adds token after token, and by atomics in
+    what Inductor makes of it: measured 5× slower, and other bits in every run on two threads. A bag of embeddings is
+    the same sum, and its kernel runs at memory speed. (On a GPU it is the other way round: a bag is summed by one
+    thread a column.)
     """
+    bags = F.pad(offsets, (0, 1), value=tokens.shape[0])  # the last one is what is in no row
+    return F.embedding_bag(tokens, x, bags, mode="sum", include_last_offset=True)[:-1]
 
+
+def _is_token(index: Tensor) -> Tensor:
+    return (index >= 0)[:, None]
+
+
+class _Guarded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        return torch.where(_is_token(index), grad, 0), None
+
+
+class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, index: Tensor, offsets: Tensor | None, tokens: Tensor | None) -> Tensor:
         ctx.save_for_backward(index, offsets, tokens)
         ctx.num_rows = table.shape[0]
-        return without_padding(table[index.clamp(min=0)], index)
+        return table[index.clamp(min=0)]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        offsets, tokens = csr(*ctx.saved_tensors, ctx.num_rows)
-        bags = F.pad(offsets, (0, 1), value=tokens.shape[0])  # the last one is the padding's
-        sums = F.embedding_bag(tokens, grad, bags, mode="sum", include_last_offset=True)
-        return sums[:-1], None, None, None
+        index, offsets, tokens = ctx.saved_tensors
+        if grad.device.type == "cpu" and not (torch.compiler.is_compiling() and _on_one_core()):
+            return sum_rows(grad, *csr(index, offsets, tokens, ctx.num_rows)), None, None, None
+        sums = grad.new_zeros(ctx.num_rows, grad.shape[1])
+        own = torch.where(_is_token(index), grad, 0)
+        return sums.index_put((index.clamp(min=0),), own, accumulate=True), None, None, None
+
+
+def _on_one_core() -> bool:
+    """There Inductor's own sum by index is the faster one, and adds in one order: it needs no atomics, and is one loop
+    with what comes before it."""
+    return torch.get_num_threads() == 1
+
+
+# Dynamo cannot trace it; see `choose` for why this and not the decorator.
+_on_one_core._dynamo_marked_constant = True  # type: ignore[attr-defined]

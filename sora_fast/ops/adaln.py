@@ -11,9 +11,11 @@ from sora_fast.ops._modulation import (
     check_modulated,
     csr,
     gather_rows,
+    guarded,
     offered_rows,
     parts,
     table_gradients,
+    widened,
     without_padding,
 )
 from sora_fast.ops._norm import affine_gradients, check_norm, contiguous, fake_affine, fake_stats, plain_norm
@@ -60,12 +62,14 @@ def plain_adaln(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """The torch backend. Padding is zero in every factor, so that no NaN in it reaches a gradient."""
-    normed = plain_norm(without_padding(x, index), norm, weight, bias, eps)
-    y = normed * (1 + gather_rows(scale, index)) + gather_rows(shift, index)
-    # A weight and a bias are no token's own: only this keeps them from padding, and padding from them.
-    y = y if weight is None and bias is None else without_padding(y, index)
-    return y.to(x.dtype)
+    """The torch backend."""
+    factor = 1 + gather_rows(scale, index)
+    if weight is None and bias is None:
+        x, dtype = guarded(x, index), x.dtype
+    else:  # they are no token's own: only zeros keep what padding holds from their gradients
+        x, factor, dtype = without_padding(x, index), without_padding(factor, index), x.dtype
+    y = plain_norm(widened(x), norm, weight, bias, eps) * factor + gather_rows(shift, index)
+    return without_padding(y, index).to(dtype)
 
 
 @torch.library.custom_op("sora_fast::adaln", mutates_args=())

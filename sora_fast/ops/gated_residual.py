@@ -11,9 +11,11 @@ from sora_fast.ops._modulation import (
     check_modulated,
     csr,
     gather_rows,
+    guarded,
     offered,
     parts,
     table_gradients,
+    widened,
     without_padding,
 )
 
@@ -38,9 +40,9 @@ def gated_residual(
 
 
 def plain_gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, index: Index) -> Tensor:
-    """The torch backend. Padding is zero in every term, so that no NaN in it reaches a gradient."""
-    update = gather_rows(gate, index) * without_padding(branch, index)
-    return (without_padding(residual, index) + update).to(residual.dtype)
+    """The torch backend."""
+    update = gather_rows(gate, index) * widened(guarded(branch, index))
+    return without_padding(widened(residual) + update, index).to(residual.dtype)
 
 
 @torch.library.custom_op("sora_fast::gated_residual", mutates_args=())
