@@ -83,8 +83,8 @@ def without_padding(x: Tensor, index: Index) -> Tensor:
 def guarded(x: Tensor, index: Index) -> Tensor:
     """`x` [N, C] as it is, padding too, but with zeros for padding in its gradient, whatever arrives there.
 
-    An op that takes padding out of its result alone needs no more: a mask for every factor cost a compiled `adaln`
-    half of its speed on a CPU.
+    An op that takes padding out of its result alone needs no more. (A mask for every factor cost a compiled `adaln` up
+    to 40% of its time on a CPU.)
     """
     return _Guarded.apply(x, parts(index)[0])
 
@@ -99,16 +99,12 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def sum_rows(x: Tensor, offsets: Tensor, tokens: Tensor) -> Tensor:
-    """Sums [M, C] of the rows of `x` [N, C] that `tokens` names from each of `offsets` [M+1] to the next.
+def sum_rows(x: Tensor, index: Tensor, offsets: Tensor, tokens: Tensor) -> Tensor:
+    """Sums [M, C] of the tokens `x` [N, C] of every row; padding is not read.
 
-    Fast on a CPU and the same bits in every run. PyTorch's own sum by index adds token after token, and by atomics in
-    what Inductor makes of it: measured 5× slower, and other bits in every run on two threads. A bag of embeddings is
-    the same sum, and its kernel runs at memory speed. (On a GPU it is the other way round: a bag is summed by one
-    thread a column.)
+    index [N]: the row of every token, −1 for padding; offsets [M+1], tokens [N]: the same in CSR form.
     """
-    bags = F.pad(offsets, (0, 1), value=tokens.shape[0])  # the last one is what is in no row
-    return F.embedding_bag(tokens, x, bags, mode="sum", include_last_offset=True)[:-1]
+    return _SumRows.apply(x, index, offsets, tokens)
 
 
 def _is_token(index: Tensor) -> Tensor:
@@ -138,10 +134,34 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, offsets, tokens = ctx.saved_tensors
         if grad.device.type == "cpu" and not (torch.compiler.is_compiling() and _on_one_core()):
-            return sum_rows(grad, *csr(index, offsets, tokens, ctx.num_rows)), None, None, None
+            return _sums(grad, *csr(index, offsets, tokens, ctx.num_rows)), None, None, None
         sums = grad.new_zeros(ctx.num_rows, grad.shape[1])
         own = torch.where(_is_token(index), grad, 0)
         return sums.index_put((index.clamp(min=0),), own, accumulate=True), None, None, None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, offsets: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        return _sums(x, offsets, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        # Padding's −1 is the last row: zeros, without a mask.
+        return F.pad(grad, (0, 0, 0, 1))[index], None, None, None
+
+
+def _sums(x: Tensor, offsets: Tensor, tokens: Tensor) -> Tensor:
+    """As `sum_rows`, fast on a CPU, and the same bits in every run.
+
+    PyTorch's own sum by index adds token after token, and by atomics in what Inductor makes of it: measured 5× slower,
+    and other bits in every run on two threads. A bag of embeddings is the same sum, and its kernel runs at memory
+    speed. (On a GPU it is the other way round: a bag is summed by one thread a column.)
+    """
+    bags = F.pad(offsets, (0, 1), value=tokens.shape[0])  # the last one is the padding's
+    return F.embedding_bag(tokens, x, bags, mode="sum", include_last_offset=True)[:-1]
 
 
 def _on_one_core() -> bool:

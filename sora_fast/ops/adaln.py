@@ -63,12 +63,12 @@ def plain_adaln(
     eps: float,
 ) -> Tensor:
     """The torch backend."""
-    factor = 1 + gather_rows(scale, index)
+    factor = gather_rows(1 + widened(scale), index)
     if weight is None and bias is None:
         x, dtype = guarded(x, index), x.dtype
     else:  # they are no token's own: only zeros keep what padding holds from their gradients
         x, factor, dtype = without_padding(x, index), without_padding(factor, index), x.dtype
-    y = plain_norm(widened(x), norm, weight, bias, eps) * factor + gather_rows(shift, index)
+    y = torch.addcmul(gather_rows(shift, index), plain_norm(widened(x), norm, weight, bias, eps), factor)
     return without_padding(y, index).to(dtype)
 
 

@@ -41,8 +41,8 @@ def gated_residual(
 
 def plain_gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, index: Index) -> Tensor:
     """The torch backend."""
-    update = gather_rows(gate, index) * widened(guarded(branch, index))
-    return without_padding(widened(residual) + update, index).to(residual.dtype)
+    out = torch.addcmul(widened(residual), gather_rows(gate, index), widened(guarded(branch, index)))
+    return without_padding(out, index).to(residual.dtype)
 
 
 @torch.library.custom_op("sora_fast::gated_residual", mutates_args=())

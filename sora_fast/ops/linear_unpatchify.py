@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sora_fast.ops import _patches_torch
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
@@ -36,7 +36,7 @@ def linear_unpatchify(
     _check(x, weight, bias, layout)
     channels = channels_of("weight rows", weight.shape[0], patch_size)
     if choose("linear_unpatchify", backend, x.device, offered(x)) == "torch":
-        rows = F.linear(torch.where((layout.segment_ids >= 0)[:, None], x, 0), weight, bias)
+        rows = _patches_torch.linear(x, weight, bias, layout)
         return unpatchify(rows, layout, patch_size, shapes, capacity=capacity, backend=backend)
     offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity)
     places = geometry(offsets, shapes, layout, patch_size)

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sora_fast.ops import _patches_torch
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape, may_read
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered, parts
-from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry, pixel_index
+from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry
 from sora_fast.packing import PackedLayout, RaggedLatents, RowIndex
 
 
@@ -97,16 +98,15 @@ def _torch(
     position: Position,
 ) -> Tensor:
     channels = weight.shape[1] // math.prod(patch_size)
-    index, exists = pixel_index(latents.offsets, latents.shapes, layout, channels, patch_size)
-    # What does not exist reads the first element and drops it; an empty buffer gets one.
-    flat = latents.flat if latents.flat.shape[0] else F.pad(latents.flat, (0, 1))
-    pixels = torch.where(exists, flat[torch.where(exists, index, 0)], 0)
-    tokens = F.linear(pixels.flatten(1), weight, bias)
+    patches = _patches_torch.cut(latents.flat, latents.offsets, latents.shapes, layout, patch_size, channels)
+    tokens = _patches_torch.linear(patches, weight, bias, layout)
+    if position is None:
+        return tokens
     if isinstance(position, FactorisedPosition):
         for axis, table in enumerate(position.tables):
             if table is not None:
                 tokens = tokens + F.embedding(layout.coords[:, axis].clamp(max=table.shape[0] - 1), table)
-    elif position is not None:
+    else:
         tokens = tokens + position
     return torch.where((layout.segment_ids >= 0)[:, None], tokens, 0)
 

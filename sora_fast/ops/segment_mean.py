@@ -5,6 +5,7 @@ from torch import Tensor
 
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape
 from sora_fast.ops._dispatch import choose
+from sora_fast.ops._modulation import sum_rows, widened
 from sora_fast.packing import PackedLayout
 
 
@@ -20,10 +21,7 @@ def segment_mean(x: Tensor, layout: PackedLayout, *, backend: str | None = None)
     check_dtype("x", x, FLOAT_DTYPES)
     check_device("x", x, "the layout", layout.device)
     choose("segment_mean", backend, x.device, ("torch",))
-    end = layout.cu_seqlens.new_full((1,), layout.capacity)
-    # Padding is one more segment: what stands in it, NaN too, reaches no other one.
-    offsets = torch.cat([layout.cu_seqlens, end]).long()
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # unsafe: a check of the offsets would wait for the device.
-    means = torch.segment_reduce(wide, "mean", offsets=offsets, axis=0, unsafe=True, initial=0)
-    return means[:-1].to(x.dtype)
+    tokens = torch.arange(layout.capacity, dtype=torch.int32, device=x.device)
+    sums = sum_rows(widened(x), layout.segment_ids, layout.cu_seqlens, tokens)
+    lengths = layout.cu_seqlens.diff().clamp(min=1)
+    return (sums / lengths[:, None]).to(x.dtype)

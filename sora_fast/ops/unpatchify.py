@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sora_fast.ops import _patches_torch
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape, may_read
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
-from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry, pixel_index
+from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry
 from sora_fast.packing import PackedLayout, RaggedLatents
 
 
@@ -37,7 +38,7 @@ def unpatchify(
     channels = channels_of("tokens columns", tokens.shape[1], patch_size)
     offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity)
     if choose("unpatchify", backend, tokens.device, offered(tokens)) == "torch":
-        flat = _torch(tokens, offsets, shapes, layout, patch_size, capacity)
+        flat = _patches_torch.put(tokens, offsets, shapes, layout, patch_size, capacity)
     else:
         flat = _unpatchify(tokens, *geometry(offsets, shapes, layout, patch_size), capacity)
     return RaggedLatents(flat, offsets, shapes)
@@ -76,18 +77,6 @@ def videos_of(
         raise ValueError(f"capacity: {capacity} elements, but the videos have {int(offsets[-1])}")
     channel = torch.where(pixels > 0, channels, 0).to(shapes.dtype)
     return offsets, torch.cat([channel[:, None], shapes[:, 1:]], dim=1), capacity
-
-
-def _torch(
-    tokens: Tensor, offsets: Tensor, shapes: Tensor, layout: PackedLayout, patch_size: PatchSize, capacity: int
-) -> Tensor:
-    channels = tokens.shape[1] // math.prod(patch_size)
-    index, exists = pixel_index(offsets, shapes, layout, channels, patch_size)
-    patches = tokens.view(-1, *patch_size, channels).permute(0, 4, 1, 2, 3)
-    # One element more than the buffer: where everything goes that is cropped or padding.
-    index = torch.where(exists & (index < capacity), index, capacity)
-    flat = tokens.new_zeros(capacity + 1).scatter(0, index.flatten(), patches.flatten())
-    return flat[:capacity]
 
 
 @torch.library.custom_op("sora_fast::unpatchify", mutates_args=())

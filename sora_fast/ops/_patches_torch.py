@@ -1,0 +1,235 @@
+"""Patches of ragged latents to rows of tokens and back, and the linear map of those rows, in plain PyTorch.
+
+On a CPU videos are cut up and put together one by one, and only rows that belong to a token are multiplied: that reads
+the layout, which needs ops of their own for `torch.compile` to see no values. Elsewhere it would wait for the device:
+there every pixel's element is computed.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sora_fast.ops._patches import PatchSize, pixel_index
+from sora_fast.packing import PackedLayout
+
+
+def cut(
+    flat: Tensor, offsets: Tensor, shapes: Tensor, layout: PackedLayout, patch_size: PatchSize, channels: int
+) -> Tensor:
+    """[N, channels·pt·ph·pw]: the patch of every token, laid out (channels, pt, ph, pw); zeros for padding and beyond a
+    video's edge.
+
+    flat, offsets, shapes: as in RaggedLatents.
+    """
+    if flat.device.type == "cpu":
+        places = (offsets, shapes, *_of(layout), list(patch_size))
+        return _cut(flat, *places, channels * math.prod(patch_size), False)
+    index, exists = pixel_index(offsets, shapes, layout, channels, patch_size)
+    # What does not exist reads the first element and drops it; an empty buffer gets one.
+    flat = flat if flat.shape[0] else F.pad(flat, (0, 1))
+    return torch.where(exists, flat[torch.where(exists, index, 0)], 0).flatten(1)
+
+
+def put(
+    patches: Tensor, offsets: Tensor, shapes: Tensor, layout: PackedLayout, patch_size: PatchSize, capacity: int
+) -> Tensor:
+    """[capacity]: the inverse of `cut`, but for patches laid out (pt, ph, pw, channels); zeros where no token's patch
+    is, and what lies beyond a video's edge is dropped."""
+    if patches.device.type == "cpu":
+        return _put(patches, offsets, shapes, *_of(layout), list(patch_size), capacity, True)
+    channels = patches.shape[1] // math.prod(patch_size)
+    index, exists = pixel_index(offsets, shapes, layout, channels, patch_size)
+    # One element more than the buffer: where everything goes that is cropped or padding.
+    index = torch.where(exists & (index < capacity), index, capacity)
+    values = patches.view(-1, *patch_size, channels).permute(0, 4, 1, 2, 3)
+    return patches.new_zeros(capacity + 1).scatter(0, index.flatten(), values.flatten())[:capacity]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: PackedLayout) -> Tensor:
+    """x · weightᵀ + bias of the tokens, zeros for padding, whatever stands there, in the gradients too."""
+    if x.device.type == "cpu":
+        return _linear(x, weight, bias, layout.cu_seqlens)
+    used = (layout.segment_ids >= 0)[:, None]
+    return torch.where(used, F.linear(torch.where(used, x, 0), weight, bias), 0)
+
+
+def _of(layout: PackedLayout) -> tuple[Tensor, Tensor, Tensor, bool]:
+    return layout.cu_seqlens, layout.grids, layout.raster_index, layout.is_raster
+
+
+class _Video(NamedTuple):
+    """A segment with tokens. rows: the place of each in its full grid; None: they are that grid, in raster order."""
+
+    tokens: slice
+    elements: slice
+    shape: list[int]
+    grid: list[int]
+    rows: Tensor | None
+
+
+def _videos(
+    offsets: Tensor, shapes: Tensor, cu_seqlens: Tensor, grids: Tensor, raster_index: Tensor, is_raster: bool
+) -> Iterator[_Video]:
+    first, start = cu_seqlens.tolist(), offsets.tolist()
+    for segment, (shape, grid) in enumerate(zip(shapes.tolist(), grids.tolist(), strict=True)):
+        tokens = slice(*first[segment : segment + 2])
+        if tokens.stop == tokens.start:
+            continue
+        whole = is_raster and tokens.stop - tokens.start == math.prod(grid)
+        elements = slice(*start[segment : segment + 2])
+        yield _Video(tokens, elements, shape, grid, None if whole else raster_index[tokens].long())
+
+
+def _boxes(video: Tensor, grid: list[int], patch_size: list[int], channel_last: bool) -> Tensor:
+    """A view of a video (C, T, H, W) of whole patches: (the token's t, h, w, then its patch)."""
+    t, h, w = grid
+    pt, ph, pw = patch_size
+    patch = (2, 4, 6, 0) if channel_last else (0, 2, 4, 6)
+    return video.view(-1, t, pt, h, ph, w, pw).permute(1, 3, 5, *patch)
+
+
+@torch.library.custom_op("sora_fast::cut_patches", mutates_args=())
+def _cut(
+    flat: Tensor,
+    offsets: Tensor,
+    shapes: Tensor,
+    cu_seqlens: Tensor,
+    grids: Tensor,
+    raster_index: Tensor,
+    is_raster: bool,
+    patch_size: list[int],
+    columns: int,
+    channel_last: bool,
+) -> Tensor:
+    out = flat.new_zeros(raster_index.shape[0], columns)
+    for video in _videos(offsets, shapes, cu_seqlens, grids, raster_index, is_raster):
+        pixels = flat[video.elements].reshape(video.shape)
+        beyond = [size * p - n for size, p, n in zip(video.grid, patch_size, video.shape[1:], strict=True)]
+        if any(beyond):
+            pixels = F.pad(pixels, (0, beyond[2], 0, beyond[1], 0, beyond[0]))
+        boxes, own = _boxes(pixels, video.grid, patch_size, channel_last), out[video.tokens]
+        if video.rows is None:
+            own.view(boxes.shape).copy_(boxes)
+        else:
+            torch.index_select(boxes.reshape(-1, columns), 0, video.rows, out=own)
+    return out
+
+
+@torch.library.custom_op("sora_fast::put_patches", mutates_args=())
+def _put(
+    patches: Tensor,
+    offsets: Tensor,
+    shapes: Tensor,
+    cu_seqlens: Tensor,
+    grids: Tensor,
+    raster_index: Tensor,
+    is_raster: bool,
+    patch_size: list[int],
+    capacity: int,
+    channel_last: bool,
+) -> Tensor:
+    flat = patches.new_zeros(capacity)
+    for video in _videos(offsets, shapes, cu_seqlens, grids, raster_index, is_raster):
+        own = patches[video.tokens]
+        if video.rows is not None:
+            full = patches.new_zeros(math.prod(video.grid), patches.shape[1])
+            own = full.index_copy_(0, video.rows, own)
+        channels, *sizes = video.shape
+        pixels = flat[video.elements].view(video.shape)
+        whole = [size * p for size, p in zip(video.grid, patch_size, strict=True)]
+        target = pixels if whole == sizes else flat.new_empty(channels, *whole)
+        boxes = _boxes(target, video.grid, patch_size, channel_last)
+        boxes.copy_(own.reshape(boxes.shape))
+        if target is not pixels:
+            t, h, w = sizes
+            pixels.copy_(target[:, :t, :h, :w])
+    return flat
+
+
+@_cut.register_fake
+def _(flat: Tensor, *rest: Any) -> Tensor:
+    raster_index, columns = rest[4], rest[7]
+    return flat.new_empty(raster_index.shape[0], columns)
+
+
+@_put.register_fake
+def _(patches: Tensor, *rest: Any) -> Tensor:
+    return patches.new_empty(rest[7])
+
+
+def _save_places(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *places, ctx.is_raster, ctx.patch_size, _, ctx.channel_last = inputs
+    ctx.save_for_backward(*places)
+    ctx.size = x.shape[-1]
+
+
+def _cut_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    d_flat = _put(grad, *ctx.saved_tensors, ctx.is_raster, ctx.patch_size, ctx.size, ctx.channel_last)
+    return d_flat, *[None] * 9
+
+
+def _put_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    d_patches = _cut(grad, *ctx.saved_tensors, ctx.is_raster, ctx.patch_size, ctx.size, ctx.channel_last)
+    return d_patches, *[None] * 9
+
+
+_cut.register_autograd(_cut_backward, setup_context=_save_places)
+_put.register_autograd(_put_backward, setup_context=_save_places)
+
+
+@torch.library.custom_op("sora_fast::linear_of_tokens", mutates_args=())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+    used = int(cu_seqlens[-1])
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    out[used:].zero_()
+    if bias is None:
+        torch.mm(x[:used], weight.t(), out=out[:used])
+    else:
+        torch.addmm(bias, x[:used], weight.t(), out=out[:used])
+    return out
+
+
+@torch.library.custom_op("sora_fast::linear_of_tokens_backward", mutates_args=())
+def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor, needed: list[bool]) -> list[Tensor]:
+    """Of x, weight and bias, those that are needed."""
+    used = int(cu_seqlens[-1])
+    own, found = grad[:used], []
+    if needed[0]:
+        d_x = x.new_empty(x.shape)
+        d_x[used:].zero_()
+        torch.mm(own, weight, out=d_x[:used])
+        found.append(d_x)
+    if needed[1]:
+        found.append(own.t() @ x[:used])
+    if needed[2]:
+        found.append(own.sum(dim=0))
+    return found
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@_linear_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor, needed: list[bool]) -> list[Tensor]:
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return [x.new_empty(shape) for shape, asked in zip(shapes, needed, strict=True) if asked]
+
+
+def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, cu_seqlens = inputs
+    ctx.save_for_backward(x, weight, cu_seqlens)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:3])
+    found = iter(_linear_backward(grad, *ctx.saved_tensors, needed))
+    return *(next(found) if asked else None for asked in needed), None
+
+
+_linear.register_autograd(_gradients, setup_context=_save_factors)
