@@ -259,8 +259,7 @@ def _check_weights(latents: RaggedLatents, weight: Tensor, bias: Tensor | None, 
         _check_like_weight("bias", bias, weight)
     if may_read(latents.shapes):
         channels = weight.shape[1] // pixels
-        videos = latents.shapes[latents.shapes[:, 1:].prod(dim=1) > 0]
-        others = set(videos[:, 0].tolist()) - {channels}
+        others = {shape[0] for shape in latents.shapes.tolist() if math.prod(shape[1:])} - {channels}
         if others:
             raise ValueError(
                 f"latents: a video of {others.pop()} channels, but weight {tuple(weight.shape)} takes {channels}"
