@@ -1,5 +1,6 @@
 """Time variants of the same work fairly: interleaved, from a cold cache, by CUDA events on a GPU."""
 
+import ctypes
 import random
 import statistics
 import time
@@ -36,6 +37,19 @@ class Timing:
             high=ordered[round(0.9 * last)],
             samples=len(ordered),
         )
+
+
+def keep_freed_memory() -> None:
+    """From now on the host's allocator keeps what is freed, as jemalloc and tcmalloc do, where it is glibc's.
+
+    Left alone it gives large blocks back, and the next op pays for its output page by page: 13 ms in place of 4 for one
+    that writes 25 MB, or nothing, as luck has it. (A whole training step gains 3%.)
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
 
 
 def time_variants(

@@ -1,8 +1,11 @@
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
+from benchmarks._checkout import ROOT
 from benchmarks.timing import ReplayClock, Timing, device_clock, time_variants
 
 CPU = torch.device("cpu")
@@ -25,6 +28,21 @@ def test_variants_take_turns() -> None:
     rounds = ["".join(calls[start : start + 3]) for start in range(6, len(calls), 3)]
     assert len(rounds) == 20 and all(sorted(order) == list("abc") for order in rounds)
     assert len(set(rounds)) == 6, "nobody always comes after the same one"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_costs_no_page_faults_again() -> None:
+    code = """
+import resource, torch
+from benchmarks.timing import keep_freed_memory
+keep_freed_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 1000, "64 MiB are 16,384 pages"
 
 
 def test_out_of_time_still_gives_three_samples() -> None:
