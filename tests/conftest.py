@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from benchmarks import _checkout
+from tests.helpers import examples
 
 _HAS_CUDA = torch.cuda.is_available()
 # A worker has 0.8 GB, and 3.4 GB where it tests DiT-XL, which one does at a time.
@@ -26,7 +27,7 @@ settings.register_profile(
     "sora_fast",
     derandomize=True,
     deadline=None,
-    max_examples=25,
+    max_examples=examples(25).max_examples,
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )

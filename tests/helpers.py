@@ -1,15 +1,25 @@
 """What the tests of all ops share: the error rule, and scratch memory that shows who reads it unwritten."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 # Absolute floor of the error rule, relative to the largest value: a few roundings in fp32, the least that any
 # order of summation costs.
 _FLOOR = 8 * torch.finfo(torch.float32).eps
+
+# `EXAMPLES=25 make test`: every random search tries so many times as many.
+_TIMES = int(os.environ.get("EXAMPLES", "1"))
+
+
+def examples(count: int) -> settings:
+    """For a test by hypothesis: how many examples it tries, in the default run."""
+    return settings(max_examples=count * _TIMES)
 
 
 def assert_within_rule(

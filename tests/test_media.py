@@ -8,13 +8,14 @@ import av
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
 from sora_fast import media
 from sora_fast.media import UnreadableMedia, read_media, to_pixels, write_media
+from tests.helpers import examples
 
 HALF_LEVEL = 0.51 / 127.5
 
@@ -98,7 +99,7 @@ def test_gif_plays_at_its_rate_for_ever(tmp_path: Path) -> None:
         assert image.info["duration"] == 100 and image.info["loop"] == 0 and image.n_frames == 6
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.integers(1, 12), st.sampled_from([1.0, 2.0, 4.0, 5.0, 8.0, 10.0, 20.0]), st.integers(1, 30))
 def test_fps_shows_the_latest_frame_of_each_instant(
     tmp_path_factory: pytest.TempPathFactory, frames: int, fps: float, max_frames: int

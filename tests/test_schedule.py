@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -16,6 +16,7 @@ from sora_fast.packing import PackedLayout
 from sora_fast.packing._bundle import TensorBundle
 from sora_fast.schedule import GUARD, TileSchedule
 from sora_fast.tiles import TileLists, TokenRanges
+from tests.helpers import examples
 from tests.layouts import MASKS, Pack, packs
 from tests.tracing import LargestTensor
 
@@ -65,7 +66,7 @@ def check_lists(
 
 
 # With 1,000 layouts here and as many box tests below, the two properties are searched over thousands of layouts.
-@settings(max_examples=1000)
+@examples(1000)
 @given(st.data(), MASKS)
 def test_lists_against_the_dense_mask(data: st.DataObject, mask: SpacetimeMask) -> None:
     layout = data.draw(packs(tile_sizes=(16, 32), mask=data.draw(st.sampled_from([None, mask])))).layout
@@ -249,7 +250,7 @@ def test_overflow_is_reported_with_the_room_that_suffices() -> None:
         TileSchedule.build(layout, max_pairs=0).check()
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(st.data(), MASKS)
 def test_block_mask_against_the_dense_mask(data: st.DataObject, mask: SpacetimeMask) -> None:
     layout = data.draw(packs(tile_sizes=(16, 32))).layout
@@ -303,7 +304,7 @@ def test_a_causal_mask_without_room_keeps_its_full_tiles() -> None:
     assert (lists.end - lists.begin)[:14].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 0]
 
 
-@settings(max_examples=1000)
+@examples(1000)
 @given(packs(), MASKS)
 def test_packed_box_test_is_the_mask(pack: Pack, mask: SpacetimeMask) -> None:
     layout = pack.layout

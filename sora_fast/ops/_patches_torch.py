@@ -25,13 +25,10 @@ def cut(
 
     flat, offsets, shapes: as in RaggedLatents.
     """
-    if flat.device.type == "cpu":
-        places = (offsets, shapes, *_of(layout), list(patch_size))
-        return _cut(flat, *places, channels * math.prod(patch_size), False)
-    index, exists = pixel_index(offsets, shapes, layout, channels, patch_size)
-    # What does not exist reads the first element and drops it; an empty buffer gets one.
-    flat = flat if flat.shape[0] else F.pad(flat, (0, 1))
-    return torch.where(exists, flat[torch.where(exists, index, 0)], 0).flatten(1)
+    if flat.device.type != "cpu":
+        return gathered(flat, offsets, shapes, layout, patch_size, channels)
+    places = (offsets, shapes, *_of(layout), list(patch_size))
+    return _cut(flat, *places, channels * math.prod(patch_size), False)
 
 
 def put(
@@ -39,14 +36,9 @@ def put(
 ) -> Tensor:
     """[capacity]: the inverse of `cut`, but for patches laid out (pt, ph, pw, channels); zeros where no token's patch
     is, and what lies beyond a video's edge is dropped."""
-    if patches.device.type == "cpu":
-        return _put(patches, offsets, shapes, *_of(layout), list(patch_size), capacity, True)
-    channels = patches.shape[1] // math.prod(patch_size)
-    index, exists = pixel_index(offsets, shapes, layout, channels, patch_size)
-    # One element more than the buffer: where everything goes that is cropped or padding.
-    index = torch.where(exists & (index < capacity), index, capacity)
-    values = patches.view(-1, *patch_size, channels).permute(0, 4, 1, 2, 3)
-    return patches.new_zeros(capacity + 1).scatter(0, index.flatten(), values.flatten())[:capacity]
+    if patches.device.type != "cpu":
+        return scattered(patches, offsets, shapes, layout, patch_size, capacity)
+    return _put(patches, offsets, shapes, *_of(layout), list(patch_size), capacity, True)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: PackedLayout) -> Tensor:
@@ -55,6 +47,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: PackedLayout)
         return _linear(x, weight, bias, layout.cu_seqlens)
     used = (layout.segment_ids >= 0)[:, None]
     return torch.where(used, F.linear(torch.where(used, x, 0), weight, bias), 0)
+
+
+def gathered(
+    flat: Tensor, offsets: Tensor, shapes: Tensor, layout: PackedLayout, patch_size: PatchSize, channels: int
+) -> Tensor:
+    """`cut` without waiting for the device."""
+    index, exists = pixel_index(offsets, shapes, layout, channels, patch_size)
+    # What does not exist reads the first element and drops it; an empty buffer gets one.
+    flat = flat if flat.shape[0] else F.pad(flat, (0, 1))
+    return torch.where(exists, flat[torch.where(exists, index, 0)], 0).flatten(1)
+
+
+def scattered(
+    patches: Tensor, offsets: Tensor, shapes: Tensor, layout: PackedLayout, patch_size: PatchSize, capacity: int
+) -> Tensor:
+    """`put` without waiting for the device."""
+    channels = patches.shape[1] // math.prod(patch_size)
+    index, exists = pixel_index(offsets, shapes, layout, channels, patch_size)
+    # One element more than the buffer: where everything goes that is cropped or padding.
+    index = torch.where(exists & (index < capacity), index, capacity)
+    values = patches.view(-1, *patch_size, channels).permute(0, 4, 1, 2, 3)
+    return patches.new_zeros(capacity + 1).scatter(0, index.flatten(), values.flatten())[:capacity]
 
 
 def _of(layout: PackedLayout) -> tuple[Tensor, Tensor, Tensor, bool]:

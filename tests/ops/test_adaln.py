@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sora_fast.ops.adaln import _adaln, _adaln_backward, adaln
 from sora_fast.packing import RowIndex
+from tests.helpers import examples
 from tests.modulated import (
     DTYPES,
     NORMS,
@@ -39,7 +40,7 @@ def check(case: Case, norm: Norm, device: torch.device, backend: str, *, csr: bo
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=15)
+@examples(15)
 @given(case=cases(), norm=st.sampled_from(NORMS))
 def test_random_cases_match_the_oracle(case: Case, norm: Norm, backend: str, device: torch.device) -> None:
     check(case, norm, device, backend)

@@ -3,11 +3,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 from sora_fast.ops.gated_residual import _gated_residual, _gated_residual_backward, gated_residual
 from sora_fast.packing import RowIndex
+from tests.helpers import examples
 from tests.modulated import (
     DTYPES,
     PATTERNS,
@@ -29,7 +30,7 @@ def formula(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=10)
+@examples(10)
 @given(case=cases())
 def test_random_cases_match_the_oracle(case: Case, backend: str, device: torch.device) -> None:
     check_against_oracle(gated_residual, formula, case, **SHAPE, device=device, backend=backend)

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from sora_fast.ops.gated_residual_adaln import (
     gated_residual_adaln,
 )
 from sora_fast.packing import RowIndex
+from tests.helpers import examples
 from tests.modulated import (
     DTYPES,
     NORMS,
@@ -44,7 +45,7 @@ def check(case: Case, norm: Norm, device: torch.device, backend: str, *, csr: bo
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=12)
+@examples(12)
 @given(case=cases(), norm=st.sampled_from(NORMS))
 def test_random_cases_match_the_oracle(case: Case, norm: Norm, backend: str, device: torch.device) -> None:
     check(case, norm, device, backend)

@@ -3,14 +3,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sora_fast.ops.linear_unpatchify import _linear_unpatchify, linear_unpatchify
 from sora_fast.ops.unpatchify import unpatchify
 from sora_fast.packing import PackedLayout, RaggedLatents
-from tests.helpers import assert_within_rule, poison_empty
+from tests.helpers import assert_within_rule, examples, poison_empty
 from tests.modulated import no_recompilation
 from tests.ragged import DTYPES, RaggedCase, ragged_cases
 
@@ -75,7 +75,7 @@ def check(inputs: Inputs, backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=12)
+@examples(12)
 @given(case=ragged_cases(), width=st.sampled_from(WIDTHS), bias=st.booleans())
 def test_random_cases_match_the_oracle(
     case: RaggedCase, width: int, bias: bool, backend: str, device: torch.device

@@ -4,12 +4,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sora_fast.ops.mlp_activation import _mlp_activation, _mlp_activation_backward, mlp_activation
-from tests.helpers import assert_within_rule, far_apart, poison_empty
+from tests.helpers import assert_within_rule, examples, far_apart, poison_empty
 from tests.modulated import no_recompilation
 from tests.ragged import DTYPES
 
@@ -90,7 +90,7 @@ def check(case: Case, backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=15)
+@examples(15)
 @given(case=cases())
 def test_random_cases_match_the_oracle(case: Case, backend: str, device: torch.device) -> None:
     check(case, backend, device)

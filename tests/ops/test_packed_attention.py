@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from sora_fast.ops import _attention_torch as plain
 from sora_fast.ops.packed_attention import packed_attention
 from sora_fast.packing import PackedLayout
 from sora_fast.schedule import TileSchedule
-from tests.helpers import assert_within_rule, poison_empty
+from tests.helpers import assert_within_rule, examples, poison_empty
 from tests.layouts import MASKS, packs
 from tests.modulated import no_recompilation
 from tests.tracing import LargestTensor, check_unasked
@@ -168,13 +168,13 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(case=cases())
 def test_random_cases_match_the_oracle_torch(case: Case, device: torch.device) -> None:
     case.check("torch", device)
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(case=cases())
 def test_random_cases_match_the_oracle_triton(case: Case, device: torch.device) -> None:
     case.check("triton", device)

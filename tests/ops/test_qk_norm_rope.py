@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sora_fast.ops.qk_norm_rope import Rope3D, _qk_norm_rope, _qk_norm_rope_backward, _rotation, qk_norm_rope
 from sora_fast.packing import PackedLayout
-from tests.helpers import assert_within_rule, far_apart, poison_empty
+from tests.helpers import assert_within_rule, examples, far_apart, poison_empty
 from tests.layouts import Pack, packs
 from tests.modulated import no_recompilation
 from tests.ragged import DTYPES
@@ -142,7 +142,7 @@ def check(inputs: Inputs, backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=12)
+@examples(12)
 @given(
     pack=packs(),
     head_dim=st.sampled_from([6, 64, 72]),

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sora_fast import use_backend
@@ -13,7 +13,7 @@ from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import _schedule as module
 from sora_fast.packing import PackedLayout
 from sora_fast.schedule import TileSchedule
-from tests.helpers import poison_empty
+from tests.helpers import examples, poison_empty
 from tests.layouts import MASKS, packs
 from tests.modulated import no_recompilation
 from tests.test_schedule import assert_same, cleared
@@ -31,7 +31,7 @@ def both(layout: PackedLayout, mask: SpacetimeMask | None, device: torch.device,
         return [filled, TileSchedule.build(layout, mask, **options)]
 
 
-@settings(max_examples=12)
+@examples(12)
 @given(data=st.data(), mask=MASKS)
 def test_random_schedules(data: st.DataObject, mask: SpacetimeMask, device: torch.device) -> None:
     layout = data.draw(packs(mask=data.draw(st.sampled_from([None, mask])), max_grids=2)).layout

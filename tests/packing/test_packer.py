@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.lengths import few_sizes, image_video_mix, log_uniform, uniform
 from sora_fast.packing.packer import PackRules, StreamingPacker, balance, pack_offline
+from tests.helpers import examples
 
 CAPACITY = 32_768
 RANKS = 8
@@ -56,7 +57,7 @@ def stream(lengths: list[int], packer: StreamingPacker) -> Packs:
     return packs + packer.flush()
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(problems())
 def test_offline_loses_nothing_and_keeps_the_limits(problem: tuple[list[int], PackRules, int]) -> None:
     lengths, rules, _ = problem
@@ -78,7 +79,7 @@ def first_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
     return packs
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(problems())
 def test_offline_is_first_fit_decreasing(problem: tuple[list[int], PackRules, int]) -> None:
     lengths, rules, _ = problem
@@ -86,7 +87,7 @@ def test_offline_is_first_fit_decreasing(problem: tuple[list[int], PackRules, in
     assert [[lengths[sample] for sample in pack] for pack in packs] == first_fit_decreasing(lengths, rules.capacity)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(problems())
 def test_balance_loses_nothing_and_keeps_the_limits(problem: tuple[list[int], PackRules, int]) -> None:
     lengths, rules, ranks = problem
@@ -110,7 +111,7 @@ def test_balance_keeps_packs_that_it_cannot_improve() -> None:
     assert balance([[0, 1, 2], [3, 4, 5]], lengths, rules, ranks=1) == [[[3, 4, 5]], [[0, 1, 2]]]
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(problems(), st.integers(1, 20))
 def test_streaming_loses_nothing_and_keeps_the_limits(
     problem: tuple[list[int], PackRules, int], look_ahead: int
@@ -130,7 +131,7 @@ def test_streaming_loses_nothing_and_keeps_the_limits(
     assert packer.flush() == []
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(problems(), st.integers(1, 20), st.integers(0, 60))
 def test_streaming_resumes_exactly(problem: tuple[list[int], PackRules, int], look_ahead: int, stop: int) -> None:
     lengths, rules, ranks = problem
