@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -143,7 +143,27 @@ def outputs_and_gradients(op: Op, tensors: list[Tensor], d_outputs: list[Tensor]
     return [*outputs, *torch.autograd.grad(outputs, leaves, d_outputs[: len(outputs)])]
 
 
-def check_against_oracle(
+# Numbers of a result, at least, that the error rule is asked about.
+_FEWEST = 32
+
+
+def check_against_oracle(op: Op, formula: Op, case: Case, **options: Any) -> None:
+    """Outputs and gradients of `op` obey the error rule, with NaN in padding, in rows without a token and in scratch
+    memory; the first two are exact zeros in what comes out.
+
+    formula: the op without padding and with gathered rows. options: of `_compare`.
+    """
+    # The largest error of a few numbers is a matter of luck, plain PyTorch's too: it takes more of them to compare.
+    repeats = -(-_FEWEST // (min(case.tokens, case.table_rows) * case.width))
+    found = [
+        _compare(op, formula, replace(case, seed=case.seed + 100 * repeat), **options) for repeat in range(repeats)
+    ]
+    for number, results in enumerate(zip(*found, strict=True)):
+        actual, plain, oracle = map(torch.stack, zip(*results, strict=True))
+        assert_within_rule(actual, plain, oracle, name=f"result {number} of {case}")
+
+
+def _compare(
     op: Op,
     formula: Op,
     case: Case,
@@ -154,12 +174,10 @@ def check_against_oracle(
     backend: str,
     csr: bool = True,
     vectors: int = 0,
-) -> None:
-    """Outputs and gradients of `op` obey the error rule, with NaN in padding, in rows without a token and in scratch
-    memory; the first two are exact zeros in what comes out.
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(ours, plain PyTorch's, the truth) of every output and gradient.
 
-    formula: the op without padding and with gathered rows. csr: give a RowIndex, not its tensor. vectors: how many
-    [C] follow the tables, for the formula too.
+    csr: give a RowIndex, not its tensor. vectors: how many [C] follow the tables, for the formula too.
     """
     index = case.index()
     inputs = case.tensors(case.tokens, tokens, case.dtypes[0]) + case.tensors(case.table_rows, tables, case.dtypes[1])
@@ -184,12 +202,12 @@ def check_against_oracle(
             lambda *t: op(*t, rows, backend=backend), [t.to(device) for t in inputs], [t.to(device) for t in d_outputs]
         )
     plain, oracle = reference(None), reference(torch.float64)
-    for number, (a, p, o) in enumerate(zip(actual, plain, oracle, strict=True)):
-        assert_within_rule(a, p, o, name=f"result {number} of {case}")
+    for number, a in enumerate(actual):
         if number >= len(plain) - vectors:
             continue
         empty = index < 0 if number < len(plain) - vectors - tables else ~_used(index, len(a))
         assert (a.cpu()[empty] == 0).all(), f"result {number} of {case}: padding or an unused row is not zero"
+    return [(a.cpu(), p, o) for a, p, o in zip(actual, plain, oracle, strict=True)]
 
 
 def check_far_apart(op: Op, *, tokens: int, tables: int, device: torch.device) -> None:
