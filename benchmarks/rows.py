@@ -18,9 +18,10 @@ from sora_fast.ops import packed_attention
 from sora_fast.ops._dispatch import interpreting
 
 DIRECTIONS = ("forward", "backward")
-# Ours may be twice as far from the truth as PyTorch's fp32 sums rounded once. A peer may round products on its way to
-# 16 bits, three in a row in attention's backward pass: what is asked of it is whether it does the same work at all.
-_OURS, _PEERS = 2.0, 4.0
+# How far from the truth: times PyTorch's fp32 sums rounded once, and besides. A peer may round products on its way to
+# 16 bits, three in a row in attention's backward pass, and add 8,192 tokens one by one in fp32, which is 1.4e-6 off:
+# what is asked of it is whether it does the same work at all.
+_OURS, _PEERS = (2.0, 1e-6), (4.0, 1e-5)
 # Attention in plain PyTorch goes block by block; past so many tokens nobody would use it on a GPU.
 _LONGEST_REFERENCE = 40_000
 
@@ -72,10 +73,11 @@ class Row:
     def times(self) -> dict[str, Timing]:
         return {name: Timing.of(rounds) for name, rounds in self.rounds.items()}
 
-    def agrees(self, name: str, times: float = _OURS) -> bool:
-        """True if `name` is at most so many times as far from the truth as PyTorch in the same dtype, beyond 1e-6."""
+    def agrees(self, name: str, allowed: tuple[float, float] = _OURS) -> bool:
+        """True if `name` is at most so many times as far from the truth as PyTorch in the same dtype, and so much."""
+        times, more = allowed
         pairs = zip(self.errors.get(name, [float("nan")]), self.errors["torch"], strict=False)
-        return not self.failure and all(ours <= times * plain + 1e-6 for ours, plain in pairs)
+        return not self.failure and all(ours <= times * plain + more for ours, plain in pairs)
 
     def rate(self, name: str, ceilings: Ceilings) -> tuple[float, str, float]:
         """What `name` reaches, its unit, and the share of the device's ceiling."""

@@ -157,7 +157,9 @@ class _NormRope(torch.autograd.Function):
         g, d_weight = _turned(widened(grad), turns, ctx.interleaved, back=True), None
         if weight is not None:
             normed = widened(x) * rstd
-            d_weight = torch.where(used[:, None], (g * normed).sum(dim=1), 0).sum(dim=0).to(weight.dtype)
+            # In fp64: Inductor adds token after token, and in fp32 would lose a digit over 8,000 of them.
+            own = torch.where(used[:, None], (g * normed).sum(dim=1), 0)
+            d_weight = own.sum(dim=0, dtype=torch.float64).to(weight.dtype)
             g = g * widened(weight)
             g = rstd * (g - normed * (g * normed).mean(dim=-1, keepdim=True))
         return torch.where(used[:, None, None], g, 0).to(x.dtype), d_weight, *[None] * 4
