@@ -258,6 +258,8 @@ def check_compiles_once(
             inputs = case.tensors(20, tokens, torch.float32) + case.tensors(case.rows, tables, torch.float32)
             inputs = [t.to(device) for t in [*inputs, *torch.randn(vectors, case.width)]]
             d_outputs = [t.to(device) for t in case.tensors(20, 2, torch.float32)]
+            for tensor in [*inputs[:tokens], *d_outputs]:
+                tensor[rows.index < 0] = float("nan")
             expected = outputs_and_gradients(lambda *t, rows=rows: call(*t, rows), inputs, d_outputs)
             actual = outputs_and_gradients(lambda *t, rows=rows: compiled(*t, rows), inputs, d_outputs)
             for a, e in zip(actual, expected, strict=True):

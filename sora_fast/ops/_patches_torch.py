@@ -111,7 +111,8 @@ def _boxes(
     pt, ph, pw = patch_size
     run = _RUNS.get(pw * pixels.element_size())
     # Two numbers of 4 bytes as one of 8: 4 to 7× faster, since otherwise the innermost loop is of two.
-    if run is not None and not channel_last and pixels.storage_offset() % pw == 0:
+    aligned = all(x.storage_offset() % pw == 0 for x in (pixels, rows))
+    if run is not None and aligned and not channel_last:
         pixels, rows, pw = pixels.view(run), rows.view(run), 1
     patch = (2, 4, 6, 0) if channel_last else (0, 2, 4, 6)
     boxes = pixels.view(-1, t, pt, h, ph, w, pw).permute(1, 3, 5, *patch)

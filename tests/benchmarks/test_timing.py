@@ -30,7 +30,6 @@ def test_variants_take_turns() -> None:
     assert len(set(rounds)) == 6, "nobody always comes after the same one"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_costs_no_page_faults_again() -> None:
     code = """
 import resource, torch

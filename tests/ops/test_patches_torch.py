@@ -43,6 +43,16 @@ def test_a_video_that_starts_between_two_runs_of_pixels() -> None:
     assert torch.equal(got, case.patches(latents.flat))
 
 
+def test_gradients_that_start_between_two_runs_of_pixels() -> None:
+    case = RaggedCase(shapes=((1, 1, 4, 4),), patch_size=(1, 2, 2), spare_tokens=0)
+    layout, latents = case.layout(), case.latents()
+    flat = latents.flat.requires_grad_()
+    rows = cut(flat, latents.offsets, latents.shapes, layout, case.patch_size, 1)
+    grad = torch.randn(rows.numel() + 1)[1:].view(rows.shape)
+    (got,) = torch.autograd.grad(rows, flat, grad)
+    assert torch.equal(got, torch.autograd.grad(case.patches(flat), flat, grad)[0])
+
+
 def products(x: Tensor, weight: Tensor, bias: Tensor | None, case: RaggedCase, grad: Tensor) -> list[Tensor]:
     given = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
     out = linear(x, weight, bias, case.layout())
