@@ -323,6 +323,8 @@ def test_compiles_once_for_ragged_batches(backend: str, compiler: str, device: t
             inputs = Inputs(PackedLayout.from_grids(grids, capacity=14, max_segments=3), None, 64)
             layout = inputs.layout.to(device)
             qkv, d_out, weights = inputs.tensors()
+            for tensor in (qkv, d_out):
+                tensor[inputs.layout.segment_ids < 0] = float("nan")
             given = (qkv.to(device), d_out.to(device), {name: weight.to(device) for name, weight in weights.items()})
             expected, actual = (inputs.run(partial(fn, layout=layout), *given) for fn in (step, compiled))
             for name in expected:
