@@ -59,6 +59,7 @@ class Setting:
     head_dims: tuple[int, ...]
     heads: int
     clean: bool = False  # the first frame of every video is given, as in image to video: a row of its own
+    order: str = "tiled"  # of the tokens that patches become
 
     @staticmethod
     def ahead_of_time() -> "Setting":
@@ -364,7 +365,7 @@ def patch_cases(s: Setting) -> Iterator[Case]:
 
 def _latents(s: Setting, channels: int, patch_size: Grid) -> tuple[RaggedLatents, PackedLayout]:
     sizes = [[size * p for size, p in zip(grid, patch_size, strict=True)] for grid in s.grids]
-    return RaggedLatents.from_list([s.random(channels, *size) for size in sizes]), s.layout(order="tiled")
+    return RaggedLatents.from_list([s.random(channels, *size) for size in sizes]), s.layout(order=s.order)
 
 
 def _patch_embed(s: Setting, width: int, channels: int = CHANNELS, patch_size: Grid = PATCH) -> Case:

@@ -25,6 +25,7 @@ OPS = (
     "schedule",
     "segment_mean",
 )
+_OF_PATCHES = ("patch_embed", "unpatchify", "linear_unpatchify")
 # What the ops make together; there are no tests and no kernels of their own to it.
 WHOLES = ("dit_block",)
 
@@ -32,13 +33,15 @@ WHOLES = ("dit_block",)
 @dataclass(frozen=True)
 class Plan:
     """A case to be. pack, mask: names in benchmarks/shapes.py; mask: of attention and schedules only. clean: the first
-    frame of every video is given, which only what is modulated feels."""
+    frame of every video is given, which only what is modulated feels. order: "raster" in place of the tiled one, which
+    only patches feel: their peers know no other."""
 
     op: str
     model: Model
     pack: str
     mask: str = ""
     clean: bool = False
+    order: str = "tiled"
 
     @property
     def _parts(self) -> tuple[str, ...]:
@@ -46,7 +49,8 @@ class Plan:
             return (self.mask,)
         if self.op in ("packed_attention", "qk_norm_rope"):
             return tuple(filter(None, (self.mask, f"D{self.model.head_dim}×{self.model.heads}")))
-        return (f"C{self.model.width}", *(["clean first frames"] if self.clean else []))
+        special = (["clean first frames"] if self.clean else []) + ([self.order] if self.order != "tiled" else [])
+        return (f"C{self.model.width}", *special)
 
     @property
     def label(self) -> str:
@@ -65,7 +69,7 @@ class Plan:
         """In bf16 on a GPU and fp32 on a CPU."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model, grids = self.model, PACKS[self.pack].grids
-        setting = Setting(device, dtype, grids, (model.width,), (model.head_dim,), model.heads, self.clean)
+        setting = Setting(device, dtype, grids, (model.width,), (model.head_dim,), model.heads, self.clean, self.order)
         torch.manual_seed(0)
         return replace(self._case(setting), label=self.label)
 
@@ -156,5 +160,8 @@ def _on_cpu(op: str) -> Iterator[Plan]:
     else:
         yield from (Plan(op, small, pack) for pack in ("2k ragged", "8k ragged"))
         yield Plan(op, MODELS["DiT-XL"], "2k ragged")
+        if op in _OF_PATCHES:
+            yield from (Plan(op, small, pack, order="raster") for pack in ("2k ragged", "8k ragged"))
+            yield Plan(op, MODELS["DiT-XL"], "2k ragged", order="raster")
         if op == "gated_residual_adaln":
             yield Plan(op, MODELS["DiT-XL"], "2k ragged", clean=True)

@@ -14,7 +14,12 @@ PEERS: Mapping[str, Mapping[str, Maker]] = {
     "adaln": {**modulation.PEERS, "Liger": modulation.liger},
     "gated_residual": modulation.PEERS,
     "gated_residual_adaln": {**modulation.PEERS, "Liger": modulation.liger},
-    "qk_norm_rope": {"eager": rope.eager, "compiled": rope.compiled, "Liger": rope.liger},
+    "qk_norm_rope": {
+        "eager": rope.eager,
+        "compiled": rope.compiled,
+        "compiled, tables made": rope.compiled_with_tables,
+        "Liger": rope.liger,
+    },
     "schedule": {},
     "packed_attention": {
         "SDPA": attention.sdpa,
@@ -30,7 +35,11 @@ PEERS: Mapping[str, Mapping[str, Maker]] = {
     },
     "patch_embed": {"eager": patches.embed, "compiled": patches.embed_compiled},
     "unpatchify": {"eager": patches.assemble, "compiled": patches.assemble_compiled},
-    "linear_unpatchify": {"eager": patches.product_then_assemble, "product, then ours": patches.product_then_ours},
+    "linear_unpatchify": {
+        "eager": patches.product_then_assemble,
+        "compiled": patches.product_then_assemble_compiled,
+        "product, then ours": patches.product_then_ours,
+    },
     "mlp_activation": {"eager": activation.eager, "compiled": activation.compiled},
     "dit_block": {"eager": block.eager, "compiled": block.compiled},
     "segment_mean": {"eager": segments.eager, "compiled": segments.compiled},
@@ -53,4 +62,5 @@ _FUSED = (
     "linear_unpatchify",
     "mlp_activation",
     "dit_block",
+    "segment_mean",
 )

@@ -49,7 +49,7 @@ def assemble(case: Case, compete: Callable[..., Entrant] = Entrant.peer) -> Entr
     return compete(case, run, pack=order.pack, unpack=order.unpack)
 
 
-def product_then_assemble(case: Case) -> Entrant:
+def product_then_assemble(case: Case, compete: Callable[..., Entrant] = Entrant.peer) -> Entrant:
     """F.linear, then `assemble`."""
     x, _, _, *rest = case.args
     tokens = assemble(replace(case, args=(x, *rest)))
@@ -57,7 +57,7 @@ def product_then_assemble(case: Case) -> Entrant:
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return tokens.forward(F.linear(x, weight, bias))
 
-    return Entrant.peer(case, run, pack=tokens.pack, unpack=tokens.unpack)
+    return compete(case, run, pack=tokens.pack, unpack=tokens.unpack)
 
 
 def product_then_ours(case: Case) -> Entrant:
@@ -75,3 +75,7 @@ def embed_compiled(case: Case) -> Entrant:
 
 def assemble_compiled(case: Case) -> Entrant:
     return assemble(case, compile_peer)
+
+
+def product_then_assemble_compiled(case: Case) -> Entrant:
+    return product_then_assemble(case, compile_peer)

@@ -128,7 +128,7 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, table: Tensor, index: Tensor, offsets: Tensor | None, tokens: Tensor | None) -> Tensor:
         ctx.save_for_backward(index, offsets, tokens)
         ctx.num_rows = table.shape[0]
-        return table[index.clamp(min=0)]
+        return table[index]  # padding, −1: the last row
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,7 +137,7 @@ class _GatherRows(torch.autograd.Function):
             return _sums(grad, *csr(index, offsets, tokens, ctx.num_rows)), None, None, None
         sums = grad.new_zeros(ctx.num_rows, grad.shape[1])
         own = torch.where(_is_token(index), grad, 0)
-        return sums.index_put((index.clamp(min=0),), own, accumulate=True), None, None, None
+        return sums.index_put((index,), own, accumulate=True), None, None, None
 
 
 class _SumRows(torch.autograd.Function):

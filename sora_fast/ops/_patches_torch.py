@@ -132,7 +132,8 @@ def _cut(
     columns: int,
     channel_last: bool,
 ) -> Tensor:
-    out = flat.new_zeros(raster_index.shape[0], columns)
+    out = flat.new_empty(raster_index.shape[0], columns)
+    out[int(cu_seqlens[-1]) :].zero_()
     for video in _videos(offsets, shapes, cu_seqlens, grids, raster_index, is_raster):
         pixels = flat[video.elements].reshape(video.shape)
         beyond = [size * p - n for size, p, n in zip(video.grid, patch_size, video.shape[1:], strict=True)]
@@ -160,8 +161,10 @@ def _put(
     capacity: int,
     channel_last: bool,
 ) -> Tensor:
-    flat = patches.new_zeros(capacity)
-    for video in _videos(offsets, shapes, cu_seqlens, grids, raster_index, is_raster):
+    videos = list(_videos(offsets, shapes, cu_seqlens, grids, raster_index, is_raster))
+    written = sum(video.elements.stop - video.elements.start for video in videos)
+    flat = patches.new_empty(capacity) if written == capacity else patches.new_zeros(capacity)
+    for video in videos:
         full = patches[video.tokens]
         if video.rows is not None:
             own, full = full, patches.new_zeros(math.prod(video.grid), patches.shape[1])
