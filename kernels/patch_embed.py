@@ -41,11 +41,15 @@ class PatchEmbedConfig:
     most_registers: int = 255
 
     @staticmethod
-    def choose(dtype: torch.dtype, wide: bool) -> "PatchEmbedConfig":
-        """Smaller blocks where a number or an address takes twice the registers: the usual ones spill there."""
-        if dtype == torch.float32 or wide:
-            return PatchEmbedConfig(tokens=32, width=64, held=32, features=32, num_warps=4)
-        return PatchEmbedConfig()
+    def choose(flat: Tensor, patches: Patches, width: int) -> "PatchEmbedConfig":
+        """Smaller blocks where the usual ones spill: where a number or an address takes twice the registers, and where
+        numbers are addressed one by one, as runs that are no vectors are, and rows of no multiple of 16."""
+        rows_are_vectors = width % 16 == 0
+        if flat.dtype == torch.float32 or patches.is_wide(flat):
+            runs_are_vectors = patches.patch_size[2] % patches.run_block == 0
+            narrow = not (rows_are_vectors and runs_are_vectors)
+            return PatchEmbedConfig(tokens=32, width=32 if narrow else 64, held=32, features=32)
+        return PatchEmbedConfig() if rows_are_vectors else PatchEmbedConfig(tokens=32)
 
     def channels_for(self, num_tokens: int, width: int) -> int:
         """Channels that a program of the forward pass walks over."""
@@ -73,8 +77,8 @@ class Additive:
 
 def embed(flat: Tensor, weight: Tensor, bias: Tensor | None, patches: Patches, position: Additive) -> Tensor:
     """flat [elements], weight [C, K], bias [C] → tokens [N, C], zeros for padding."""
-    config = PatchEmbedConfig.choose(flat.dtype, patches.is_wide(flat))
     width, num_pixels = weight.shape
+    config = PatchEmbedConfig.choose(flat, patches, width)
     tokens = torch.empty(patches.num_tokens, width, dtype=flat.dtype, device=flat.device)
     table = position.table
     padded = patches.num_runs(num_pixels) * patches.run_block
@@ -102,8 +106,8 @@ def embed(flat: Tensor, weight: Tensor, bias: Tensor | None, patches: Patches, p
 
 def weight_gradient(grad: Tensor, flat: Tensor, patches: Patches, num_pixels: int) -> Tensor:
     """Gradients of the weight [C, K], transposed, and in the last row of the bias: [K + 1, C] fp32. grad: [N, C]."""
-    config = PatchEmbedConfig.choose(flat.dtype, patches.is_wide(flat))
     width = grad.shape[1]
+    config = PatchEmbedConfig.choose(flat, patches, width)
     chunk = config.chunk_for(patches.num_tokens, (num_pixels + 1) * width)
     chunks = triton.cdiv(patches.num_tokens, chunk)
     partials = torch.empty(chunks, num_pixels + 1, width, dtype=torch.float32, device=grad.device)
