@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sora_fast.packing import RowIndex
+from sora_fast.packing import PackedLayout, RowIndex
 from sora_fast.packing._bundle import may_read as may_read
 
 # What kernels compute with; the torch backend also takes fp64.
@@ -52,8 +52,16 @@ def check_index(index: Tensor | RowIndex, tokens: int, rows: int, device: torch.
     check_device("index", index, "the first argument", device)
 
 
+def check_layout(layout: PackedLayout) -> None:
+    """It is one. TypeError."""
+    if not isinstance(layout, PackedLayout):
+        raise TypeError(f"layout: {type(layout).__name__}; it must be a PackedLayout")
+
+
 def check_eps(eps: float) -> None:
-    """A positive number in fp32. ValueError."""
+    """A positive number in fp32. TypeError, ValueError."""
+    if not isinstance(eps, float | int):
+        raise TypeError(f"eps: {type(eps).__name__}; it must be a number")
     if not eps >= torch.finfo(torch.float32).tiny:
         raise ValueError(f"eps: {eps}; it must be above 0 in fp32, or rows of equal values would divide by zero")
 

@@ -158,10 +158,24 @@ def _sums(x: Tensor, offsets: Tensor, tokens: Tensor) -> Tensor:
 
     PyTorch's own sum by index adds token after token, and by atomics in what Inductor makes of it: measured 5× slower,
     and other bits in every run on two threads. A bag of embeddings is the same sum, and its kernel runs at memory
-    speed. (On a GPU it is the other way round: a bag is summed by one thread a column.)
+    speed, but it adds token after token too: so bags of `_CHUNK` first, and then their sums, in fp64.
     """
-    bags = F.pad(offsets, (0, 1), value=tokens.shape[0])  # the last one is the padding's
-    return F.embedding_bag(tokens, x, bags, mode="sum", include_last_offset=True)[:-1]
+    total = tokens.shape[0]
+    ends = F.pad(offsets, (0, 1), value=total)  # the last bag is the padding's
+    if total <= _CHUNK:
+        return _bags(x, tokens, ends)[:-1]
+    cuts = torch.cat([ends, torch.arange(0, total, _CHUNK, dtype=ends.dtype, device=ends.device)]).sort().values
+    partial = _bags(x, tokens, cuts).double()
+    order = torch.arange(partial.shape[0], dtype=tokens.dtype, device=tokens.device)
+    return _bags(partial, order, torch.searchsorted(cuts, ends, out_int32=True))[:-1].to(x.dtype)
+
+
+def _bags(x: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
+    return F.embedding_bag(tokens, x, ends, mode="sum", include_last_offset=True)
+
+
+# Tokens in one partial sum. 115k tokens of 0.1 in one row: 6e-4 off if added in a line, 6e-7 so.
+_CHUNK = 64
 
 
 def _on_one_core() -> bool:

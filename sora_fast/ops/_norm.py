@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sora_fast.ops._checks import check_device, check_dtype, check_eps, check_shape
-from sora_fast.ops._modulation import widened
 
 NORMS = ("layer", "rms")
 
@@ -29,7 +28,7 @@ def contiguous(vector: Tensor | None) -> Tensor | None:
 
 def plain_norm(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """norm(x) · weight + bias, in the dtype of x."""
-    weight, bias = (None if vector is None else widened(vector) for vector in (weight, bias))
+    weight, bias = (None if vector is None else vector.to(x.dtype) for vector in (weight, bias))
     if norm == "layer":
         return F.layer_norm(x, x.shape[1:], weight, bias, eps)
     normed = F.rms_norm(x, x.shape[1:], weight, eps)

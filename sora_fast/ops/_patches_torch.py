@@ -135,7 +135,7 @@ def _cut(
     out = flat.new_empty(raster_index.shape[0], columns)
     out[int(cu_seqlens[-1]) :].zero_()
     for video in _videos(offsets, shapes, cu_seqlens, grids, raster_index, is_raster):
-        pixels = flat[video.elements].reshape(video.shape)
+        pixels = flat[video.elements].contiguous().view(video.shape)
         beyond = [size * p - n for size, p, n in zip(video.grid, patch_size, video.shape[1:], strict=True)]
         if any(beyond):
             pixels = F.pad(pixels, (0, beyond[2], 0, beyond[1], 0, beyond[0]))
@@ -235,7 +235,8 @@ def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor
         torch.mm(own, weight, out=d_x[:used])
         found.append(d_x)
     if needed[1]:
-        found.append(own.t() @ x[:used])
+        # Into a tensor: under autocast a product that makes its own would be rounded to 16 bits.
+        found.append(torch.mm(own.t(), x[:used], out=x.new_empty(weight.shape)))
     if needed[2]:
         found.append(own.sum(dim=0))
     return found

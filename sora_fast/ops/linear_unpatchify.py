@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sora_fast.ops import _patches_torch
-from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
 from sora_fast.ops._patches import PatchSize, check_patch_size, geometry
@@ -87,6 +87,7 @@ _linear_unpatchify.register_autograd(_backward, setup_context=_save)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, layout: PackedLayout) -> None:
+    check_layout(layout)
     check_shape("x", x, [layout.capacity, "C"])
     check_dtype("x", x, FLOAT_DTYPES)
     check_device("x", x, "the layout", layout.device)

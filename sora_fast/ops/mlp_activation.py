@@ -20,12 +20,14 @@ def mlp_activation(
     """The activation of x + bias.
 
     x: [N, H], bf16, fp16 or fp32 (fp64 on the torch backend), any strides: the product of the MLP's first layer, with
-        its bias or without. It is all that the backward pass keeps of the two.
+        its bias or without. It is all that the backward pass keeps of the two (on the torch backend not compiled, the
+        SiLU of "swiglu" too).
     bias: [H], of any such dtype, or None. Its gradient is summed in the same pass, in a fixed order.
     activation: "gelu": tanh-GELU, [N, H]. "swiglu": SiLU of the first half of the columns times the second, [N, H / 2]
         (Shazeer, arXiv:2002.05202).
 
-    Returns the dtype of x; computed in fp32. Raises TypeError or ValueError for arguments that do not fit together.
+    Returns the dtype of x; computed in fp32, by the torch backend in PyTorch's own steps, each rounded to x's dtype.
+    Raises TypeError or ValueError for arguments that do not fit together.
     """
     _check(x, bias, activation)
     if not adds_bias(x, backend):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sora_fast.ops import _patches_torch
-from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape, may_read
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape, may_read
 from sora_fast.ops._dispatch import choose
-from sora_fast.ops._modulation import offered, parts
+from sora_fast.ops._modulation import offered, parts, widened
 from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry
 from sora_fast.packing import PackedLayout, RaggedLatents, RowIndex
 
@@ -21,7 +21,7 @@ class FactorisedPosition:
     """A position that is the sum of one row a coordinate: t[t] + h[h] + w[w] (NaViT, arXiv:2307.06304).
 
     t [Lt, C], h [Lh, C], w [Lw, C]: tables, learned or fixed; None adds nothing for that axis. A coordinate past the
-    end of its table is an error on a CPU; elsewhere, where looking would wait, it takes the last row.
+    end of its table is an error on a CPU; elsewhere and in a compiled graph, which do not look, it takes the last row.
     """
 
     t: Tensor | None = None
@@ -77,6 +77,7 @@ def patch_embed(
     Differentiable in latents.flat, weight, bias and position.
     """
     check_patch_size(patch_size)
+    check_layout(layout)
     if not isinstance(latents, RaggedLatents):
         raise TypeError(f"latents: {type(latents).__name__}; it must be RaggedLatents")
     check_grids(latents.shapes, layout, patch_size)
@@ -105,10 +106,11 @@ def _torch(
     if isinstance(position, FactorisedPosition):
         for axis, table in enumerate(position.tables):
             if table is not None:
-                tokens = tokens + F.embedding(layout.coords[:, axis].clamp(max=table.shape[0] - 1), table)
+                # Widened, so that the gradients of its rows are not added up in 16 bits.
+                tokens = tokens + F.embedding(layout.coords[:, axis].clamp(max=table.shape[0] - 1), widened(table))
     else:
         tokens = tokens + position
-    return torch.where((layout.segment_ids >= 0)[:, None], tokens, 0)
+    return torch.where((layout.segment_ids >= 0)[:, None], tokens, 0).to(weight.dtype)
 
 
 def _joined(position: Position) -> tuple[Tensor | None, list[int]]:
@@ -253,6 +255,7 @@ def _check_weights(latents: RaggedLatents, weight: Tensor, bias: Tensor | None, 
     check_shape("latents.flat", latents.flat, ["elements"])
     _check_like_weight("latents.flat", latents.flat, weight)
     check_shape("latents.offsets", latents.offsets, [latents.max_segments + 1])
+    check_dtype("latents.offsets", latents.offsets, [torch.int64])
     check_device("latents.offsets", latents.offsets, "weight", weight.device)
     if bias is not None:
         check_shape("bias", bias, weight.shape[:1])

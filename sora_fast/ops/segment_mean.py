@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import sum_rows, widened
 from sora_fast.packing import PackedLayout
@@ -17,7 +17,10 @@ def segment_mean(x: Tensor, layout: PackedLayout, *, backend: str | None = None)
     x: [N, C] bf16, fp16, fp32 or fp64; padding rows are not read.
     Returns [S, C] in the dtype of x, summed in at least fp32, the same bits on every run. Empty segments give zeros.
     """
+    check_layout(layout)
     check_shape("x", x, [layout.capacity, "C"])
+    if x.shape[1] == 0:
+        raise ValueError(f"x: shape {tuple(x.shape)}; it must have at least one column")
     check_dtype("x", x, FLOAT_DTYPES)
     check_device("x", x, "the layout", layout.device)
     choose("segment_mean", backend, x.device, ("torch",))

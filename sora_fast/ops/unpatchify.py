@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sora_fast.ops import _patches_torch
-from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape, may_read
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape, may_read
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
 from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry
@@ -32,6 +32,7 @@ def unpatchify(
     tokens, and the buffer past the last video, are zeros. Differentiable in tokens.
     """
     check_patch_size(patch_size)
+    check_layout(layout)
     check_shape("tokens", tokens, [layout.capacity, f"{math.prod(patch_size)}·Cout"])
     check_dtype("tokens", tokens, FLOAT_DTYPES)
     check_device("tokens", tokens, "the layout", layout.device)
@@ -47,7 +48,7 @@ def unpatchify(
 def channels_of(what: str, count: int, patch_size: PatchSize) -> int:
     """Cout of so many columns or rows. ValueError, with `what` they are, if they are not whole patches."""
     pixels = math.prod(patch_size)
-    channels, rest = divmod(count, pixels)
+    channels, rest = count // pixels, count % pixels  # Dynamo cannot follow divmod of a symbolic size
     if rest or not channels:
         name, unit = what.split()
         raise ValueError(f"{name}: {count} {unit}; patches of {tuple(patch_size)} need {pixels}·Cout")
@@ -65,11 +66,15 @@ def videos_of(
 
     Made without waiting for the device. ValueError if they do not fit the layout, or each other.
     """
+    if not isinstance(shapes, Tensor | RaggedLatents):
+        raise TypeError(f"shapes: {type(shapes).__name__}; it must be a tensor [S, 4], or RaggedLatents")
     if isinstance(shapes, RaggedLatents):
         capacity = shapes.flat.numel() if capacity is None else capacity
         shapes = shapes.shapes
     if capacity is None:
         raise ValueError("capacity: None; it must be given when shapes is a tensor")
+    if not isinstance(capacity, int | torch.SymInt):
+        raise TypeError(f"capacity: {type(capacity).__name__}; it must be an int")
     check_grids(shapes, layout, patch_size)
     pixels = shapes[:, 1:].long().prod(dim=1)
     offsets = torch.cat([pixels.new_zeros(1), (pixels * channels).cumsum(0)])

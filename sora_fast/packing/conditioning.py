@@ -29,7 +29,9 @@ class RowIndex(TensorBundle):
 
     @staticmethod
     def from_index(index: Tensor, num_rows: int) -> "RowIndex":
-        """Sort `index` [N] (int32, −1: padding) on its device, without waiting for it."""
+        """Sort `index` [N] (int32, −1: padding) on its device, without waiting for it. TypeError for another dtype."""
+        if index.dtype != torch.int32:
+            raise TypeError(f"index: {index.dtype}; it must be int32")
         key = torch.where(index < 0, num_rows, index)
         ordered, tokens = torch.sort(key, stable=True)
         bounds = torch.arange(num_rows + 1, dtype=key.dtype, device=key.device)
@@ -72,6 +74,8 @@ class Conditioning(TensorBundle):
         """
         _check("sigma", sigma, (layout.max_segments,), layout)
         _check("clean", clean, (layout.capacity,), layout)
+        if clean.dtype != torch.bool:
+            raise TypeError(f"clean: {clean.dtype}; it must be bool")
         segments, ids = layout.max_segments, layout.segment_ids
         index = torch.where(clean & (ids >= 0), ids + segments, ids)
         levels = torch.cat([sigma.float(), torch.zeros_like(sigma, dtype=torch.float32)])

@@ -158,7 +158,10 @@ def _paired(keep: Sequence[np.ndarray | Tensor | None], grids: list[Grid]) -> en
 def _checked_keep(index: int, keep: np.ndarray | Tensor | None, grid: Grid) -> np.ndarray | None:
     if keep is None:
         return None
-    array = np.sort(np.asarray(keep).astype(np.int64))
+    array = np.asarray(keep)
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"keep: segment {index} has {array.dtype}; it must be integers, the raster indices that stay")
+    array = np.sort(array.astype(np.int64))
     if array.ndim != 1 or len(np.unique(array)) != len(array):
         raise ValueError(f"keep: segment {index} names tokens twice or is not one-dimensional (shape {array.shape})")
     if len(array) and (array[0] < 0 or array[-1] >= math.prod(grid)):

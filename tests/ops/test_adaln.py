@@ -141,6 +141,17 @@ def test_only_affine_costs_a_launch(device: torch.device) -> None:
         assert len(recorder.launches) == 2 + bool(norm.vectors), norm
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_weight_and_a_bias_of_fp32_beside_fp64(norm: str) -> None:
+    x, table, index = torch.randn(5, 8).double(), torch.zeros(1, 8).double(), torch.zeros(5, dtype=torch.int32)
+    vectors = torch.randn(2, 8).unbind()
+    mixed, wide = (
+        adaln(x, table, table, index, norm=norm, weight=weight, bias=bias)
+        for weight, bias in (vectors, [vector.double() for vector in vectors])
+    )
+    assert torch.equal(mixed, wide)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_gradcheck(norm: Norm) -> None:
     *tensors, index = arguments(Case(tokens=6, width=4, rows=3), torch.device("cpu"), norm)

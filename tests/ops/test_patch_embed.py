@@ -256,6 +256,18 @@ def test_partial_sums_of_the_weights_gradient_are_bounded(
         torch.testing.assert_close(result, many[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_a_table_are_added_up_in_fp32(dtype: torch.dtype) -> None:
+    """4096 tokens took the same row: one by one in 16 bits, the sum stops growing at 256, or at 2048."""
+    layout = PackedLayout.from_grids([(1, 64, 64)])
+    latents = RaggedLatents.from_list([torch.zeros(1, 1, 64, 64, dtype=dtype)])
+    table = torch.zeros(1, 2, dtype=dtype, requires_grad=True)
+    position = FactorisedPosition(t=table)
+    tokens = patch_embed(latents, torch.zeros(2, 1, dtype=dtype), None, layout, (1, 1, 1), position, backend="torch")
+    assert tokens.dtype == dtype
+    assert (torch.autograd.grad(tokens.sum(), table)[0] == 4096).all()
+
+
 def test_gradcheck() -> None:
     inputs = Inputs(RaggedCase(shapes=((2, 2, 3, 2), (2, 1, 1, 3)), drop=True), 3, "tables")
     op = inputs.op(torch.device("cpu"), "torch")
@@ -366,6 +378,12 @@ WEIGHT, BIAS, PATCH = torch.zeros(5, CASE.num_pixels), torch.zeros(5), CASE.patc
             ValueError,
             "latents.offsets: shape",
         ),
+        (
+            (replace(LATENTS, offsets=LATENTS.offsets.int()), WEIGHT, BIAS, LAYOUT, PATCH),
+            TypeError,
+            "latents.offsets: int32; it must be int64",
+        ),
+        ((LATENTS, WEIGHT, BIAS, None, PATCH), TypeError, "layout: NoneType; it must be a PackedLayout"),
         ((LATENTS, WEIGHT, BIAS, LAYOUT, (2, 2, 4)), ValueError, r"layout: segment 0 has the grid \(2, 3, 2\)"),
         ((LATENTS, WEIGHT[:, 1:], BIAS, LAYOUT, PATCH), ValueError, r"weight: .* it must be \[width, Cin·8\]"),
         ((LATENTS, WEIGHT[:, 8:], BIAS, LAYOUT, PATCH), ValueError, "latents: a video of 3 channels, but .* takes 2"),

@@ -43,6 +43,16 @@ def test_a_video_that_starts_between_two_runs_of_pixels() -> None:
     assert torch.equal(got, case.patches(latents.flat))
 
 
+@pytest.mark.parametrize("step", [0, 2])
+def test_pixels_that_are_not_side_by_side(step: int) -> None:
+    """They cannot be copied by the run."""
+    case = RaggedCase(shapes=((1, 1, 4, 4),), patch_size=(1, 2, 2))
+    layout, latents = case.layout(), case.latents()
+    flat = torch.randn(2 * len(latents.flat)).as_strided(latents.flat.shape, (step,))
+    got = cut(flat, latents.offsets, latents.shapes, layout, case.patch_size, 1)
+    assert torch.equal(got, case.patches(flat.contiguous()))
+
+
 def test_gradients_that_start_between_two_runs_of_pixels() -> None:
     case = RaggedCase(shapes=((1, 1, 4, 4),), patch_size=(1, 2, 2), spare_tokens=0)
     layout, latents = case.layout(), case.latents()
@@ -76,6 +86,15 @@ def test_padding_is_not_multiplied() -> None:
         torch.testing.assert_close(got[~padding[:, 0]], expected)
         assert not got[padding[:, 0]].any()
     torch.testing.assert_close([d_weight, d_bias], exact[2:])
+
+
+def test_a_backward_pass_under_autocast_is_not_rounded() -> None:
+    case = RaggedCase()
+    x, weight, bias = torch.randn(case.layout().capacity, 6), torch.randn(3, 6), torch.randn(3)
+    grad = torch.randn(len(x), 3)
+    exact = products(x, weight, bias, case, grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(products(x, weight, bias, case, grad)[1:], exact[1:])
 
 
 def test_opcheck() -> None:

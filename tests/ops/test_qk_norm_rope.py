@@ -294,6 +294,7 @@ def test_gradcheck() -> None:
     for rope, scale in ((Rope3D(), None), (ROPES[-1], torch.rand(3, 3) + 0.5)):
         op = partial(qk_norm_rope, layout=LAYOUT, rope=rope, segment_scale=scale)
         assert torch.autograd.gradcheck(op, (q, k, *weights))
+        assert torch.autograd.gradgradcheck(op, (q, k, *weights))
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -365,6 +366,7 @@ Q, W, S = torch.zeros(19, 2, 64), torch.zeros(64), torch.ones(3, 3)
         ((Q, Q, W, W.int(), LAYOUT, None), {}, TypeError, "k_weight: int32"),
         ((Q, Q, W, W, LAYOUT, Rope3D((2, 2, 2))), {}, ValueError, "rope.split: .* 6 channels, but the head dim is 64"),
         ((Q, Q, W, W, LAYOUT, None), {"eps": 0.0}, ValueError, "eps: 0.0"),
+        ((Q, Q, W, W, LAYOUT, None), {"eps": None}, TypeError, "eps: NoneType; it must be a number"),
         ((Q, Q, W, W, LAYOUT, None), {"segment_scale": S}, ValueError, "segment_scale: given without a rope"),
         ((Q, Q, W, W, LAYOUT, Rope3D()), {"segment_scale": S[:2]}, ValueError, r"segment_scale: .* must be \[3, 3\]"),
         ((Q, Q, W, W, LAYOUT, Rope3D()), {"segment_scale": S.double()}, TypeError, "segment_scale: float64"),

@@ -135,6 +135,19 @@ def test_compiles_once_for_ragged_batches(backend: str, compiler: str, device: t
             assert torch.equal(*grads)
 
 
+def test_compiles_for_any_number_of_channels() -> None:
+    layout = PackedLayout.from_grids([(1, 2, 2)])
+    shapes = torch.tensor([[1, 1, 4, 4]], dtype=torch.int32)
+
+    def step(tokens: Tensor) -> Tensor:
+        return unpatchify(tokens, layout, (1, 2, 2), shapes, capacity=100).flat
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for channels in (2, 3):
+        tokens = torch.randn(4, 4 * channels)
+        assert torch.equal(compiled(tokens), step(tokens))
+
+
 CASE = RaggedCase()
 LAYOUT, LATENTS = CASE.layout(), CASE.latents()
 TOKENS = torch.zeros(LAYOUT.capacity, CASE.num_pixels)
@@ -151,6 +164,9 @@ TOKENS = torch.zeros(LAYOUT.capacity, CASE.num_pixels)
         ((TOKENS, LAYOUT, (2, 2, 2), LATENTS.shapes.float()), {"capacity": 999}, TypeError, "shapes: float32"),
         ((TOKENS, LAYOUT, (1, 2, 2), LATENTS), {}, ValueError, "layout: segment 0 has the grid"),
         ((TOKENS, LAYOUT, (2, 2, 2), LATENTS.shapes), {}, ValueError, "capacity: None"),
+        ((TOKENS, LAYOUT, (2, 2, 2), LATENTS.shapes), {"capacity": 999.0}, TypeError, "capacity: float; .* an int"),
+        ((TOKENS, LAYOUT, (2, 2, 2), [(1, 2, 3, 4)]), {}, TypeError, "shapes: list; it must be a tensor"),
+        ((TOKENS, None, (2, 2, 2), LATENTS), {}, TypeError, "layout: NoneType; it must be a PackedLayout"),
         ((TOKENS, LAYOUT, (2, 2, 2), LATENTS.shapes), {"capacity": 9}, ValueError, "capacity: 9 elements"),
         ((TOKENS, LAYOUT, (2, 2, 2), LATENTS.shapes[1:]), {"capacity": 999}, ValueError, "shapes: shape"),
         ((TOKENS, LAYOUT, (2, 2, 2), LATENTS), {"backend": "cuda"}, ValueError, "has no cuda backend"),

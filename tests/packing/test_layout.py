@@ -81,6 +81,12 @@ def test_bad_input_is_named(grids: list, options: dict, message: str) -> None:
         PackedLayout.from_grids(grids, **options)
 
 
+@pytest.mark.parametrize("keep", [np.array([True, False]), torch.tensor([True, False]), [0.9]])
+def test_only_indices_say_what_is_kept(keep: object) -> None:
+    with pytest.raises(TypeError, match=r"keep: segment 0 has (bool|float64); it must be integers"):
+        PackedLayout.from_grids([(1, 1, 2)], keep=[keep])
+
+
 def test_moves_as_one() -> None:
     layout = PackedLayout.from_grids([(1, 2, 3)], tile_size=16)
     moved = layout.to("meta")
