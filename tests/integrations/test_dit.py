@@ -182,6 +182,18 @@ def test_averaged_weights_are_taken_first_and_a_training_checkpoint_is_read(
     assert torch.equal(dit.load(tmp_path / "old.pt").x_embedder.proj.bias, small["x_embedder.proj.bias"])
 
 
+def test_averaged_positions_are_taken_for_what_they_are(small: dict[str, Tensor], tmp_path: Path) -> None:
+    """DiT's train.py averages the fixed table too: every step rounds."""
+    table = small["pos_embed"]
+    averaged = table.clone()
+    for _ in range(3000):
+        averaged.mul_(0.9999).add_(table, alpha=1 - 0.9999)
+    assert 1e-5 < (averaged - table).abs().max() < 1e-3
+    model = loaded({"ema": {**small, "pos_embed": averaged}}, tmp_path / "dit.pt")
+    dit.save(model, tmp_path / "again.pt")
+    assert torch.equal(torch.load(tmp_path / "again.pt")["pos_embed"], averaged)
+
+
 class Trap:
     """What would be called, if anything in a file could be."""
 
@@ -241,6 +253,15 @@ def test_other_wrong_files_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             loaded(content, tmp_path / "dit.pt")
+    for name, content in {
+        "a.pt": b"",
+        "b.pt": b"junk",
+        "c.safetensors": b"junk",
+        "d.pt": b"PK\x03\x04 and no more",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"path: .*{name}"):
+            dit.load(tmp_path / name)
     nan = {**hollow(), "pos_embed": torch.full((1, 16, 384), float("nan"))}
     with pytest.raises(ValueError, match="pos_embed: it differs by nan"):
         loaded(nan, tmp_path / "dit.pt")
@@ -385,5 +406,18 @@ def test_bad_calls_are_named() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             call(**arguments)
-    with pytest.raises(TypeError, match=r"t: torch\.float32; it must be an integer dtype"):
-        call(t=torch.tensor([0.1, 0.2, 0.3]))
+    for arguments, message in [
+        ({"t": torch.tensor([0.1, 0.2, 0.3])}, r"t: torch\.float32; it must be an integer dtype"),
+        ({"t": [1, 2, 3]}, r"t: list; it must be a tensor \[3\]"),
+        ({"labels": None}, r"labels: NoneType; it must be a tensor \[3\]"),
+        ({"images": torch.zeros(3, 4, 1, 2, 2)}, "images: a tensor; it must be a sequence"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            call(**arguments)
+    for options, message in [
+        ({"generator": [torch.Generator()]}, "generator: 1 for 3 images"),
+        ({"channels": 5}, "channels: 5; it must lie in 1 … 4"),
+        ({"guidance": torch.ones(2)}, r"guidance: shape \(2,\); it must be a number or \[3\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            dit.sample(tiny(), images, labels, steps=2, **options)
