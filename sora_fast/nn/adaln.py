@@ -36,12 +36,12 @@ class AdaLNSingle(nn.Module):
 
     def forward(self, shared: Tensor) -> tuple[Tensor, ...]:
         """shared [M, chunks · C] → `chunks` tables [M, C], each contiguous; [M, C] serves every chunk alike, as
-        PixArt's final layer has it.
+        PixArt's final layer has it. In the dtype of `shared`, as under autocast AdaLNZero's are.
         """
         chunks, dim = self.scale_shift_table.shape
         if shared.ndim != 2 or shared.shape[1] not in (dim, chunks * dim):
             raise ValueError(f"shared: shape {tuple(shared.shape)}; it must be [M, {chunks * dim}] or [M, {dim}]")
-        return _tables(shared.unflatten(1, (-1, dim)) + self.scale_shift_table)
+        return _tables((shared.unflatten(1, (-1, dim)) + self.scale_shift_table).to(shared.dtype))
 
 
 def _tables(stacked: Tensor) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_fast.masks import SpacetimeMask
+from sora_fast.nn.normed import Normed, linear
 from sora_fast.ops.packed_attention import packed_attention
 from sora_fast.ops.qk_norm_rope import Rope3D, qk_norm_rope
 from sora_fast.packing import PackedLayout
@@ -38,7 +39,7 @@ class PackedAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Normed,
         layout: PackedLayout,
         mask: SpacetimeMask | TileSchedule | None = None,
         *,
@@ -48,7 +49,7 @@ class PackedAttention(nn.Module):
 
         segment_scale: [S, 3] fp32, by which the positions (t, h, w) of each segment are scaled; see `qk_norm_rope`.
         """
-        heads = self.qkv(x).unflatten(1, (self.heads + 2 * self.num_kv_heads, -1))
+        heads = linear(self.qkv, x).unflatten(1, (self.heads + 2 * self.num_kv_heads, -1))
         q, k, v = heads.split([self.heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if any(given is not None for given in (self.q_norm, self.rope, segment_scale)):
             q, k = qk_norm_rope(q, k, self.q_norm, self.k_norm, layout, self.rope, segment_scale=segment_scale)
@@ -70,14 +71,14 @@ class PackedCrossAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Normed,
         context: Tensor,
         layout: PackedLayout,
         context_layout: PackedLayout,
         schedule: TileSchedule | None = None,
     ) -> Tensor:
         """x: [N, C], context: [Nt, context_dim] → [N, C]. schedule: built with kv_layout=context_layout."""
-        q = self.q(x).unflatten(1, (self.heads, -1))
+        q = linear(self.q, x).unflatten(1, (self.heads, -1))
         k, v = self.kv(context).unflatten(1, (2, self.num_kv_heads, -1)).unbind(1)
         return self.proj(packed_attention(q, k, v, layout, schedule, kv_layout=context_layout).flatten(1))
 

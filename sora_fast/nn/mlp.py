@@ -1,10 +1,10 @@
 """The two feed-forward branches of a block."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sora_fast.nn.normed import Normed, is_plain, linear, product
 from sora_fast.ops.mlp_activation import adds_bias, mlp_activation
 
 
@@ -23,7 +23,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, self.parts * hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Normed) -> Tensor:
         """[N, C] → [N, C]"""
         hidden, bias = _product(self.fc1, x)
         if self.recompute and torch.is_grad_enabled():
@@ -46,15 +46,9 @@ class SwiGLU(Mlp):
         super().__init__(dim, -(-2 * hidden // 24) * 8, recompute=recompute)
 
 
-def _product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What `linear` makes of x, and the bias that is still to be added.
-
-    It is left to the activation's kernel where that runs and `linear` is what it seems: a module that replaces it or
-    hooks into it (adapters, quantisation, tensor parallelism) is called like any other.
-    """
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    # Offloading (accelerate) sets another `forward` on the module itself.
-    plain = type(linear) is nn.Linear and "forward" not in linear.__dict__ and not any(hooks)
-    if plain and linear.bias is not None and adds_bias(x):
-        return F.linear(x, linear.weight), linear.bias
-    return linear(x), None
+def _product(module: nn.Module, x: Tensor | Normed) -> tuple[Tensor, Tensor | None]:
+    """What `module` makes of x, and the bias that is still to be added: it is left to the activation's kernel where
+    that runs."""
+    if is_plain(module) and module.bias is not None and adds_bias(x.h if isinstance(x, Normed) else x):
+        return product(x, module.weight, None), module.bias
+    return linear(module, x), None

@@ -41,9 +41,8 @@ def gated_residual_adaln(
 
     Kept for the backward pass, on Triton: h, the branch, and fp32 statistics, so 4C + 8 bytes a token in bf16 (RMSNorm
     4C + 4); the formula written out keeps 10C + 4. What is normed is made again from h. At C = 1152: 4,616 and 11,524.
-    There is no option to keep less: h is also the residual of the next op, which lives as long. Keeping the residual in
-    its place, to make h again, would keep just as much (it is the h of the op before) and read 2C more. The result of
-    the norm, another 2C, is kept by the Linear behind it, for its weight: to do without, checkpoint the two together.
+    There is no less to keep here: h is also the residual of the next op, which lives as long. The result of the norm,
+    another 2C, is kept by the Linear behind it, for its weight; see `DiTBlock`'s norm_recompute.
     """
     tables = {"gate": gate, "shift": shift, "scale": scale}
     check_modulated({"residual": residual, "branch": branch}, tables, index)

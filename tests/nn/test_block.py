@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import pytest
@@ -5,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from sora_fast import use_backend
-from sora_fast.nn import BlockContext, DiTBlock
-from sora_fast.ops import Rope3D
-from sora_fast.packing import PackedLayout, RowIndex
+from sora_fast.nn import BlockContext, DiTBlock, FinalLayer, PatchEmbed3D
+from sora_fast.ops import Rope3D, adaln
+from sora_fast.packing import PackedLayout, RaggedLatents, RowIndex
 from sora_fast.schedule import TileSchedule
 from tests.tracing import Computed
 
@@ -46,6 +47,7 @@ def test_a_chain_of_blocks_is_adaln_zero() -> None:
     [
         pytest.param({}, 9, id="as DiT with QK-norm"),
         pytest.param({"mlp": "swiglu", "mlp_recompute": True}, 9, id="SwiGLU"),
+        pytest.param({"norm_recompute": True}, 9, id="less kept"),
         pytest.param({"qk_norm": False}, 8, id="as DiT"),
         pytest.param({"context_dim": 8}, 14, id="with cross-attention"),
     ],
@@ -85,6 +87,79 @@ def test_launches_are_those_that_the_docstring_lists(
             "addmm",
             "sora_fast::gated_residual_adaln",
         ]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("options", [{}, {"mlp": "swiglu", "mlp_recompute": True}, {"context_dim": 8}])
+def test_what_is_normed_is_not_kept_and_the_gradients_are_the_same(
+    options: dict[str, Any], backend: str, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    dim = 32
+    layout = PackedLayout.from_grids([(2, 2, 3), (1, 4, 4)], capacity=30, tile_size=16).to(device)
+    text = PackedLayout.from_grids([(5, 1, 1), (3, 1, 1)]).to(device)
+    schedules = TileSchedule.build(layout), TileSchedule.build(layout, kv_layout=text)
+    rows = RowIndex.from_index(layout.segment_ids, 2)
+    shared = BlockContext(layout, schedules[0], rows, torch.randn(8, 8, device=device), text, schedules[1])
+    block = DiTBlock(dim, 2, **options).to(device)
+    tables = torch.randn(11 if "context_dim" in options else 8, 2, dim, device=device, requires_grad=True)
+    start = torch.randn(layout.capacity, dim, device=device, requires_grad=True)
+    results, kept = [], []
+    for block.norm_recompute in (False, True):
+        *modulation, shift, scale = tables.unbind(0)
+        sizes: dict[int, int] = {}
+        with use_backend(backend):
+            h = adaln(start, *modulation[:2], rows)
+            with torch.autograd.graph.saved_tensors_hooks(partial(_note, sizes), lambda x: x):
+                outputs = block(start, h, modulation, (shift, scale), shared)
+            weights = [weight for name, weight in block.named_parameters() if "adaLN" not in name]
+            leaves = [start, tables, *weights]
+            results.append([*outputs, *torch.autograd.grad(outputs, leaves, [outputs[0], outputs[1]])])
+        kept.append(sum(sizes.values()))
+    for recomputed, plain in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(recomputed, plain)
+    branches = 3 if "context_dim" in options else 2
+    # The first residual is the last block's to keep, which is not here.
+    assert kept[0] - kept[1] == (branches - 1) * start.nbytes
+
+
+def _note(sizes: dict[int, int], x: torch.Tensor) -> torch.Tensor:
+    if x.shape[0] == 30:  # tokens
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return x
+
+
+@pytest.mark.parametrize("options", [{}, {"context_dim": 8}])
+def test_other_numbers_of_tables_are_named(options: dict[str, Any]) -> None:
+    layout = PackedLayout.from_grids([(1, 2, 2)])
+    shared = BlockContext(layout, TileSchedule.build(layout), RowIndex.from_index(layout.segment_ids, 1))
+    x, tables = torch.zeros(4, 32), list(torch.zeros(12, 1, 32))
+    block, count = DiTBlock(32, 2, **options), 9 if options else 6
+    for wrong in (count - 1, count + 1, 15 - count):
+        with pytest.raises(ValueError, match=f"modulation: {len(tables[:wrong])} tables; this block takes {count}"):
+            block(x, x, tables[:wrong], tables[:2], shared)
+    with pytest.raises(ValueError, match="following: 3 tables; this block takes 2"):
+        block(x, x, tables[:count], tables[:3], shared)
+    if options:
+        with pytest.raises(ValueError, match=r"shared\.text: None, but this block has cross-attention"):
+            block(x, x, tables[:9], tables[:2], shared)
+
+
+@pytest.mark.parametrize("adaln", ["zero", "single"])
+def test_trains_under_autocast(adaln: str) -> None:
+    """Whichever makes the tables, the last two come from the final layer's AdaLNZero."""
+    layout = PackedLayout.from_grids([(1, 4, 4)])
+    latents = RaggedLatents.from_list([torch.randn(4, 1, 8, 8)])
+    shared = BlockContext(layout, TileSchedule.build(layout), RowIndex.from_index(layout.segment_ids, 1))
+    embed, block, final = PatchEmbed3D(32, 4, (1, 2, 2)), DiTBlock(32, 2, adaln=adaln), FinalLayer(32, 4, (1, 2, 2))
+    condition = torch.randn(1, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = torch.nn.Linear(32, 6 * 32)(condition) if adaln == "single" else condition
+        x = embed(latents, layout)
+        x, h = block(x, x, block.adaLN_modulation(made), final.adaLN_modulation(condition), shared)
+        loss = final(h, layout, latents).flat.float().square().mean() + x.float().mean()
+    loss.backward()
+    assert all(weight.grad.isfinite().all() for weight in block.parameters())
 
 
 def test_modulation_starts_at_zero() -> None:
