@@ -3,7 +3,6 @@
 import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -127,8 +126,7 @@ def measure(
         _check(row, {"torch": plain, **runs}, truth[place], place, case.part)
         taking_part = {name: run.work(place) for name, run in runs.items() if name not in row.absent}
         if taking_part:
-            with _without_guards():
-                row.rounds = timer(taking_part)
+            row.rounds = _timed(taking_part, timer)
         if gauge is not None:
             row.notes = {
                 name: gauge.read(work, Timing.of(row.rounds[name]).median) for name, work in taking_part.items()
@@ -136,11 +134,15 @@ def measure(
     return rows
 
 
-def _without_guards() -> AbstractContextManager[Any]:
-    """Inside, a compiled graph runs without first looking at what it was compiled for, the whole of it being one op: a
-    model does that once a step. Out of a cold cache it costs up to 0.1 ms, of ops that take 0.2 to 4, and most where an
-    op has the most arguments to check."""
-    return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+def _timed(works: Mapping[str, Work], timer: Timer) -> dict[str, list[float]]:
+    """Without the guards of compiled graphs, which look at what a graph was compiled for: a model does that once a step,
+    but here the whole graph is one op. Out of a cold cache it costs up to 0.1 ms, of ops that take 0.2 to 4, and most
+    where an op has the most arguments to check."""
+    try:
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+            return timer(works)
+    except RuntimeError:  # of somebody who compiles anew: then with guards, all of them
+        return timer(works)
 
 
 def _check(row: Row, runs: Mapping[str, "_Run"], truth: Tensors, place: int, part: Callable[[Tensor], Tensor]) -> None:

@@ -70,9 +70,9 @@ class RowBlock:
         """One token after the other, the sums of its row in registers."""
         columns, rest = split_width(width)
         # 8 elements a thread, a 16-byte load in bf16, and what the rest adds; 16 where a row has 8192, since the 64
-        # registers that 32 warps leave a thread do not hold three fp32 sums and five tensors, and the 128 of 16 nearly do:
-        # past 7,000 columns the triple op spills up to 48 bytes with LayerNorm, a weight and a bias, and up to 192 at
-        # odd widths. (8 to 24 bytes elsewhere, as of adaln's with a weight and a bias at 1024 on sm_90, are the
+        # registers that 32 warps leave a thread do not hold three fp32 sums and five tensors, and the 128 of 16 nearly
+        # do: past 7,000 columns the triple op spills up to 48 bytes with LayerNorm, a weight and a bias, and up to 192
+        # at odd widths. (8 to 24 bytes elsewhere, as of adaln's with a weight and a bias at 1024 on sm_90, are the
         # assembler's choice, to fit one program more on a multiprocessor. maxnreg=255 takes them away and up to 72
         # registers more everywhere.)
         return RowBlock(1, columns, num_warps=min(16, max(1, columns // 256)), rest=rest)
