@@ -135,9 +135,9 @@ def measure(
 
 
 def _timed(works: Mapping[str, Work], timer: Timer) -> dict[str, list[float]]:
-    """Without the guards of compiled graphs, which look at what a graph was compiled for: a model does that once a step,
-    but here the whole graph is one op. Out of a cold cache it costs up to 0.1 ms, of ops that take 0.2 to 4, and most
-    where an op has the most arguments to check."""
+    """Without the guards of compiled graphs, which look whether a graph fits the arguments: a model does that once a
+    step, but here a graph is one op. Out of a cold cache they take up to 0.1 ms, beside ops of 0.2 to 4, and longest
+    where an op has the most arguments."""
     try:
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
             return timer(works)
