@@ -60,7 +60,7 @@ def check_layout(layout: PackedLayout) -> None:
 
 def check_eps(eps: float) -> None:
     """A positive number in fp32. TypeError, ValueError."""
-    if not isinstance(eps, float | int):
+    if not hasattr(eps, "__float__"):  # NumPy's numbers have it too
         raise TypeError(f"eps: {type(eps).__name__}; it must be a number")
     if not eps >= torch.finfo(torch.float32).tiny:
         raise ValueError(f"eps: {eps}; it must be above 0 in fp32, or rows of equal values would divide by zero")

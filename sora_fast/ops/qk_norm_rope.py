@@ -41,7 +41,7 @@ class Rope3D:
 
     def __post_init__(self) -> None:
         if self.split is not None and (
-            len(self.split) != 3 or any(not isinstance(size, int) or size < 0 or size % 2 for size in self.split)
+            len(self.split) != 3 or any(not hasattr(size, "__index__") or size < 0 or size % 2 for size in self.split)
         ):
             raise ValueError(f"split: {self.split}; it must be three even sizes (t, h, w) ≥ 0")
         if not 0 < self.theta < math.inf:

@@ -73,7 +73,7 @@ def videos_of(
         shapes = shapes.shapes
     if capacity is None:
         raise ValueError("capacity: None; it must be given when shapes is a tensor")
-    if not isinstance(capacity, int | torch.SymInt):
+    if not hasattr(capacity, "__index__"):  # NumPy's integers have it too
         raise TypeError(f"capacity: {type(capacity).__name__}; it must be an int")
     check_grids(shapes, layout, patch_size)
     pixels = shapes[:, 1:].long().prod(dim=1)

@@ -383,6 +383,7 @@ def test_bad_arguments(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"split": (2.0, 2, 2)}, "split: .* three even sizes"),
         ({"split": (3, 2, 2)}, "split: "),
         ({"theta": 0.0}, "theta: 0.0"),
         ({"theta": float("nan")}, "theta: nan; it must be positive and finite"),
