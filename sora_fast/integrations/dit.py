@@ -141,19 +141,19 @@ def sample(
 
     noise: S standard normal latents (C, 1, H, W), to start from, float32 for the chain to be that too, whatever the
     model's dtype; labels: [S] int. Returns S latents of the same shapes and dtype.
-    guidance: 1 is none; one number, or a tensor [S]. channels: guidance applies to so many first channels, 3 in DiT's
-    published samples; None: to all of the noise, and not to the variance. generator: of the noise on the way; one, or
-    one an image, whose sample then does not depend on what is packed with it.
+    guidance: 1 is none; one number, or a tensor [S]. channels: guidance applies to so many first channels of the noise,
+    3 in DiT's published samples; None, or more than there are: to all, and never to the variance. generator: of the
+    noise on the way; one, or one an image, whose sample then does not depend on what is packed with it.
     """
     _check_is_dit(model.config)
     latents, layout = _packed(model, noise, labels)
-    _check_guidance(guidance, channels, len(noise), model.config.in_channels)
-    if isinstance(generator, Sequence) and len(generator) != len(noise):
-        raise ValueError(f"generator: {len(generator)} for {len(noise)} images; it must be one, or one an image")
+    _check_guidance(guidance, channels, len(noise))
+    _check_generator(generator, len(noise))
     denoiser = partial(_call, model, labels=labels)
     if isinstance(guidance, Tensor) or guidance != 1:
         null_labels = torch.full_like(labels, model.config.num_classes)
-        guided = model.config.in_channels if channels is None else channels
+        most = model.config.in_channels
+        guided = most if channels is None else min(channels, most)
         denoiser = Guided(
             partial(_call, model), layout, scale=guidance, labels=labels, null_labels=null_labels, channels=guided
         )
@@ -219,8 +219,8 @@ def _positions(dim: int, side: int) -> Tensor:
 
 
 def _positions_to_save(model: SoraDiT, grid: int | None) -> Tensor:
-    if grid is not None and grid < 1:
-        raise ValueError(f"grid: {grid}; it must be at least 1")
+    if grid is not None and (not isinstance(grid, int) or grid < 1):
+        raise ValueError(f"grid: {grid}; it must be an int of at least 1")
     if grid is not None:
         return _positions(model.config.dim, grid).to(model.x_embedder.proj.weight.dtype)
     if not isinstance(model.pos_embed, _CheckpointPosition):
@@ -229,6 +229,8 @@ def _positions_to_save(model: SoraDiT, grid: int | None) -> Tensor:
 
 
 def _read(path: Path) -> State:
+    if not path.is_file():
+        raise FileNotFoundError(f"path: {path} is no file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -238,8 +240,6 @@ def _read(path: Path) -> State:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(f"path: {path} is not made of tensors and plain values alone: {error}") from error
-    except OSError:
-        raise
     except Exception as error:  # a damaged file makes the readers stumble in a dozen ways
         raise ValueError(f"path: {path} cannot be read: {type(error).__name__}: {error}") from error
     for name in ("ema", "model"):
@@ -328,11 +328,22 @@ def _check_images(images: Sequence[Tensor], channels: int) -> None:
             raise ValueError(f"images: number {index} has the shape {shape}; it must be ({channels}, 1, H, W)")
 
 
-def _check_guidance(guidance: float | Tensor, channels: int | None, count: int, in_channels: int) -> None:
+def _check_guidance(guidance: float | Tensor, channels: int | None, count: int) -> None:
+    if not isinstance(guidance, float | int | Tensor):
+        raise TypeError(f"guidance: {type(guidance).__name__}; it must be a number, or a tensor [{count}]")
     if isinstance(guidance, Tensor) and tuple(guidance.shape) not in ((), (count,)):
         raise ValueError(f"guidance: shape {tuple(guidance.shape)}; it must be a number or [{count}], one an image")
-    if channels is not None and not 1 <= channels <= in_channels:
-        raise ValueError(f"channels: {channels}; it must lie in 1 … {in_channels}, the channels of the noise")
+    if channels is not None and channels < 1:
+        raise ValueError(f"channels: {channels}; it must be at least 1, or None for all")
+
+
+def _check_generator(generator: Generators, count: int) -> None:
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    if not isinstance(generator, Sequence):
+        raise TypeError(f"generator: {type(generator).__name__}; it must be a torch.Generator, or one an image")
+    if len(generator) != count:
+        raise ValueError(f"generator: {len(generator)} for {count} images; it must be one, or one an image")
 
 
 def _check_integers(name: str, values: Tensor, count: int, largest: int) -> None:
@@ -340,7 +351,7 @@ def _check_integers(name: str, values: Tensor, count: int, largest: int) -> None
         raise TypeError(f"{name}: {type(values).__name__}; it must be a tensor [{count}], one for every image")
     if tuple(values.shape) != (count,):
         raise ValueError(f"{name}: shape {tuple(values.shape)}; it must be [{count}], one for every image")
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        raise TypeError(f"{name}: {values.dtype}; it must be an integer dtype")
+    if values.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: {values.dtype}; it must be int32 or int64")
     if may_read(values) and (values.min() < 0 or values.max() > largest):
         raise ValueError(f"{name}: {values.tolist()}; each must lie in 0 … {largest}")

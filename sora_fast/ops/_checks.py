@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def check_layout(layout: PackedLayout) -> None:
 
 def check_eps(eps: float) -> None:
     """A positive number in fp32. TypeError, ValueError."""
-    if not hasattr(eps, "__float__"):  # NumPy's numbers have it too
+    if not isinstance(eps, float | int | np.number):
         raise TypeError(f"eps: {type(eps).__name__}; it must be a number")
     if not eps >= torch.finfo(torch.float32).tiny:
         raise ValueError(f"eps: {eps}; it must be above 0 in fp32, or rows of equal values would divide by zero")

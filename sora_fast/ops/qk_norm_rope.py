@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +41,8 @@ class Rope3D:
     extent: tuple[float | None, float | None, float | None] | None = None
 
     def __post_init__(self) -> None:
-        if self.split is not None and (
-            len(self.split) != 3 or any(not hasattr(size, "__index__") or size < 0 or size % 2 for size in self.split)
+        if self.split is not None and not (
+            len(self.split) == 3 and all(isinstance(n, int | np.integer) and n >= 0 and n % 2 == 0 for n in self.split)
         ):
             raise ValueError(f"split: {self.split}; it must be three even sizes (t, h, w) ≥ 0")
         if not 0 < self.theta < math.inf:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +74,7 @@ def videos_of(
         shapes = shapes.shapes
     if capacity is None:
         raise ValueError("capacity: None; it must be given when shapes is a tensor")
-    if not hasattr(capacity, "__index__"):  # NumPy's integers have it too
+    if not isinstance(capacity, int | torch.SymInt | np.integer):
         raise TypeError(f"capacity: {type(capacity).__name__}; it must be an int")
     check_grids(shapes, layout, patch_size)
     pixels = shapes[:, 1:].long().prod(dim=1)

@@ -30,8 +30,8 @@ class RowIndex(TensorBundle):
     @staticmethod
     def from_index(index: Tensor, num_rows: int) -> "RowIndex":
         """Sort `index` [N] (int32, −1: padding) on its device, without waiting for it. TypeError for another dtype."""
-        if index.dtype != torch.int32:
-            raise TypeError(f"index: {index.dtype}; it must be int32")
+        if not isinstance(index, Tensor) or index.dtype != torch.int32:
+            raise TypeError(f"index: {getattr(index, 'dtype', type(index).__name__)}; it must be an int32 tensor")
         key = torch.where(index < 0, num_rows, index)
         ordered, tokens = torch.sort(key, stable=True)
         bounds = torch.arange(num_rows + 1, dtype=key.dtype, device=key.device)

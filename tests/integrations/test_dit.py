@@ -262,6 +262,15 @@ def test_other_wrong_files_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"path: .*{name}"):
             dit.load(tmp_path / name)
+    torch.save(hollow(), tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    for size in range(0, len(whole), len(whole) // 20):
+        (tmp_path / "cut.pt").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"path: .*cut\.pt"):
+            dit.load(tmp_path / "cut.pt")
+    for name in ("none.pt", "none.safetensors", ""):
+        with pytest.raises(FileNotFoundError, match=f"path: .*{name} is no file"):
+            dit.load(tmp_path / name)
     nan = {**hollow(), "pos_embed": torch.full((1, 16, 384), float("nan"))}
     with pytest.raises(ValueError, match="pos_embed: it differs by nan"):
         loaded(nan, tmp_path / "dit.pt")
@@ -376,6 +385,21 @@ def test_samples_are_those_of_dit(
         assert_within_rule(made, reference_samples(model, dtype, chain, **options), oracle)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 9, None])
+def test_guidance_of_all_channels_leaves_the_variance_alone(channels: int | None) -> None:
+    """One channel of noise, and one of the variance's share: however many are asked for, the same one is guided."""
+    model, noise = tiny(in_channels=1), [torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))]
+    results = [
+        dit.sample(model, noise, torch.tensor([1]), steps=2, guidance=4.0, channels=count, generator=seeded())
+        for count in (1, channels)
+    ]
+    assert torch.equal(*(result[0] for result in results))
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
 def test_all_timesteps_reach_the_model_as_they_are() -> None:
     """DiT's t and this package's sigma are one thing, through fp32 and back, for each of the 1000."""
     seen = []
@@ -407,7 +431,7 @@ def test_bad_calls_are_named() -> None:
         with pytest.raises(ValueError, match=message):
             call(**arguments)
     for arguments, message in [
-        ({"t": torch.tensor([0.1, 0.2, 0.3])}, r"t: torch\.float32; it must be an integer dtype"),
+        ({"t": torch.tensor([0.1, 0.2, 0.3])}, r"t: torch\.float32; it must be int32 or int64"),
         ({"t": [1, 2, 3]}, r"t: list; it must be a tensor \[3\]"),
         ({"labels": None}, r"labels: NoneType; it must be a tensor \[3\]"),
         ({"images": torch.zeros(3, 4, 1, 2, 2)}, "images: a tensor; it must be a sequence"),
@@ -416,7 +440,7 @@ def test_bad_calls_are_named() -> None:
             call(**arguments)
     for options, message in [
         ({"generator": [torch.Generator()]}, "generator: 1 for 3 images"),
-        ({"channels": 5}, "channels: 5; it must lie in 1 … 4"),
+        ({"channels": 0}, "channels: 0; it must be at least 1"),
         ({"guidance": torch.ones(2)}, r"guidance: shape \(2,\); it must be a number or \[3\]"),
     ]:
         with pytest.raises(ValueError, match=message):

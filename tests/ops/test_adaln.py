@@ -179,6 +179,15 @@ def test_compiles_once_for_ragged_batches(backend: str, compiler: str, norm: Nor
     check_compiles_once(norm.bound_to(adaln), **shape, device=device, backend=backend, compiler=compiler)
 
 
+def test_compiles_with_symbolic_sizes() -> None:
+    """And a symbolic eps, which the default becomes."""
+    compiled = torch.compile(adaln, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens, width in ((5, 8), (70, 12)):
+        x, table = torch.randn(tokens, width), torch.randn(2, width)
+        index = torch.randint(-1, 2, (tokens,), dtype=torch.int32)
+        assert torch.equal(compiled(x, table, table, index), adaln(x, table, table, index))
+
+
 def test_empty_pack(device: torch.device) -> None:
     x = torch.zeros(0, 8, device=device, requires_grad=True)
     table = torch.zeros(2, 8, device=device, requires_grad=True)

@@ -135,6 +135,20 @@ def test_compiles_once_for_ragged_batches(backend: str, compiler: str, device: t
             assert torch.equal(*grads)
 
 
+def test_compiles_for_any_number_of_pixels() -> None:
+    """The capacity of the buffer, which comes from the latents, turns symbolic at the second batch."""
+
+    def step(tokens: Tensor, layout: PackedLayout, latents: RaggedLatents) -> Tensor:
+        return unpatchify(tokens, layout, (1, 2, 2), latents).flat
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for height in (4, 6, 8):
+        latents = RaggedLatents.from_list([torch.randn(3, 1, height, 4)])
+        layout = PackedLayout.from_grids([(1, height // 2, 2)])
+        tokens = torch.randn(layout.capacity, 12)
+        assert torch.equal(compiled(tokens, layout, latents), step(tokens, layout, latents))
+
+
 def test_compiles_for_any_number_of_channels() -> None:
     layout = PackedLayout.from_grids([(1, 2, 2)])
     shapes = torch.tensor([[1, 1, 4, 4]], dtype=torch.int32)

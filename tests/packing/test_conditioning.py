@@ -67,7 +67,7 @@ def test_bad_input_is_named() -> None:
         Conditioning.with_clean(torch.ones(3), torch.ones(5, dtype=torch.bool), layout)
     with pytest.raises(TypeError, match=r"clean: torch\.int64; it must be bool"):
         Conditioning.with_clean(torch.ones(3), torch.ones(12).long(), layout)
-    with pytest.raises(TypeError, match=r"index: torch\.int64; it must be int32"):
+    with pytest.raises(TypeError, match=r"index: torch\.int64; it must be an int32 tensor"):
         RowIndex.from_index(torch.zeros(3).long(), 1)
     with pytest.raises(ValueError, match="sigma: on meta"):
         Conditioning.per_segment(torch.ones(3, device="meta"), layout)
