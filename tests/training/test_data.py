@@ -7,7 +7,7 @@ import torch
 
 from sora_fast.media import write_media
 from sora_fast.training.data import DataConfig, FolderSource
-from tests.test_media import absurd_png
+from tests.media.test_read import absurd_png
 
 pytestmark = pytest.mark.filterwarnings("error")
 

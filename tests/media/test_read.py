@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from sora_fast import media
-from sora_fast.media import UnreadableMedia, read_media, to_pixels, write_media
+from sora_fast.media import UnreadableMedia, read, read_media, to_pixels, write_media
 from tests.helpers import examples
 
 HALF_LEVEL = 0.51 / 127.5
@@ -275,7 +274,7 @@ def test_whatever_a_decoder_fails_on_is_named(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(media, "_decode", fail)
+    monkeypatch.setattr(read, "_decode", fail)
     with pytest.raises(UnreadableMedia) as raised:
         read_media(path)
     assert raised.value.reason == f"cannot be decoded: {error!r}"
