@@ -26,7 +26,10 @@ def training_loss(
     clean: Tensor | None = None,
     **inputs: Any,
 ) -> Tensor:
-    """Mean squared error of the model's prediction over the noisy pixels, weighted by the path; a scalar, float32.
+    """Mean squared error of the model's prediction over the noisy pixels, weighted by the path; a scalar.
+
+    State, noise, targets and the loss are float32 (of float64 data that), whatever the model computes in: its noisy
+    latents are so, and its output is widened.
 
     model: called with (noisy latents, layout, conditioning, **inputs), inputs being text or labels.
     data: clean latents; sigma: [S] noise level of each segment; noise: as data.flat.
@@ -39,13 +42,15 @@ def training_loss(
     if clean is None:
         clean = torch.zeros(layout.capacity, dtype=torch.bool, device=layout.device)
     conditioning = Conditioning.with_clean(sigma, clean, layout)
+    wide = torch.promote_types(data.flat.dtype, torch.float32)
+    data, noise = data.with_flat(data.flat.to(wide)), noise.to(wide)
     noisy = token_to_pixels(~clean, layout, patch_size, data)
     segments = pixel_segments(data)
     level = spread(sigma, segments)
     x = torch.where(noisy, path.add_noise(data.flat, noise, level), data.flat)
     output = model(data.with_flat(x), layout, conditioning, **inputs)
     prediction, variance = split_output(output, data, path)
-    prediction = prediction.float()
+    prediction = prediction.to(wide)
     pixels = noisy.sum().clamp(min=1)
     # Masked before the square, and the variance before the bound: what stands in unspecified places, NaN perhaps,
     # must not reach the gradient.
@@ -53,7 +58,7 @@ def training_loss(
     loss = (error.square() * path.loss_weight(level)).sum() / pixels
     if variance is None:
         return loss
-    variance = torch.where(noisy, variance.float(), 0)
+    variance = torch.where(noisy, variance.to(wide), 0)
     denoised, _ = path.denoise(x, prediction.detach(), level)
     bound = variational_bound(path, data.flat, x, denoised, variance, sigma, segments)
     return loss + torch.where(noisy, bound, 0).sum() / pixels

@@ -99,7 +99,7 @@ class Engine:
         if self.networks.text is None:
             return model
         text = self._text([request.prompt for request in requests])
-        scale = torch.tensor([request.guidance for request in requests])
+        scale = torch.tensor([request.guidance for request in requests], dtype=torch.float32, device="cpu")
         if bool((scale == 1).all()):
             return lambda latents, layout, conditioning: model(latents, layout, conditioning, text=text)
         null_text = self._text([""] * len(requests))

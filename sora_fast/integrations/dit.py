@@ -115,7 +115,7 @@ def save(model: SoraDiT, path: Path | str, *, grid: int | None = None) -> None:
 def forward(model: SoraDiT, images: Sequence[Tensor], t: Tensor, labels: Tensor) -> list[Tensor]:
     """DiT's own call: what the model says about noisy images, each of any size, all packed into one sequence.
 
-    images: S latents (C, 1, H, W) in the model's dtype; t: [S] raw timesteps, int, 0 … 999; labels: [S] int, 0 …
+    images: S latents (C, 1, H, W) of any floating dtype; t: [S] raw timesteps, int, 0 … 999; labels: [S] int, 0 …
     num_classes, the last being "no class".
     Returns S tensors (C, 1, H, W), or (2C, 1, H, W) with a learned sigma: the noise, then the variance's share.
     Values of t and labels are checked on a CPU; elsewhere, where looking would wait, they are not.
@@ -149,14 +149,12 @@ def sample(
     latents, layout = _packed(model, noise, labels)
     _check_guidance(guidance, channels, len(noise))
     _check_generator(generator, len(noise))
-    denoiser = partial(_call, model, labels=labels)
+    denoiser = partial(model, labels=labels)
     if isinstance(guidance, Tensor) or guidance != 1:
         null_labels = torch.full_like(labels, model.config.num_classes)
         most = model.config.in_channels
         guided = most if channels is None else min(channels, most)
-        denoiser = Guided(
-            partial(_call, model), layout, scale=guidance, labels=labels, null_labels=null_labels, channels=guided
-        )
+        denoiser = Guided(model, layout, scale=guidance, labels=labels, null_labels=null_labels, channels=guided)
     made = run_sampler(
         denoiser,
         latents,
@@ -168,14 +166,6 @@ def sample(
         generator=generator,
     )
     return _unpacked(made, noise)
-
-
-def _call(
-    model: SoraDiT, latents: RaggedLatents, layout: PackedLayout, conditioning: Conditioning, *, labels: Tensor
-) -> RaggedLatents:
-    # A sampler computes in fp32 at least; a model's weights may be of less.
-    flat = latents.flat.to(model.x_embedder.proj.weight.dtype)
-    return model(latents.with_flat(flat), layout, conditioning, labels=labels)
 
 
 def _packed(model: SoraDiT, images: Sequence[Tensor], labels: Tensor) -> tuple[RaggedLatents, PackedLayout]:
@@ -202,14 +192,15 @@ class _CheckpointPosition(SinCosPosition):
     """
 
     def __init__(self, dim: int, table: Tensor) -> None:
-        super().__init__(dim)
-        ours = _positions(dim, math.isqrt(table.shape[1])).to(table.dtype)
+        with torch.device(table.device):
+            super().__init__(dim, dtype=table.dtype)
+            ours = _positions(dim, math.isqrt(table.shape[1])).to(table.dtype)
         error = (table.double() - ours.double()).abs().max().item()
         if not error <= max(torch.finfo(table.dtype).eps, 1e-3):
             raise ValueError(
                 f"{_POSITIONS}: it differs by {error:.2g} from DiT's sin-cos positions; they must be those"
             )
-        self.to(table.dtype).register_buffer("table", table.clone(), persistent=False)
+        self.register_buffer("table", table.clone(), persistent=False)
 
 
 def _positions(dim: int, side: int) -> Tensor:

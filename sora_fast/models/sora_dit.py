@@ -1,6 +1,6 @@
 """SoraDiT: a diffusion transformer over packed videos and images."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -120,9 +120,11 @@ class SoraDiT(nn.Module):
 
         latents: S videos (in_channels, T, H, W) at the noise levels of `conditioning`; layout: their token grids,
         ceil(T/pt), ceil(H/ph), ceil(W/pw); text: packed text of the same S segments; labels: [S] int.
-        Returns videos of the same sizes with in_channels channels, twice as many with `learned_sigma`.
+        Latents and text of any floating dtype: the model computes in its own, that of its weights or autocast's.
+        Returns videos of the same sizes, in that dtype, with in_channels channels, twice as many with `learned_sigma`.
         """
         _check_inputs(self.config, layout, text, labels)
+        latents, text = self._own(latents, text)
         condition = self._condition(conditioning, text, labels)
         modulations = [block.adaLN_modulation(condition) for block in self.blocks]
         modulations.append(self.final_layer.adaLN_modulation(condition))
@@ -133,6 +135,16 @@ class SoraDiT(nn.Module):
         for block, modulation, following in zip(self.blocks, modulations, modulations[1:], strict=False):
             x, h = block(x, h, modulation, following[:2], shared)
         return self.final_layer(h, layout, latents)
+
+    def _own(self, latents: RaggedLatents, text: PackedText | None) -> tuple[RaggedLatents, PackedText | None]:
+        """Both in the weights' dtype; under autocast as they are, since there each layer casts for itself."""
+        if torch.is_autocast_enabled(latents.flat.device.type):
+            return latents, text
+        dtype = self.x_embedder.proj.weight.dtype
+        if text is not None:
+            pooled = None if text.pooled is None else text.pooled.to(dtype)
+            text = replace(text, tokens=text.tokens.to(dtype), pooled=pooled)
+        return latents.with_flat(latents.flat.to(dtype)), text
 
     def _condition(self, conditioning: Conditioning, text: PackedText | None, labels: Tensor | None) -> Tensor:
         timestep = conditioning.sigma * 1000

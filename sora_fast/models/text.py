@@ -227,7 +227,7 @@ def _checked_prompts(prompts: Sequence[str]) -> Sequence[str]:
 
 def _pack(rows: list[list[int]], capacity: int | None, max_segments: int | None) -> tuple[Tensor, PackedLayout]:
     layout = PackedLayout.from_grids([(len(row), 1, 1) for row in rows], capacity=capacity, max_segments=max_segments)
-    ids = torch.zeros(layout.capacity, dtype=torch.int32)
+    ids = torch.zeros(layout.capacity, dtype=torch.int32, device="cpu")
     flat = [token for row in rows for token in row]
-    ids[: len(flat)] = torch.tensor(flat, dtype=torch.int32)
+    ids[: len(flat)] = torch.tensor(flat, dtype=torch.int32, device="cpu")
     return ids, layout

@@ -58,7 +58,7 @@ class World:
         """The sum of each number over the workers. The numbers live on the host: no accelerator is waited for."""
         if self.size == 1:
             return list(numbers)
-        sums = torch.tensor(numbers, dtype=torch.float64)
+        sums = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         dist.all_reduce(sums)
         return sums.tolist()
 

@@ -5,9 +5,12 @@ RUN/log.jsonl         one line a step
 RUN/checkpoints/…     see checkpoint.py
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sora_fast.diffusion.paths import DDPM, RectifiedFlow
@@ -118,15 +121,19 @@ class RunConfig:
 
 
 class Networks(nn.Module):
-    """The model and its text encoder as one module, with the codec and the noise path that belong to them."""
+    """The model and its text encoder as one module, with the codec and the noise path that belong to them.
+
+    Born in float32 on the CPU, whatever the process's defaults are.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.config = config
         self.path = config.path
         self.codec = IdentityCodec.for_patches(config.model.in_channels, config.model.patch_size)
-        self.text = None if config.text is None else config.text.build()
-        self.model = SoraDiT(config.model)
+        with _plain_defaults():
+            self.text = None if config.text is None else config.text.build()
+            self.model = SoraDiT(config.model)
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
@@ -146,6 +153,17 @@ class Networks(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name: what a checkpoint holds."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+@contextlib.contextmanager
+def _plain_defaults() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def check_new(folder: Path) -> None:
