@@ -57,8 +57,9 @@ CHANGEABLE = ("lr", "minutes", "steps", "save_every", "no_compile")  # when a ru
 TRAIN_HELP = """\
 Train a video model on a folder of your own videos and images.
 
-The folder may hold anything that FFmpeg and Pillow read, in subfolders too. A caption stands beside its file:
-clip.mp4 with clip.txt, or clip.json as {"caption": "..."}. Files that cannot be used are named and skipped.
+The folder may hold anything that FFmpeg and Pillow read, in subfolders and behind links too. A caption stands beside
+its file: that of clip.mp4 in clip.txt or clip.mp4.txt, or in a .json as {"caption": "..."}. Files that cannot be used
+are named and skipped.
 
   sora-fast train --data clips --out runs/first --minutes 30
   sora-fast sample runs/first --prompt "a red ball" --frames 16 --size 64x64 --out ball.mp4
@@ -301,7 +302,7 @@ def _train(a: argparse.Namespace) -> int:
     device = _device(a.device)
     config = _resumed_config(a, given) if a.resume else _new_config(a)
     source = FolderSource(config.data, progress=True)
-    print(f"{len(source)} files to train on, {len(source.skipped)} skipped")
+    print(source.summary)
     if not a.resume:
         config = replace(config, train=replace(config.train, batch=_batch_config(a, source)))
     trainer = Trainer(config, source, a.out, device=device, resume=a.resume)

@@ -108,6 +108,47 @@ def test_bad_files_are_named_and_skipped(tmp_path: Path, caplog: pytest.LogCaptu
         assert f"{name}: {reason}" in caplog.text
 
 
+def test_captions_are_found_counted_and_what_is_not_used_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b", "c", "d", "e"):
+        write_media(tmp_path / f"{name}.png", _video(frames=1))
+    (tmp_path / "a.TXT").write_bytes("\ufeffone".encode())
+    (tmp_path / "b.png.txt").write_bytes("\ufefftwo".encode("utf-16-le"))
+    (tmp_path / "c.JSON").write_bytes(b'\xef\xbb\xbf{"caption": "three"}')
+    (tmp_path / "d.txt").write_text("four")
+    (tmp_path / "d.json").write_text('{"caption": "other"}')
+    for number in range(7):
+        (tmp_path / f"stray{number}.txt").write_text("whose?")
+    with caplog.at_level(logging.WARNING):
+        source = _source(tmp_path)
+    assert source.captions == ["one", "two", "three", "four", ""]
+    assert source.summary == "5 files to train on, 4 with a caption and 1 without; 0 skipped"
+    strays = ", ".join(f"{tmp_path}/stray{number}.txt" for number in range(5))
+    assert f"belong to no video or image: {strays} and 2 more" in caplog.text
+    assert f"not used, since another one goes first: {tmp_path}/d.json (d.txt is read)" in caplog.text
+
+
+def test_links_are_followed_and_each_file_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clips, far = tmp_path / "clips", tmp_path / "far"
+    write_media(clips / "a.png", _video(frames=1))
+    write_media(far / "b.png", _video(frames=2)[:, 1:])
+    (far / "b.txt").write_text("from afar")
+    (clips / "again.png").symlink_to(clips / "a.png")
+    (clips / "shared.txt").write_text("a ramp")
+    (clips / "a.txt").symlink_to(clips / "shared.txt")
+    (clips / "link").symlink_to(far)
+    (clips / "loop").symlink_to(clips)
+    (clips / "lost.mp4").symlink_to(tmp_path / "gone.mp4")
+    with caplog.at_level(logging.WARNING):
+        source = _source(clips)
+    assert [path.relative_to(clips).as_posix() for path in source.files] == ["a.png", "link/b.png"]
+    assert source.captions == ["a ramp", "from afar"]
+    assert {path.name for path in source.skipped} == {"again.png", "loop", "lost.mp4"}
+    for path, reason in source.skipped.items():
+        assert f"{path}: {reason}" in caplog.text
+
+
 def test_nothing_usable(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no usable video or image"):
         _source(tmp_path)
