@@ -52,7 +52,7 @@ NEW_RUN = {
     "bf16": False,
     "no_compile": False,
 }
-CHANGEABLE = ("lr", "minutes", "steps", "save_every", "no_compile")  # when a run goes on
+CHANGEABLE = ("lr", "minutes", "steps", "save_every", "no_compile", "data", "text_encoder")  # when a run goes on
 
 TRAIN_HELP = """\
 Train a video model on a folder of your own videos and images.
@@ -148,7 +148,7 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(command=_train)
     defaults = argparse.Namespace(**NEW_RUN)
     add = parser.add_argument_group("what and where").add_argument
-    add("--data", metavar="FOLDER", help="videos, images and their captions")
+    add("--data", metavar="FOLDER", help="videos, images and their captions; beside --resume: where they are now")
     add("--out", metavar="RUN", required=True, type=Path, help="folder of the run: configuration, log, checkpoints")
     add(
         "--resume",
@@ -169,7 +169,12 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     add("--depth", type=_COUNT, help=f"transformer blocks (default: {defaults.depth})")
     add("--heads", type=_COUNT, help=f"attention heads (default: {defaults.heads})")
     add("--patch", type=_sizes("1x4x4"), metavar="TxHxW", help="pixels in a token (default: 1x4x4)")
-    add("--text-encoder", metavar="FOLDER", help="a CLIP or T5 saved there (default: a small one, trained along)")
+    add(
+        "--text-encoder",
+        metavar="FOLDER",
+        help="a CLIP or T5 saved there, which takes 77 or 226 tokens of a caption (default: a small one, trained "
+        "along, which takes 255 bytes); beside --resume: where it is now",
+    )
     add = parser.add_argument_group("training").add_argument
     add("--capacity", type=_COUNT, help=f"tokens in a batch (default: {defaults.capacity})")
     add("--optimizer", choices=("adamw", "muon"), help=f"default: {defaults.optimizer}")
@@ -193,7 +198,12 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="folder of a run: what `sora-fast train --out` made")
     add("--out", type=Path, required=True, help="file to write: .mp4, .gif, or .png for one frame")
-    add("--prompt", default="", help="what is to be seen")
+    add(
+        "--prompt",
+        default="",
+        help="what is to be seen; cut where it is longer than the run's text encoder takes: 255 bytes (the small one), "
+        "77 tokens (CLIP) or 226 (T5)",
+    )
     add("--frames", type=_COUNT, default=16, help="frames of the whole result (default: %(default)s)")
     add("--size", type=_sizes("64x48"), metavar="HxW", help="height x width in pixels (default: 64x64, or the image's)")
     add(
@@ -209,6 +219,7 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
     add("--seed", type=_SEED, default=0, help="another seed, another video (default: %(default)s)")
     add("--fps", type=_POSITIVE, help="frames per second of the result (default: those of the run)")
     add("--scale", type=_COUNT, default=1, help="enlarge every pixel so many times (default: %(default)s)")
+    add("--text-encoder", metavar="FOLDER", help="where the run's CLIP or T5 is, if it is not where it was")
     add("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
 
 
@@ -297,8 +308,8 @@ def _train(a: argparse.Namespace) -> int:
 
     given = (vars(a).keys() & NEW_RUN.keys()) - {"resume", "device"}
     a = argparse.Namespace(**(NEW_RUN | vars(a)))
-    if a.resume == (a.data is not None):
-        raise ValueError("train needs either --data FOLDER, for a new run, or --resume")
+    if not a.resume and a.data is None:
+        raise ValueError("train needs --data FOLDER, for a new run, or --resume")
     device = _device(a.device)
     config = _resumed_config(a, given) if a.resume else _new_config(a)
     source = FolderSource(config.data, progress=True)
@@ -306,6 +317,8 @@ def _train(a: argparse.Namespace) -> int:
     if not a.resume:
         config = replace(config, train=replace(config.train, batch=_batch_config(a, source)))
     trainer = Trainer(config, source, a.out, device=device, resume=a.resume)
+    if trainer.networks.text is not None:
+        trainer.networks.text.check(source.captions)
     if a.resume:
         print(f"going on from step {trainer.step}")
     resume = f"sora-fast train --resume --out {a.out}"
@@ -330,7 +343,7 @@ def _longer(config: "TrainConfig") -> str:
 
 def _resumed_config(a: argparse.Namespace, given: Set[str]) -> "RunConfig":
     """What the run was made with, changed as far as it can be."""
-    from sora_fast.training.run import read_run
+    from sora_fast.training.run import moved, read_run
 
     if fixed := sorted(given - set(CHANGEABLE)):
         raise ValueError(
@@ -339,6 +352,9 @@ def _resumed_config(a: argparse.Namespace, given: Set[str]) -> "RunConfig":
     config = read_run(a.out)
     if config.data is None:
         raise ValueError(f"{a.out} was not made by `sora-fast train`; it cannot be resumed by it")
+    config = moved(config, data=a.data, text_encoder=a.text_encoder)
+    if not Path(config.data.folder).is_dir():
+        raise ValueError(f"{config.data.folder} is no folder; say where the run's data is now: --data FOLDER")
     changes = {name: getattr(a, name) for name in given & {"lr", "save_every"}}
     if given & {"steps", "minutes"}:  # either takes the place of what limited the run
         changes |= {"steps": a.steps, "minutes": a.minutes}
@@ -380,7 +396,7 @@ def _new_config(a: argparse.Namespace) -> "RunConfig":
             save_every=a.save_every,
         ),
         text=text,
-        data=DataConfig(str(Path(a.data).resolve()), a.max_frames, a.max_side, a.fps, channels),
+        data=DataConfig(a.data, a.max_frames, a.max_side, a.fps, channels),
         fps=a.fps or 8.0,
     )
 
@@ -421,7 +437,7 @@ def _sample(a: argparse.Namespace) -> int:
     _check_result(a.out, a.frames)
     if a.sampler is not None and a.sampler not in SAMPLERS:
         raise ValueError(f"--sampler {a.sampler}: it must be one of {', '.join(SAMPLERS)}")
-    engine = Engine.load(a.run, device=_device(a.device))
+    engine = Engine.load(a.run, device=_device(a.device), text_encoder=a.text_encoder)
     config = engine.networks.config
     request = _request(a, config)
     with tqdm(total=a.steps, desc="sampling", unit=" steps") as bar:

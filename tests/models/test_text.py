@@ -1,4 +1,7 @@
+import itertools
 import json
+import logging
+import shutil
 
 import pytest
 import torch
@@ -32,6 +35,46 @@ def test_long_prompts_are_cut_and_too_many_refused():
         encoder.tokenize("abc")
     with pytest.raises(ValueError, match="kernel_size: 4"):
         ByteTextEncoder(8, kernel_size=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "kept"),
+    [("abcdef", 3, "abc"), ("aß", 2, "a"), ("aß", 3, "aß"), ("球球", 5, "球"), ("球", 2, ""), ("a🎈b", 4, "a")],
+)
+def test_no_character_is_cut_in_two(text, limit, kept):
+    assert byte_encoder(max_bytes=limit).tokenize([text])[0].tolist() == [256, *kept.encode()]
+
+
+def test_what_is_cut_is_said_once(caplog):
+    encoder = byte_encoder(max_bytes=20)
+    long, longer = "a red ball rolls down the hill", "eine große Acht, die sehr langsam nach links wandert"
+    with caplog.at_level(logging.WARNING):
+        encoder.tokenize(["", "a" * 20])
+        assert not caplog.messages
+        encoder.tokenize(["short", long])
+        encoder.tokenize([long, "short"])
+        assert caplog.messages == [f"cut to the 20 bytes that the text encoder takes: a text of 30, {long!r}"]
+        encoder.check([long, longer, long])
+    assert len(longer.encode()) == 53
+    assert caplog.messages[1:] == [
+        f"cut to the 20 bytes that the text encoder takes: 3 texts, the longest of 53, '{longer[:39]}…'"
+    ]
+
+
+def test_an_endless_stream_of_long_texts_is_no_endless_log(caplog):
+    encoder = byte_encoder(max_bytes=3)
+    with caplog.at_level(logging.WARNING):
+        for number in range(30):
+            encoder.tokenize([f"number {number}"])
+    assert len(caplog.messages) == 10
+    assert caplog.messages[-1].endswith("what is cut from now on is not named any more")
+    assert sum("from now on" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("prompt", ["a \udcff ball", "\ud83c"])
+def test_what_is_no_text_is_named(prompt):
+    with pytest.raises(ValueError, match=r"prompts: .*\\ud.* holds what is no character"):
+        byte_encoder().tokenize(["good", prompt])
 
 
 @pytest.mark.parametrize("spare", [0, 3])
@@ -184,11 +227,42 @@ def test_transformers_encoders_are_frozen(t5_folder):
     assert torch.equal(first.tokens, again.tokens) and not first.tokens.requires_grad
 
 
-def test_long_prompts_are_cut_for_the_library(clip_folder):
+def test_long_prompts_are_cut_for_the_library(clip_folder, caplog):
     encoder = TransformersTextEncoder(clip_folder)
-    ids, layout = encoder.tokenize(["a " * 30])
+    with caplog.at_level(logging.WARNING):
+        encoder.tokenize(["a " * 6])
+        assert not caplog.messages
+        ids, layout = encoder.tokenize(["a " * 30])
+        encoder.tokenize(["a " * 30])
+    # Thirty words, a start and an end.
+    assert caplog.messages == [f"cut to the 8 tokens that the text encoder takes: a text of 32, '{'a ' * 19}a…'"]
     assert layout.capacity == 8 and ids[-1] == 1  # CLIP's positions; the end token stays
     assert TransformersTextEncoder(clip_folder, max_tokens=4).tokenize(["a " * 30])[1].capacity == 4
+
+
+def test_the_fingerprint_is_that_of_what_is_read(clip_folder, tmp_path):
+    moved, large = tmp_path / "moved", 40 << 20
+    shutil.copytree(clip_folder, moved)
+    seen = [TransformersTextEncoder.fingerprint(clip_folder)]
+    assert TransformersTextEncoder.fingerprint(moved) == seen[0]
+    (moved / "README.md").write_text("nothing that is read")
+    assert TransformersTextEncoder.fingerprint(str(moved)) == seen[0]
+
+    weights = load_file(moved / "model.safetensors")
+    name = max(weights, key=lambda name: weights[name].numel())
+    weights[name][-1, -1] += 1e-3
+    tokenizer = (moved / "tokenizer.json").read_text()
+    for change in (
+        lambda: save_file(weights, moved / "model.safetensors", metadata={"format": "pt"}),
+        lambda: (moved / "tokenizer.json").write_text(tokenizer.replace("seven", "eight")),
+        lambda: (moved / "model.safetensors").rename(moved / "model-1-of-1.safetensors"),
+        lambda: (moved / "model.safetensors").write_bytes(bytes(large)),
+        lambda: (moved / "model.safetensors").write_bytes(bytes(large - 1)),
+        lambda: (moved / "model.safetensors").write_bytes(bytes(range(256)) * (large // 256)),
+    ):
+        change()
+        seen.append(TransformersTextEncoder.fingerprint(moved))
+    assert all(one != other for one, other in itertools.combinations(seen, 2))
 
 
 def test_pickled_weights_are_refused(clip_folder, tmp_path):
