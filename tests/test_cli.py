@@ -9,9 +9,11 @@ import torch
 
 from sora_fast.cli import main
 from sora_fast.media import read_media, write_media
+from sora_fast.models.text import ByteTextEncoder
 from sora_fast.training.config import write_config
 from sora_fast.training.run import CONFIG, LOG, read_run
 from sora_fast.training.trainer import read_log
+from tests.text_encoders import save_clip
 
 _SMALL = "--dim 32 --depth 1 --heads 2 --capacity 256 --max-side 16 --max-frames 3 --no-compile --device cpu"
 SMALL = _SMALL.split()
@@ -101,11 +103,91 @@ def test_other_data_is_not_gone_on_with(folder: Path, tmp_path: Path, capsys: py
     assert "files, their sizes or their captions have changed" in capsys.readouterr().err
 
 
+def test_a_run_works_from_anywhere_and_is_told_what_has_moved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    save_clip(here / "clip")
+    shutil.copytree(folder, here / "clips")
+    monkeypatch.chdir(here)
+    assert main(["train", "--data", "clips", "--text-encoder", "clip", "--out", "run", "--steps", "1", *SMALL]) == 0
+    monkeypatch.chdir(tmp_path)
+    resume = ["train", "--resume", "--out", "here/run", "--device", "cpu"]
+    sample = [
+        "sample",
+        "here/run",
+        "--out",
+        "a.png",
+        "--frames",
+        "1",
+        "--size",
+        "8x8",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert main([*resume, "--steps", "2"]) == 0
+    assert main(sample) == 0
+
+    there.mkdir()
+    for name in ("clip", "clips"):
+        (here / name).rename(there / name)
+    capsys.readouterr()
+    assert main(resume) == 2
+    assert "say where the run's data is now: --data FOLDER" in capsys.readouterr().err
+    assert main([*resume, "--data", "there/clips"]) == 2
+    assert "--text-encoder FOLDER" in capsys.readouterr().err
+    assert main(sample) == 2
+    assert "--text-encoder FOLDER" in capsys.readouterr().err
+    assert main([*sample, "--text-encoder", "there/clip"]) == 0
+    assert main([*resume, "--data", "there/clips", "--text-encoder", "there/clip", "--steps", "3"]) == 0
+    assert main([*resume, "--steps", "4"]) == 0  # it remembers
+    assert read_run(here / "run").data.folder == str(there / "clips")
+
+    (there / "clips" / "right.txt").write_text("another caption")
+    assert main([*resume, "--data", "there/clips"]) == 2
+    assert "files, their sizes or their captions have changed" in capsys.readouterr().err
+    tokenizer = there / "clip" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("seven", "eight"))
+    assert main([*sample, "--text-encoder", "there/clip"]) == 2
+    assert "holds another text encoder" in capsys.readouterr().err
+
+
+def test_captions_and_prompts_that_are_cut_are_named(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(folder, data)
+    (data / "left.txt").write_text("l" * 300)
+    assert main(["train", "--data", str(data), "--out", str(run), "--steps", "3", *SMALL]) == 0
+    assert "2 files to train on, 2 with a caption and 0 without; 1 skipped" in capsys.readouterr().out
+    cut = "cut to the 255 bytes that the text encoder takes: a text of"
+    assert [message for message in caplog.messages if "cut" in message] == [f"{cut} 300, '{'l' * 39}…'"]
+    caplog.clear()
+    sample = ["sample", str(run), "--out", str(tmp_path / "a.png"), "--frames", "1", "--size", "8x8", "--steps", "1"]
+    assert main([*sample, "--device", "cpu", "--prompt", "p" * 256]) == 0
+    assert caplog.messages == [f"{cut} 256, '{'p' * 39}…'"]
+
+
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_help_names_what_the_text_encoders_take(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{ByteTextEncoder(8).max_bytes} bytes" in said
+    assert "77" in said
+    assert "226" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train --out {tmp}/new", "either --data FOLDER"),
-        ("train --data {data} --resume --out {run}", "either --data FOLDER"),
+        ("train --out {tmp}/new", "needs --data FOLDER"),
+        ("train --data {tmp} --resume --out {run}", "no usable video or image"),
+        ("train --data {tmp}/absent --resume --out {run}", "absent is no folder; say where the run's data is now"),
+        ("train --text-encoder {tmp} --resume --out {run}", "the run has no text encoder from a folder"),
+        ("sample {run} --out {tmp}/a.mp4 --text-encoder {tmp}", "the run has no text encoder from a folder"),
         ("train --resume --out {run} --seed 0 --dim 32", "--dim, --seed: a run keeps what it was made with"),
         ("train --resume --out {run} --steps 5 --minutes 1 --device cpu", "exactly one"),
         ("train --data {tmp}/absent --out {tmp}/new --steps 1 --minutes 1", "exactly one"),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sora_fast.models.text import ByteTextEncoder, TransformersTextEncoder
+from tests.text_encoders import save_clip, save_t5
 
 PROMPTS = ["a seven moving left", "", "eine große Acht", "a three and a two"]
 
@@ -131,56 +132,14 @@ def test_one_graph_serves_every_mix_of_prompts():
             torch.testing.assert_close(compiled(*batch).tokens, encoder(*batch).tokens)
 
 
-WORDS = ["a", "seven", "moving", "left", "three", "and", "two", "eine", "große", "Acht"]
-
-
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A CLIP text encoder with random weights and a word for a token, as `save_pretrained` leaves it."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    save_tokenizer(folder, ["<|startoftext|>", "<|endoftext|>"], "<|startoftext|> $A <|endoftext|>", "<|endoftext|>")
-    config = transformers.CLIPTextConfig(
-        vocab_size=13,
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    transformers.CLIPTextModel(config).save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("t5")
-    torch.manual_seed(0)
-    save_tokenizer(folder, ["<pad>", "</s>"], "$A </s>", "<pad>")
-    config = transformers.T5Config(
-        vocab_size=13, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
-    )
-    transformers.T5EncoderModel(config).save_pretrained(folder)
-    return folder
-
-
-def save_tokenizer(folder, special: list[str], template: str, padding: str) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: i for i, word in enumerate([*special, "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[(token, words[token]) for token in special]
-    )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=padding, unk_token="<unk>").save_pretrained(folder)
+    return save_t5(tmp_path_factory.mktemp("t5"))
 
 
 @pytest.mark.parametrize("kind", ["clip", "t5"])
