@@ -9,18 +9,19 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sora_fast.generation.tasks import Request
+    from sora_fast.media import Clip
     from sora_fast.training.batches import BatchConfig
     from sora_fast.training.data import FolderSource
     from sora_fast.training.run import RunConfig, TrainConfig
+
+log = logging.getLogger(__name__)
 
 BAD_INPUT, INTERRUPTED = 2, 130
 RESULTS = (".mp4", ".gif", ".png")
@@ -162,7 +163,12 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     add = parser.add_argument_group("data").add_argument
     add("--max-frames", type=_COUNT, help=f"frames taken from the start of a video (default: {defaults.max_frames})")
     add("--max-side", type=_COUNT, help=f"longer sides are scaled down to this (default: {defaults.max_side} pixels)")
-    add("--fps", type=_POSITIVE, help="sample videos at this rate (default: every frame)")
+    add(
+        "--fps",
+        type=_POSITIVE,
+        help="sample videos at this rate, which is then that of what is made (default: every frame, and the rate that "
+        "most videos have)",
+    )
     add("--grey", action="store_true", help="one grey channel in place of RGB")
     add = parser.add_argument_group("model").add_argument
     add("--dim", type=_COUNT, help=f"width (default: {defaults.dim})")
@@ -217,7 +223,9 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
     add("--steps", type=_COUNT, default=30, help="steps of the sampler (default: %(default)s)")
     add("--sampler", help="euler, heun, ddim, dpm++ or ddpm (default: what suits the run)")
     add("--seed", type=_SEED, default=0, help="another seed, another video (default: %(default)s)")
-    add("--fps", type=_POSITIVE, help="frames per second of the result (default: those of the run)")
+    add(
+        "--fps", type=_POSITIVE, help="frames per second of the result (default: those of the given clip or of the run)"
+    )
     add("--scale", type=_COUNT, default=1, help="enlarge every pixel so many times (default: %(default)s)")
     add("--text-encoder", metavar="FOLDER", help="where the run's CLIP or T5 is, if it is not where it was")
     add("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
@@ -315,7 +323,9 @@ def _train(a: argparse.Namespace) -> int:
     source = FolderSource(config.data, progress=True)
     print(source.summary)
     if not a.resume:
-        config = replace(config, train=replace(config.train, batch=_batch_config(a, source)))
+        config = _fitted(config, a, source)
+    if source.rate_summary:
+        print(f"{source.rate_summary}; what is made will run at {config.fps:g}")
     trainer = Trainer(config, source, a.out, device=device, resume=a.resume)
     if trainer.networks.text is not None:
         trainer.networks.text.check(source.captions)
@@ -364,7 +374,7 @@ def _resumed_config(a: argparse.Namespace, given: Set[str]) -> "RunConfig":
 
 
 def _new_config(a: argparse.Namespace) -> "RunConfig":
-    """All but the sizes of a batch, which depend on the files."""
+    """All but what depends on the files."""
     from sora_fast.models import SoraDiTConfig
     from sora_fast.training.data import DataConfig
     from sora_fast.training.run import RunConfig, TextConfig, TrainConfig, check_new
@@ -399,6 +409,12 @@ def _new_config(a: argparse.Namespace) -> "RunConfig":
         data=DataConfig(a.data, a.max_frames, a.max_side, a.fps, channels),
         fps=a.fps or 8.0,
     )
+
+
+def _fitted(config: "RunConfig", a: argparse.Namespace, source: "FolderSource") -> "RunConfig":
+    """With what depends on the files: the sizes of a batch, and how fast videos are."""
+    train = replace(config.train, batch=_batch_config(a, source))
+    return replace(config, train=train, fps=source.rate or config.fps, data_fps=source.rate)
 
 
 def _batch_config(a: argparse.Namespace, source: "FolderSource") -> "BatchConfig":
@@ -439,7 +455,7 @@ def _sample(a: argparse.Namespace) -> int:
         raise ValueError(f"--sampler {a.sampler}: it must be one of {', '.join(SAMPLERS)}")
     engine = Engine.load(a.run, device=_device(a.device), text_encoder=a.text_encoder)
     config = engine.networks.config
-    request = _request(a, config)
+    request, fps = _request(a, config)
     with tqdm(total=a.steps, desc="sampling", unit=" steps") as bar:
         (video,) = engine.generate(
             [request],
@@ -447,7 +463,7 @@ def _sample(a: argparse.Namespace) -> int:
             sampler=SAMPLERS.get(a.sampler),
             progress=lambda done, steps: bar.update(),
         )
-    write_media(a.out, video, fps=a.fps or config.fps, scale=a.scale)
+    write_media(a.out, video, fps=fps, scale=a.scale)
     print(f"{a.out}: {request.frames} frames of {request.height}x{request.width}")
     return 0
 
@@ -475,16 +491,35 @@ def _check_writable(out: Path, folder: Path) -> None:
         raise ValueError(f"--out {out}: nothing can be written to {present}: {error.strerror}") from error
 
 
-def _request(a: argparse.Namespace, config: "RunConfig") -> "Request":
+def _request(a: argparse.Namespace, config: "RunConfig") -> tuple["Request", float]:
+    """What is asked for, and the frames per second of the result."""
     from sora_fast.generation.tasks import Request
 
-    head, tail = (_given(file, config) for file in (a.image, a.end))
-    sizes = {tuple(clip.shape[2:]) for clip in (head, tail) if clip is not None} | ({a.size} if a.size else set())
+    given = {
+        option: _given(file, config) for option, file in (("--image", a.image), ("--end", a.end)) if file is not None
+    }
+    sizes = {tuple(clip.video.shape[2:]) for clip in given.values()} | ({a.size} if a.size else set())
     if len(sizes) > 1:
         listed = " and ".join("x".join(map(str, size)) for size in sorted(sizes))
         raise ValueError(f"--size, --image and --end must agree, but they are {listed} pixels")
     height, width = sizes.pop() if sizes else (64, 64)
-    return Request(a.prompt, a.frames, height, width, head, tail, guidance=a.guidance, seed=a.seed)
+    head, tail = (given[option].video if option in given else None for option in ("--image", "--end"))
+    request = Request(a.prompt, a.frames, height, width, head, tail, guidance=a.guidance, seed=a.seed)
+    return request, _rate(a.fps, given, config)
+
+
+def _rate(asked: float | None, given: "Mapping[str, Clip]", config: "RunConfig") -> float:
+    """Frames per second of the result: as asked for, else of what is given, else of the run."""
+    from sora_fast.training.rates import same_rate
+
+    rates = {option: clip.fps for option, clip in given.items() if clip.fps is not None}
+    result = asked or next(iter(rates.values()), config.fps)
+    if rates and config.data_fps is not None:
+        rates["the run's videos"] = config.data_fps
+    if any(not same_rate(rate, other) for rate in rates.values() for other in rates.values()):
+        listed = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        log.warning("not the same frames per second: %s; the result has %g", listed, result)
+    return result
 
 
 def _report(a: argparse.Namespace) -> int:
@@ -494,14 +529,12 @@ def _report(a: argparse.Namespace) -> int:
     return 0
 
 
-def _given(file: Path | None, config: "RunConfig") -> "Tensor | None":
+def _given(file: Path, config: "RunConfig") -> "Clip":
     """An image or clip at the size that the model was trained at."""
-    from sora_fast.media import read_media
+    from sora_fast.media import read_clip
 
-    if file is None:
-        return None
     limits = {} if config.data is None else {"max_side": config.data.max_side, "fps": config.data.fps}
-    return read_media(file, channels=config.model.in_channels, **limits)
+    return read_clip(file, channels=config.model.in_channels, **limits)
 
 
 if __name__ == "__main__":

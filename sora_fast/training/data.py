@@ -11,14 +11,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sora_fast.training.captions import CaptionError, Matches, is_caption, match, read_caption
+from sora_fast.training.rates import common_rates
 from sora_fast.training.walk import each_once, walk
+
+if TYPE_CHECKING:
+    from sora_fast.media import Clip
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +72,7 @@ class FolderSource:
     Every file is decoded once at the start. What cannot be used is named in the log, and kept in `skipped` with the
     reason; caption files that belong to nothing are named too. Raises ValueError if the folder is missing or nothing
     in it is usable.
+    rates: frames per second of each file; None for a still.
     """
 
     config: DataConfig
@@ -75,6 +80,7 @@ class FolderSource:
     files: list[Path] = field(default_factory=list, init=False)
     captions: list[str] = field(default_factory=list, init=False)
     shapes: list[tuple[int, int, int, int]] = field(default_factory=list, init=False)
+    rates: list[float | None] = field(default_factory=list, init=False)
     skipped: dict[Path, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -101,7 +107,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Sample:
         pixels = self._cache.get(index)
-        video = self._read(self.files[index]) if pixels is None else pixels.float().div(127.5).sub(1)
+        video = self._read(self.files[index]).video if pixels is None else pixels.float().div(127.5).sub(1)
         return Sample(video, self.captions[index])
 
     @property
@@ -124,30 +130,49 @@ class FolderSource:
         """(C, T, H, W) of a sample, without reading it."""
         return self.shapes[index]
 
-    def _read(self, path: Path) -> Tensor:
-        from sora_fast.media import read_media  # needs PyAV, which only those who read files have to have
+    @property
+    def rate(self) -> float | None:
+        """Frames per second of the videos, the commonest if they differ; None if there are only stills."""
+        return next(iter(self._common_rates()), None)
+
+    @property
+    def rate_summary(self) -> str:
+        """The rates of the videos, in half a sentence; "" if there are only stills."""
+        counts = self._common_rates()
+        if len(counts) > 1:
+            listed = _listed([f"{count} at {rate:g}" for rate, count in counts.items()])
+            return f"the videos run at different rates, {listed} frames per second"
+        return f"the videos run at {self.rate:g} frames per second" if counts else ""
+
+    def _common_rates(self) -> dict[float, int]:
+        return common_rates([rate for rate in self.rates if rate is not None])
+
+    def _read(self, path: Path) -> "Clip":
+        from sora_fast.media import read_clip  # needs PyAV, which only those who read files have to have
 
         c = self.config
-        return read_media(path, max_frames=c.max_frames, fps=c.fps, max_side=c.max_side, channels=c.channels)
+        return read_clip(path, max_frames=c.max_frames, fps=c.fps, max_side=c.max_side, channels=c.channels)
 
     def _take(self, path: Path, caption_file: Path | None) -> None:
         from sora_fast.media import UnreadableMedia
 
         try:
             caption = "" if caption_file is None else read_caption(caption_file)
-            video = self._read(path)
+            clip = self._read(path)
         except UnreadableMedia as error:
             self.skipped[path] = error.reason
             return
         except (OSError, CaptionError) as error:
             self.skipped[path] = str(error)
             return
+        video = clip.video
         if self._cached_bytes + video.numel() <= self.config.cache_bytes:
             self._cached_bytes += video.numel()
             self._cache[len(self.files)] = video.add(1).mul(127.5).round().to(torch.uint8)
         self.files.append(path)
         self.captions.append(caption)
         self.shapes.append(tuple(video.shape))
+        self.rates.append(clip.fps)
 
 
 def _warn_of_unused(matches: Matches) -> None:

@@ -117,7 +117,8 @@ class RunConfig:
     """What `config.json` in a run's folder holds.
 
     text: None for a model without prompts. data: the folder that is trained on; None: a source made in Python.
-    fps: frames per second that samples are written at.
+    fps: frames per second that samples are written at. data_fps: those of the videos trained on; None: only stills, or
+        not known.
     """
 
     model: SoraDiTConfig
@@ -126,6 +127,7 @@ class RunConfig:
     path: RectifiedFlow | DDPM = field(default_factory=RectifiedFlow)
     data: DataConfig | None = None
     fps: float = 8.0
+    data_fps: float | None = None
 
     def __post_init__(self) -> None:
         ddpm = isinstance(self.path, DDPM)

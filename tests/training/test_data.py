@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sora_fast import media
 from sora_fast.media import write_media
 from sora_fast.training.data import DataConfig, FolderSource
 from tests.media.test_read import absurd_png
@@ -147,6 +148,49 @@ def test_links_are_followed_and_each_file_is_read_once(tmp_path: Path, caplog: p
     assert {path.name for path in source.skipped} == {"again.png", "loop", "lost.mp4"}
     for path, reason in source.skipped.items():
         assert f"{path}: {reason}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("files", "fps", "rates", "rate", "said"),
+    [
+        ({"a.png": 1}, None, [None], None, ""),
+        ({"a.mp4": 30, "b.png": 1}, None, [30.0, None], 30.0, "the videos run at 30 frames per second"),
+        (
+            {"a.mp4": 60, "b.mp4": 24, "c.mp4": 24, "d.gif": 10},
+            None,
+            [60.0, 24.0, 24.0, 10.0],
+            24.0,
+            "the videos run at different rates, 2 at 24, 1 at 60, 1 at 10 frames per second",
+        ),
+        ({"a.mp4": 60, "b.mp4": 24}, 12, [12.0, 12.0], 12.0, "the videos run at 12 frames per second"),
+    ],
+)
+def test_the_rate_of_the_videos(
+    files: dict[str, int], fps: float | None, rates: list[float | None], rate: float | None, said: str, tmp_path: Path
+) -> None:
+    for name, of_file in files.items():
+        write_media(tmp_path / name, _video(frames=1 if name.endswith("png") else 6), fps=of_file)
+    source = _source(tmp_path, fps=fps)
+    assert source.rates == pytest.approx(rates)
+    assert source.rate == pytest.approx(rate)
+    assert source.rate_summary == said
+
+
+def test_every_file_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.mp4", "b.png"):
+        write_media(tmp_path / name, _video(frames=1))
+    read: list[str] = []
+
+    def counted(path: Path, **options: object) -> media.Clip:
+        read.append(path.name)
+        return read_clip(path, **options)  # type: ignore[arg-type]
+
+    read_clip = media.read_clip
+    monkeypatch.setattr(media, "read_clip", counted)
+    source = _source(tmp_path)
+    assert source.rate
+    assert len([source[index] for index in (0, 1, 0)]) == 3
+    assert read == ["a.mp4", "b.png"]
 
 
 def test_nothing_usable(tmp_path: Path) -> None:
