@@ -4,6 +4,7 @@ Heavy imports happen inside the commands, so that --help and --version answer at
 """
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from sora_fast.media import Clip
     from sora_fast.training.batches import BatchConfig
     from sora_fast.training.data import FolderSource
+    from sora_fast.training.distributed import World
     from sora_fast.training.run import RunConfig, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -115,7 +117,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str) -> int:
-    print(f"sora-fast: error: {message}", file=sys.stderr)
+    rank = int(os.environ.get("RANK", "0"))  # of several workers each may have its own
+    print(f"sora-fast: error{f' of worker {rank}' if rank else ''}: {message}", file=sys.stderr)
     return BAD_INPUT
 
 
@@ -295,8 +298,12 @@ def _sizes(example: str) -> "argparse._ActionType":
 def _device(name: str | None) -> str:
     import torch
 
+    from sora_fast.training.distributed import launched, local_rank
+
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launched():  # one each
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -311,16 +318,28 @@ def _device(name: str | None) -> str:
 
 
 def _train(a: argparse.Namespace) -> int:
-    from sora_fast.training.data import FolderSource
-    from sora_fast.training.trainer import Trainer
+    from sora_fast.training.distributed import joined
 
     given = (vars(a).keys() & NEW_RUN.keys()) - {"resume", "device"}
     a = argparse.Namespace(**(NEW_RUN | vars(a)))
     if not a.resume and a.data is None:
         raise ValueError("train needs --data FOLDER, for a new run, or --resume")
     device = _device(a.device)
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(joined(device))
+        if world.rank:  # the user hears it once
+            stack.enter_context(contextlib.redirect_stdout(None))
+            logging.getLogger().setLevel(logging.ERROR)
+        return _train_together(a, given, device, world)
+
+
+def _train_together(a: argparse.Namespace, given: Set[str], device: str, world: "World") -> int:
+    """What each of the workers does."""
+    from sora_fast.training.data import FolderSource
+    from sora_fast.training.trainer import Trainer
+
     config = _resumed_config(a, given) if a.resume else _new_config(a)
-    source = FolderSource(config.data, progress=True)
+    source = FolderSource(config.data, progress=world.rank == 0, world=world)
     print(source.summary)
     if not a.resume:
         config = _fitted(config, a, source)

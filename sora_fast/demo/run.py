@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from sora_fast.generation.tasks import Request, extend, image_to_video, text_to_
 from sora_fast.media import write_media
 from sora_fast.models import SoraDiTConfig
 from sora_fast.training.batches import BatchConfig
-from sora_fast.training.distributed import workers
+from sora_fast.training.distributed import World, joined, launch, launched
 from sora_fast.training.run import LOG, RunConfig, TextConfig, TrainConfig, read_run
 from sora_fast.training.trainer import Trainer, read_log
 
@@ -69,20 +70,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = QUICK if arguments.quick else FULL
     if arguments.minutes is not None:
         plan = replace(plan, minutes=arguments.minutes)
+    if WORKERS > 1 and not launched():
+        return launch(WORKERS, ["-m", "sora_fast.cli", "demo", *(sys.argv[1:] if argv is None else argv)])
     folder = arguments.out
-    if not arguments.resume:
-        _clear(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARK).touch()
-    torch.manual_seed(arguments.seed)
-    config = read_run(folder / "run") if arguments.resume else run_config(plan, seed=arguments.seed)
+    with joined() as world:
+        finished = train(plan, folder, arguments.seed, resume=arguments.resume, world=world)
+    if world.rank:
+        return 0 if finished else INTERRUPTED
     going_on = f"To go on: make demo ARGS='--resume{' --quick' if arguments.quick else ''} --out {folder}'"
-    work = config, folder / "run", arguments.resume
-    with workers(WORKERS, train, *work):
-        finished = train(*work)
     if not finished:
         print(f"Saved. {going_on}")
         return INTERRUPTED
+    torch.set_num_threads(world.size * torch.get_num_threads())  # the others are done
+    torch.manual_seed(arguments.seed)
     began = time.monotonic()
     try:
         results = evaluate(Engine.load(folder / "run"), plan, folder)
@@ -97,9 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(config: RunConfig, folder: Path, resume: bool) -> bool:
+def train(plan: Plan, folder: Path, seed: int, *, resume: bool, world: World) -> bool:
     """What every worker does; True if the run is at its end."""
-    return Trainer(config, MovingDigits(seed=0), folder, resume=resume).fit()
+    if world.rank == 0 and not resume:
+        _clear(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).touch()
+    world.total(0)  # nobody looks before that
+    config = read_run(folder / "run") if resume else run_config(plan, seed=seed, workers=world.size)
+    return Trainer(config, MovingDigits(seed=0), folder / "run", resume=resume).fit()
 
 
 def _clear(folder: Path) -> None:
@@ -112,8 +118,8 @@ def _clear(folder: Path) -> None:
             (folder / file).unlink(missing_ok=True)
 
 
-def run_config(plan: Plan, *, seed: int = 0) -> RunConfig:
-    """The model and recipe of the demo."""
+def run_config(plan: Plan, *, seed: int = 0, workers: int = 1) -> RunConfig:
+    """The model and recipe of the demo; the workers share out the tokens of a step."""
     # The captions' words are all there is to know: their n-grams, without layers on top.
     text = TextConfig(dim=64, layers=0, max_bytes=63)
     return RunConfig(
@@ -133,7 +139,7 @@ def run_config(plan: Plan, *, seed: int = 0) -> RunConfig:
             minutes=plan.minutes,
             # 40 clips or so, over all workers. Half as many teach a little more a clip, but keep the cores less busy.
             batch=BatchConfig(
-                capacity=2048 // WORKERS, max_segments=128 // WORKERS, text_capacity=3072 // WORKERS, look_ahead=256
+                capacity=2048 // workers, max_segments=128 // workers, text_capacity=3072 // workers, look_ahead=256
             ),
             # After 800 steps Muon's loss was 0.103 where AdamW's, at a rate of its own, was 0.130. With AdamW at
             # Muon's rate, not at a third of it, fewer digits came out right (36% against 46% of stills after 400).

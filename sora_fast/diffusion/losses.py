@@ -37,6 +37,24 @@ def training_loss(
     Pixels whose token was dropped are no part of it either. A path with learned variance adds the variational bound,
     through which only the variance is trained.
     """
+    options = {"noise": noise, "patch_size": patch_size, "clean": clean}
+    return counted_loss(model, data, layout, path, sigma, **options, **inputs)[0]
+
+
+def counted_loss(
+    model: Model,
+    data: RaggedLatents,
+    layout: PackedLayout,
+    path: NoisePath,
+    sigma: Tensor,
+    *,
+    noise: Tensor,
+    patch_size: PatchSize,
+    clean: Tensor | None = None,
+    **inputs: Any,
+) -> tuple[Tensor, Tensor]:
+    """`training_loss`, and the number of pixels that it is the mean over, [] int64: a mean over several packs weighs
+    those of the packs by it."""
     if noise.shape != data.flat.shape:
         raise ValueError(f"noise: shape {tuple(noise.shape)}; it must be {tuple(data.flat.shape)}, as data.flat")
     if clean is None:
@@ -51,17 +69,18 @@ def training_loss(
     output = model(data.with_flat(x), layout, conditioning, **inputs)
     prediction, variance = split_output(output, data, path)
     prediction = prediction.to(wide)
-    pixels = noisy.sum().clamp(min=1)
+    pixels = noisy.sum()
+    divisor = pixels.clamp(min=1)
     # Masked before the square, and the variance before the bound: what stands in unspecified places, NaN perhaps,
     # must not reach the gradient.
     error = torch.where(noisy, prediction - path.target(data.flat, noise, level), 0)
-    loss = (error.square() * path.loss_weight(level)).sum() / pixels
+    loss = (error.square() * path.loss_weight(level)).sum() / divisor
     if variance is None:
-        return loss
+        return loss, pixels
     variance = torch.where(noisy, variance.to(wide), 0)
     denoised, _ = path.denoise(x, prediction.detach(), level)
     bound = variational_bound(path, data.flat, x, denoised, variance, sigma, segments)
-    return loss + torch.where(noisy, bound, 0).sum() / pixels
+    return loss + torch.where(noisy, bound, 0).sum() / divisor, pixels
 
 
 def split_output(output: RaggedLatents, like: RaggedLatents, path: NoisePath) -> tuple[Tensor, Tensor | None]:

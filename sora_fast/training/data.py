@@ -11,13 +11,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sora_fast.training.captions import CaptionError, Matches, is_caption, match, read_caption
+from sora_fast.training.distributed import World
 from sora_fast.training.rates import common_rates
 from sora_fast.training.walk import each_once, walk
 
@@ -73,10 +74,12 @@ class FolderSource:
     reason; caption files that belong to nothing are named too. Raises ValueError if the folder is missing or nothing
     in it is usable.
     rates: frames per second of each file; None for a still.
+    world: the workers that share out the decoding; each keeps the frames that it decoded in its own memory.
     """
 
     config: DataConfig
     progress: bool = False
+    world: World = field(default_factory=World)
     files: list[Path] = field(default_factory=list, init=False)
     captions: list[str] = field(default_factory=list, init=False)
     shapes: list[tuple[int, int, int, int]] = field(default_factory=list, init=False)
@@ -84,7 +87,7 @@ class FolderSource:
     skipped: dict[Path, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._cache: dict[int, Tensor] = {}
+        self._cache: dict[Path, Tensor] = {}
         self._cached_bytes = 0
         folder = Path(self.config.folder)
         if not folder.is_dir():
@@ -93,8 +96,10 @@ class FolderSource:
         media, doubles = each_once([path for path in found.files if not is_caption(path)])
         self.skipped |= found.skipped | doubles
         matches = match(media, [path for path in found.files if is_caption(path)])
-        for path in tqdm(media, desc="reading", unit=" files", disable=not self.progress):
-            self._take(path, matches.files.get(path))
+        mine = tqdm(self.world.shared_out(media), desc="reading", unit=" files", disable=not self.progress)
+        entries = self.world.joint([self._take(path, matches.files.get(path)) for path in mine])
+        for path, entry in zip(media, entries, strict=True):
+            self._note(path, entry)
         _warn_of_unused(matches)
         for path, reason in self.skipped.items():
             log.warning("skipped %s: %s", path, reason)
@@ -106,7 +111,7 @@ class FolderSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        pixels = self._cache.get(index)
+        pixels = self._cache.get(self.files[index])
         video = self._read(self.files[index]).video if pixels is None else pixels.float().div(127.5).sub(1)
         return Sample(video, self.captions[index])
 
@@ -153,26 +158,39 @@ class FolderSource:
         c = self.config
         return read_clip(path, max_frames=c.max_frames, fps=c.fps, max_side=c.max_side, channels=c.channels)
 
-    def _take(self, path: Path, caption_file: Path | None) -> None:
+    def _take(self, path: Path, caption_file: Path | None) -> "_Entry | str":
+        """What is to be known of a file, or why it cannot be used."""
         from sora_fast.media import UnreadableMedia
 
         try:
             caption = "" if caption_file is None else read_caption(caption_file)
             clip = self._read(path)
         except UnreadableMedia as error:
-            self.skipped[path] = error.reason
-            return
+            return error.reason
         except (OSError, CaptionError) as error:
-            self.skipped[path] = str(error)
-            return
+            return str(error)
         video = clip.video
         if self._cached_bytes + video.numel() <= self.config.cache_bytes:
             self._cached_bytes += video.numel()
-            self._cache[len(self.files)] = video.add(1).mul(127.5).round().to(torch.uint8)
+            self._cache[path] = video.add(1).mul(127.5).round().to(torch.uint8)
+        return _Entry(caption, tuple(video.shape), clip.fps)
+
+    def _note(self, path: Path, entry: "_Entry | str") -> None:
+        if isinstance(entry, str):
+            self.skipped[path] = entry
+            return
         self.files.append(path)
-        self.captions.append(caption)
-        self.shapes.append(tuple(video.shape))
-        self.rates.append(clip.fps)
+        self.captions.append(entry.caption)
+        self.shapes.append(entry.shape)
+        self.rates.append(entry.rate)
+
+
+class _Entry(NamedTuple):
+    """caption, shape (C, T, H, W) and rate of a file."""
+
+    caption: str
+    shape: tuple[int, int, int, int]
+    rate: float | None
 
 
 def _warn_of_unused(matches: Matches) -> None:
