@@ -13,7 +13,7 @@ import torch
 
 from sora_fast.cli import main
 from sora_fast.media import read_media, write_media
-from sora_fast.models.text import ByteTextEncoder
+from sora_fast.models.text import T5_TOKENS, ByteTextEncoder
 from sora_fast.training.config import write_config
 from sora_fast.training.run import CONFIG, LOG, read_run
 from sora_fast.training.trainer import read_log
@@ -291,7 +291,7 @@ def test_help_names_what_the_text_encoders_take(command: str, capsys: pytest.Cap
     said = " ".join(capsys.readouterr().out.split())
     assert f"{ByteTextEncoder(8).max_bytes} bytes" in said
     assert "77" in said
-    assert "226" in said
+    assert f"{T5_TOKENS}" in said
 
 
 @pytest.mark.parametrize(
