@@ -5,6 +5,14 @@ Everywhere in this package a video is a float tensor (C, T, H, W) with values in
 """
 
 from sora_fast.media.read import UnreadableMedia, read_media
-from sora_fast.media.write import to_pixels, write_media
+from sora_fast.media.write import UnwritableMedia, check_output, keep_unwritten, to_pixels, write_media
 
-__all__ = ["UnreadableMedia", "read_media", "to_pixels", "write_media"]
+__all__ = [
+    "UnreadableMedia",
+    "UnwritableMedia",
+    "check_output",
+    "keep_unwritten",
+    "read_media",
+    "to_pixels",
+    "write_media",
+]
