@@ -51,7 +51,7 @@ def write_media(path: str | PathLike[str], video: Tensor, *, fps: float = 8, sca
 
     Raises:
         UnwritableMedia: what the format, its encoder or the disk refuses; a file that was there is still there.
-        ValueError: an argument that is out of range.
+        ValueError: what no format takes.
     """
     path, pixels = Path(path), to_pixels(video)
     encoder = _encoder(path, len(pixels), fps, scale)
@@ -148,7 +148,9 @@ class _Mp4:
 
     def __post_init__(self) -> None:
         if self.rate < self.SLOWEST or max(self.rate.as_integer_ratio()) > self.LARGEST:
-            raise ValueError(f"fps: {self.fps:g}; an .mp4 holds rates from {float(self.SLOWEST):g} to {self.LARGEST:g}")
+            raise ValueError(
+                f"{self.fps:g} frames per second: an .mp4 holds rates from {float(self.SLOWEST):g} to {self.LARGEST:g}"
+            )
 
     @property
     def rate(self) -> Fraction:
@@ -197,7 +199,9 @@ class _Gif:
 
     def __post_init__(self) -> None:
         if self._time > self.LONGEST:
-            raise ValueError(f"fps: {self.fps:g}; a .gif shows no frame for longer than {self.LONGEST / 100} seconds")
+            raise ValueError(
+                f"{self.fps:g} frames per second: a .gif shows no frame for longer than {self.LONGEST / 100} seconds"
+            )
 
     @property
     def _time(self) -> Fraction:
@@ -243,15 +247,17 @@ FORMATS = {".mp4": _Mp4, ".gif": _Gif, ".png": _Png}
 
 
 def _encoder(path: Path, count: int, fps: float, scale: int) -> _Mp4 | _Gif | _Png:
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"path must end in {', '.join(FORMATS)}; got {path.name!r}")
     if not 0 < fps < math.inf:
         raise ValueError(f"fps must be positive and finite, got {fps}")
     if not isinstance(scale, int) or scale < 1:
         raise ValueError(f"scale must be a whole number of at least 1, got {scale}")
-    encoder = FORMATS[path.suffix.lower()](count, fps)
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise UnwritableMedia(path, f"it must end in {', '.join(FORMATS)}")
+    with _refusals(path):
+        encoder = FORMATS[suffix](count, fps)
     if count > 1 and not math.isclose(encoder.played, fps, rel_tol=1e-3):
-        _say_played(path.suffix, fps, encoder.played)
+        _say_played(suffix, fps, encoder.played)
     return encoder
 
 
