@@ -5,17 +5,26 @@ Heavy imports happen inside the commands, so that --help and --version answer at
 
 import argparse
 import contextlib
+import io
 import logging
 import math
 import os
+import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sora_fast.arguments import filled as _filled
+from sora_fast.arguments import number as _number
+from sora_fast.arguments import path as _path
+from sora_fast.files import check_folder
+
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sora_fast.generation.tasks import Request
     from sora_fast.media import Clip
     from sora_fast.training.batches import BatchConfig
@@ -26,7 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BAD_INPUT, INTERRUPTED = 2, 130
-RESULTS = (".mp4", ".gif", ".png")
 # Static sizes of a batch that cost time even where they are not used: enough for small images, not for the worst case.
 MOST_SEGMENTS, MOST_TEXT = 256, 8192
 # What `train` is asked for where it is not said.
@@ -86,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # escapes what the terminal cannot show, as standard error does
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if argv[:1] == ["demo"]:  # has its own options
             from sora_fast.demo.run import main as demo
@@ -152,8 +162,13 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(command=_train)
     defaults = argparse.Namespace(**NEW_RUN)
     add = parser.add_argument_group("what and where").add_argument
-    add("--data", metavar="FOLDER", help="videos, images and their captions; beside --resume: where they are now")
-    add("--out", metavar="RUN", required=True, type=Path, help="folder of the run: configuration, log, checkpoints")
+    add(
+        "--data",
+        metavar="FOLDER",
+        type=_filled,
+        help="videos, images and their captions; beside --resume: where they are now",
+    )
+    add("--out", metavar="RUN", required=True, type=_path, help="folder of the run: configuration, log, checkpoints")
     add(
         "--resume",
         action="store_true",
@@ -181,6 +196,7 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     add(
         "--text-encoder",
         metavar="FOLDER",
+        type=_filled,
         help="a CLIP or T5 saved there, which takes 77 or 226 tokens of a caption (default: a small one, trained "
         "along, which takes 255 bytes); beside --resume: where it is now",
     )
@@ -205,8 +221,8 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
     )
     parser.set_defaults(command=_sample)
     add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="folder of a run: what `sora-fast train --out` made")
-    add("--out", type=Path, required=True, help="file to write: .mp4, .gif, or .png for one frame")
+    add("run", metavar="RUN", type=_path, help="folder of a run: what `sora-fast train --out` made")
+    add("--out", type=_path, required=True, help="file to write: .mp4, .gif, or .png for one frame")
     add(
         "--prompt",
         default="",
@@ -217,11 +233,11 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
     add("--size", type=_sizes("64x48"), metavar="HxW", help="height x width in pixels (default: 64x64, or the image's)")
     add(
         "--image",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="image or clip to begin with, scaled down as the run's own files were; its frames are kept",
     )
-    add("--end", type=Path, metavar="FILE", help="image or clip to end with, of the same size")
+    add("--end", type=_path, metavar="FILE", help="image or clip to end with, of the same size")
     add("--guidance", type=_FINITE, default=3.0, help="1: none; more follows the prompt closer (default: %(default)s)")
     add("--steps", type=_COUNT, default=30, help="steps of the sampler (default: %(default)s)")
     add("--sampler", help="euler, heun, ddim, dpm++ or ddpm (default: what suits the run)")
@@ -230,7 +246,12 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
         "--fps", type=_POSITIVE, help="frames per second of the result (default: those of the given clip or of the run)"
     )
     add("--scale", type=_COUNT, default=1, help="enlarge every pixel so many times (default: %(default)s)")
-    add("--text-encoder", metavar="FOLDER", help="where the run's CLIP or T5 is, if it is not where it was")
+    add(
+        "--text-encoder",
+        metavar="FOLDER",
+        type=_filled,
+        help="where the run's CLIP or T5 is, if it is not where it was",
+    )
     add("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
 
 
@@ -246,28 +267,15 @@ def _add_report(commands: "argparse._SubParsersAction") -> None:
         "results",
         metavar="RESULTS",
         nargs="+",
-        type=Path,
+        type=_path,
         help="JSON of benchmarks.gpu_suite or pytest --benchmark-json; later files are compared with the first",
     )
-    add("--out", type=Path, default=Path("report.html"), help="page to write (default: %(default)s)")
+    add("--out", type=_path, default=Path("report.html"), help="page to write (default: %(default)s)")
 
 
 def _options(names: Sequence[str]) -> str:
     """As they are typed: --a, --b."""
     return ", ".join("--" + name.replace("_", "-") for name in names)
-
-
-def _number(kind: type, rule: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
-        return value
-
-    return parse
 
 
 _COUNT = _number(int, "a whole number of at least 1", lambda value: value >= 1)
@@ -399,7 +407,7 @@ def _new_config(a: argparse.Namespace) -> "RunConfig":
     from sora_fast.training.run import RunConfig, TextConfig, TrainConfig, check_new
 
     check_new(a.out)
-    _check_writable(a.out, a.out)
+    check_folder(a.out)
     if a.dim % (2 * a.heads):
         raise ValueError(f"--heads {a.heads}: it must divide --dim {a.dim} into parts of an even width")
     text, channels = TextConfig(folder=a.text_encoder), 1 if a.grey else 3
@@ -467,14 +475,16 @@ def _sample(a: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from sora_fast.generation.engine import SAMPLERS, Engine
-    from sora_fast.media import write_media
+    from sora_fast.training.run import read_run
 
-    _check_result(a.out, a.frames)
     if a.sampler is not None and a.sampler not in SAMPLERS:
         raise ValueError(f"--sampler {a.sampler}: it must be one of {', '.join(SAMPLERS)}")
-    engine = Engine.load(a.run, device=_device(a.device), text_encoder=a.text_encoder)
-    config = engine.networks.config
+    device, config = _device(a.device), read_run(a.run)
     request, fps = _request(a, config)
+    played = _check_result(a, request, config.model.in_channels, fps)
+    engine = Engine.load(a.run, device=device, text_encoder=a.text_encoder)
+    if engine.networks.text is not None:
+        engine.networks.text.check([a.prompt])
     with tqdm(total=a.steps, desc="sampling", unit=" steps") as bar:
         (video,) = engine.generate(
             [request],
@@ -482,32 +492,39 @@ def _sample(a: argparse.Namespace) -> int:
             sampler=SAMPLERS.get(a.sampler),
             progress=lambda done, steps: bar.update(),
         )
-    write_media(a.out, video, fps=fps, scale=a.scale)
-    print(f"{a.out}: {request.frames} frames of {request.height}x{request.width}")
+    _write_result(a, video, fps)
+    rate = f", {played:g} a second" if request.frames > 1 else ""
+    print(f"{a.out}: {request.frames} frames of {request.height}x{request.width}{rate}")
     return 0
 
 
-def _check_result(path: Path, frames: int) -> None:
-    """Before the work, not after it."""
-    if path.suffix.lower() not in RESULTS:
-        raise ValueError(f"--out {path}: it must end in {', '.join(RESULTS)}")
-    if path.suffix.lower() == ".png" and frames != 1:
-        raise ValueError(f"--out {path}: a .png holds one frame, not {frames}; write an .mp4, or pass --frames 1")
-    if path.is_dir():
-        raise ValueError(f"--out {path}: it is a folder; name a file in it")
-    _check_writable(path, path.parent)
-    if path.exists() and not os.access(path, os.W_OK):
-        raise ValueError(f"--out {path}: it exists and cannot be written to")
+def _check_result(a: argparse.Namespace, request: "Request", channels: int, fps: float) -> float:
+    """Before the work, not after it: frames per second that will be played."""
+    from sora_fast.media import UnwritableMedia, check_output
 
-
-def _check_writable(out: Path, folder: Path) -> None:
-    """The folder, or the one that it would be made in, must take files."""
-    present = next(path for path in (folder, *folder.parents) if path.exists())
+    sizes = {"frames": request.frames, "height": request.height, "width": request.width, "channels": channels}
     try:
-        with tempfile.TemporaryFile(dir=present):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {out}: nothing can be written to {present}: {error.strerror}") from error
+        return check_output(a.out, **sizes, fps=fps, scale=a.scale)
+    except UnwritableMedia as error:
+        raise ValueError(f"--out {error}") from error
+
+
+def _write_result(a: argparse.Namespace, video: "Tensor", fps: float) -> None:
+    """Or keep it elsewhere: a disk can fill up during the work."""
+    from sora_fast.media import keep_unwritten, write_media
+
+    try:
+        write_media(a.out, video, fps=fps, scale=a.scale)
+    except (ValueError, MemoryError) as error:
+        try:
+            kept = keep_unwritten(video, [a.run, Path(tempfile.gettempdir())])
+        except OSError as lost:
+            raise ValueError(f"--out {error}; {lost}") from error
+        code = (
+            "import numpy, torch; from sora_fast.media import write_media; "
+            f"write_media({a.out.name!r}, torch.from_numpy(numpy.load({str(kept)!r})), fps={fps}, scale={a.scale})"
+        )
+        raise ValueError(f"--out {error}; kept in {kept}. To write it here: python -c {shlex.quote(code)}") from error
 
 
 def _request(a: argparse.Namespace, config: "RunConfig") -> tuple["Request", float]:

@@ -1,4 +1,6 @@
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from sora_fast import media
 from sora_fast.cli import main
+from sora_fast.generation.engine import Engine
 from sora_fast.media import read_media, write_media
-from sora_fast.models.text import ByteTextEncoder
+from sora_fast.models.text import T5_TOKENS, ByteTextEncoder
 from sora_fast.training.config import write_config
 from sora_fast.training.run import CONFIG, LOG, read_run
 from sora_fast.training.trainer import read_log
@@ -291,7 +295,7 @@ def test_help_names_what_the_text_encoders_take(command: str, capsys: pytest.Cap
     said = " ".join(capsys.readouterr().out.split())
     assert f"{ByteTextEncoder(8).max_bytes} bytes" in said
     assert "77" in said
-    assert "226" in said
+    assert f"{T5_TOKENS}" in said
 
 
 @pytest.mark.parametrize(
@@ -318,14 +322,9 @@ def test_help_names_what_the_text_encoders_take(command: str, capsys: pytest.Cap
         ("train --data {tmp}/absent --out {tmp}/new --device cuda:99", "--device cuda:99: there "),
         ("train --resume --out {tmp}", "holds no run"),
         ("sample {tmp} --out {tmp}/a.mp4", "holds no run"),
-        ("sample {tmp} --out {tmp}/a.txt", "must end in"),
-        ("sample {tmp} --out {tmp}/a.png --frames 2", "a .png holds one frame"),
-        ("sample {tmp} --out {tmp}/folder.mp4", "folder.mp4: it is a folder"),
-        ("sample {tmp} --out {data}/left.png/a.mp4", "left.png: Not a directory"),
-        ("sample {tmp} --out /proc/a.mp4", "nothing can be written to /proc"),
         ("sample {run} --out {tmp}/a.mp4 --image {data}/empty.mp4", "empty file"),
         ("sample {run} --out {tmp}/a.mp4 --image {data}/absent.mp4", "absent.mp4: No such file or directory"),
-        ("sample {run} --out {tmp}/a.mp4 --size 99999999x99999999 --device cpu", "out of memory"),
+        ("sample {run} --out {tmp}/a.png --frames 1 --size 99999999x99999999 --device cpu", "out of memory"),
         ("report {tmp}/absent.json", "absent.json: No such file or directory"),
         ("sample {run} --out {tmp}/a.mp4 --image {data}/left.png --size 8x8", "must agree"),
         ("sample {run} --out {tmp}/a.mp4 --sampler rk4", "must be one of euler"),
@@ -342,6 +341,127 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert error.startswith("sora-fast: error: ")
     assert message in error
     assert not (tmp_path / "new").exists()
+
+
+# What the output can fail on takes the place of no other error: the run is a good one, and its weights are not touched.
+BAD_OUTPUTS = [
+    ("--out {tmp}/a.txt", "a.txt: it must end in .mp4, .gif, .png"),
+    ("--out {tmp}/a.png --frames 2", "a .png holds one frame"),
+    ("--out {tmp}/folder.mp4", "folder.mp4: it is a folder"),
+    ("--out {data}/left.png/a.mp4", "left.png: Not a directory"),
+    ("--out /proc/a.mp4", "nothing can be written to /proc"),
+    ("--out {tmp}/%s.mp4" % ("a" * 252), "File name too long"),
+    ("--out {tmp}/a.mp4 --fps 1e30", "1e+30 frames per second: an .mp4 holds rates from 0.0001"),
+    ("--out {tmp}/a.mp4 --fps 0.00001", "1e-05 frames per second: an .mp4 holds rates from 0.0001"),
+    (
+        "--out {tmp}/a.gif --fps 0.0001",
+        "0.0001 frames per second: a .gif shows no frame for longer than 655.35 seconds",
+    ),
+    ("--out {tmp}/a.mp4 --size 16386x16", "H.264 takes no frames of 16386x16 pixels"),
+    ("--out {tmp}/a.mp4 --size 1000x16 --scale 17", "H.264 takes no frames of 17000x272 pixels"),
+    ("--out {tmp}/a.mp4 --size 99999999x99999999", "H.264 takes no frames"),
+    ("--out {tmp}/a.gif --size 4x65536", "a .gif has no side of more than 65535 pixels"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_OUTPUTS)
+def test_a_bad_output_is_refused_before_the_work(
+    arguments: str,
+    message: str,
+    run: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    monkeypatch.setattr(Engine, "load", lambda *_, **__: pytest.fail("the work has begun"))
+    options = arguments.format(tmp=tmp_path, data=folder).split()
+    assert main(["sample", str(run), "--device", "cpu", *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"sora-fast: error: --out {options[1]}: ") and message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.mp4"]
+
+
+def test_out_of_memory_while_sampling_is_one_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(media, "check_output", lambda *_, fps, **__: fps)
+    arguments = ["--out", str(tmp_path / "a.mp4"), "--size", "99999999x99999999", "--device", "cpu"]
+    assert main(["sample", str(run), *arguments]) == 2
+    assert "out of memory" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["take:2.mp4", os.fsdecode(b"caf\xe9.mp4"), "new/take.gif"])
+def test_results_of_any_name(
+    run: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--frames", "2", "--size", "16x16", "--steps", "1", "--device", "cpu"]
+    assert main(["sample", str(run), "--out", name, *options]) == 0
+    assert read_media(name).shape == (3, 2, 16, 16)
+    shown = name.encode(errors="backslashreplace").decode()
+    assert f"{shown}: 2 frames of 16x16, 8 a second\n" in capsys.readouterr().out
+
+
+def test_the_rate_that_will_be_played_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ["--frames", "2", "--size", "16x16", "--steps", "1", "--fps", "61", "--device", "cpu"]
+    for name, played in [("a.gif", 50), ("a.mp4", 61)]:
+        assert main(["sample", str(run), "--out", str(tmp_path / name), *options]) == 0
+        assert f"{name}: 2 frames of 16x16, {played} a second\n" in capsys.readouterr().out
+    assert [record.getMessage() for record in caplog.records] == [
+        "61 frames per second are asked for; a .gif plays at 50"
+    ]
+
+
+def test_what_cannot_be_written_after_all_is_kept(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(run, tmp_path / "run's")
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise media.UnwritableMedia(path, "cannot be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(media, "write_media", full)
+        arguments = ["--out", str(tmp_path / "it's.gif"), "--frames", "3", "--size", "12x16", "--fps", "25"]
+        assert main(["sample", str(tmp_path / "run's"), "--steps", "1", "--device", "cpu", *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        f"--out {tmp_path}/it's.gif: cannot be written: No space left on device; kept in {tmp_path}/run's/un" in error
+    )
+    command = shlex.split(error[error.index("python -c ") :])
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
+    assert read_media(tmp_path / "it's.gif", fps=25).shape == (3, 3, 12, 16)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--data", "", "--out", "{tmp}/new"],
+        ["train", "--data", "{tmp}", "--out", ""],
+        ["train", "--data", "{tmp}", "--out", "{tmp}/new", "--text-encoder", ""],
+        ["sample", "", "--out", "{tmp}/a.mp4"],
+        ["sample", "{tmp}", "--out", ""],
+        ["sample", "{tmp}", "--out", "{tmp}/a.mp4", "--image", ""],
+        ["sample", "{tmp}", "--out", "{tmp}/a.mp4", "--end", ""],
+        ["report", ""],
+        ["report", "{tmp}/a.json", "--out", ""],
+        ["demo", "--out", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_name_is_not_the_current_folder(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main([argument.format(tmp=tmp_path) for argument in arguments])
+    assert stop.value.code == 2
+    assert "'' is no file or folder; the current folder is ." in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["sample", "run", "--out", "a.mp4", "--size", "12"]])

@@ -1,11 +1,14 @@
 """What every source of pictures yields, and which of them are on screen at a given rate."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from os import PathLike
 from pathlib import Path
 
 from PIL import Image
+
+DEFAULT_RATE = 25  # of streams that carry neither timestamps nor a rate; FFmpeg assumes the same
 
 
 class UnreadableMedia(ValueError):
@@ -18,41 +21,40 @@ class UnreadableMedia(ValueError):
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture and the seconds for which it is on screen. A still image has no `end`.
+    """A picture and the interval in seconds for which it is on screen.
 
-    stated_rate: frames per second by the file's header; None where it states none.
+    end: None where nothing says how long it lasts: still images, and streams without any notion of time.
+    rate: frames per second by the file's header; None where it states none.
     """
 
     image: Image.Image  # RGB, 8 bits, sRGB, upright, with square pixels
     start: float = 0.0
     end: float | None = None
-    stated_rate: float | None = None
+    rate: float | None = None
 
 
 def mean_rate(first: Frame, last: Frame, count: int) -> float | None:
-    """Frames per second over `count` frames in a row; what the file states, if that agrees within half a frame."""
-    if last.end is None or last.end <= first.start:
-        return last.stated_rate
-    seconds, stated = last.end - first.start, last.stated_rate
-    return stated if stated and abs(seconds - count / stated) <= 0.5 / stated else count / seconds
+    """Frames per second over `count` frames in a row: what the file states, if the frames agree within half of one."""
+    if last.end is None:
+        return None
+    seconds, stated = last.end - first.start, last.rate
+    if stated and abs(seconds - count / stated) <= 0.5 / stated:
+        return stated
+    return count / seconds if seconds > 0 else stated
 
 
 def at_rate(frames: Iterable[Frame], fps: float) -> Iterator[Frame]:
-    """The frame that is on screen at 0, 1/fps, 2/fps, … seconds after the first one's start, up to the last one's end."""
+    """What is on screen 0, 1/fps, 2/fps, … seconds after the beginning, until the last frame's end."""
     tolerance = min(1e-3, 0.25 / fps)  # timestamps are rounded, often to milliseconds
-    first = shown = None
-    ticks = 0
-    for frame in frames:
-        first = frame if first is None else first
-        while shown is not None and ticks / fps < frame.start - first.start - tolerance:
-            yield shown
+    beginning, ticks = None, 0
+    for shown, following in pairwise(chain(frames, (None,))):
+        if beginning is None:
+            if following is None and shown.end is None:  # a still image
+                yield shown
+                return
+            beginning = shown.start
+        end = shown.end if following is None else following.start
+        end = shown.start + 1 / DEFAULT_RATE if end is None else end
+        while ticks == 0 or ticks / fps < end - beginning - tolerance:
+            yield replace(shown, start=ticks / fps, end=(ticks + 1) / fps, rate=fps)
             ticks += 1
-        shown = frame
-    if shown is None:
-        return
-    if ticks == 0:
-        yield shown
-        ticks += 1
-    while shown.end is not None and ticks / fps < shown.end - first.start - tolerance:
-        yield shown
-        ticks += 1

@@ -15,6 +15,10 @@ from sora_fast.media.frames import Frame, UnreadableMedia, at_rate, mean_rate
 from sora_fast.media.images import image_frames
 from sora_fast.media.videos import video_frames
 
+# Numbers in the frames that repeat the one before, because fps= asks for more than there are: a file of a few bytes
+# must not fill the memory.
+MAX_REPEATED = 1 << 30
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -77,23 +81,29 @@ def read_clip(
     try:
         frames = image_frames(path) or video_frames(path)
         frames = islice(frames if fps is None else at_rate(frames, fps), max_frames)
-        return _to_clip(path, frames, fps, max_side, channels)
+        return _to_clip(path, frames, max_side, channels)
     except UnreadableMedia:
         raise
     except Exception as error:  # a decoder meets what its author did not think of, or sizes that no memory holds
         raise UnreadableMedia(path, f"cannot be decoded: {error!r}") from error
 
 
-def _to_clip(path: Path, frames: Iterable[Frame], fps: float | None, max_side: int | None, channels: int) -> Clip:
-    first: Frame | None = None
-    arrays = []
+def _to_clip(path: Path, frames: Iterable[Frame], max_side: int | None, channels: int) -> Clip:
+    first = last = None
+    arrays: list[np.ndarray] = []
+    repeated = 0
     for frame in frames:
-        first = first or frame
-        arrays.append(_to_array(frame.image, max_side, channels))
-    video = _to_tensor(path, arrays)
-    if frame.end is None:
-        return Clip(video, None)
-    return Clip(video, float(fps) if fps is not None else mean_rate(first, frame, len(arrays)))
+        if last is not None and frame.image is last.image:
+            arrays.append(arrays[-1])
+            repeated += max(arrays[-1].size, MAX_REPEATED >> 18)
+            if repeated > MAX_REPEATED:
+                raise UnreadableMedia(path, f"one picture lasts for more than {len(arrays)} frames: give max_frames")
+        else:
+            arrays.append(_to_array(frame.image, max_side, channels))
+        first, last = first or frame, frame
+    if first is None or last is None:
+        raise UnreadableMedia(path, "no frame could be decoded")
+    return Clip(_to_tensor(path, arrays), mean_rate(first, last, len(arrays)))
 
 
 def _to_array(image: Image.Image, max_side: int | None, channels: int) -> np.ndarray:
@@ -105,9 +115,7 @@ def _to_array(image: Image.Image, max_side: int | None, channels: int) -> np.nda
 
 
 def _to_tensor(path: Path, arrays: Sequence[np.ndarray]) -> Tensor:
-    if not arrays:
-        raise UnreadableMedia(path, "no frame could be decoded")
     if any(array.shape != arrays[0].shape for array in arrays):
         raise UnreadableMedia(path, "frames change their size on the way")
     pixels = torch.from_numpy(np.stack(arrays)).permute(3, 0, 1, 2)
-    return pixels.to(torch.float32).div(127.5).sub(1)
+    return pixels.to(torch.float32).div_(127.5).sub_(1)

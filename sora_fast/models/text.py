@@ -21,6 +21,8 @@ from sora_fast.packing._bundle import TensorBundle
 
 log = logging.getLogger(__name__)
 
+T5_TOKENS = 226  # what CogVideoX and others give it
+
 
 @dataclass(frozen=True, eq=False)
 class PackedText(TensorBundle):
@@ -142,7 +144,7 @@ class TransformersTextEncoder(nn.Module):
 
     folder: as `save_pretrained` writes it: config.json, *.safetensors and the tokenizer's files. Nothing is downloaded,
     and pickled weights are refused, since reading them can run any code.
-    max_tokens: longer prompts are cut; default: CLIP's 77 positions, 226 for T5 (what CogVideoX and others use).
+    max_tokens: longer prompts are cut; default: CLIP's 77 positions, T5_TOKENS for T5.
     pooled: CLIP's own pooled vector; for T5, which has none, the mean of the tokens.
     """
 
@@ -163,7 +165,7 @@ class TransformersTextEncoder(nn.Module):
             raise ValueError(f"folder: {folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}, …")
         self.encoder.eval().requires_grad_(False)
         self.dim: int = self.encoder.config.hidden_size
-        self.max_tokens = max_tokens or (self.encoder.config.max_position_embeddings if self.is_clip else 226)
+        self.max_tokens = max_tokens or (self.encoder.config.max_position_embeddings if self.is_clip else T5_TOKENS)
         self._cuts = _Cuts(self.max_tokens, "tokens")
 
     @staticmethod

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sora_fast.training import files
+from sora_fast import files
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ RUN/checkpoints/…     see checkpoint.py
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
 from sora_fast.training.batches import BatchConfig, Prompts
 from sora_fast.training.config import read_config, write_config
 from sora_fast.training.data import DataConfig
+
+log = logging.getLogger(__name__)
 
 CONFIG, LOG, CHECKPOINTS = "config.json", "log.jsonl", "checkpoints"
 
@@ -227,6 +230,8 @@ def moved(config: RunConfig, *, data: Path | str | None = None, text_encoder: Pa
     if text_encoder is not None:
         if config.text is None or config.text.folder is None:
             raise ValueError(f"text_encoder: {text_encoder}; the run has no text encoder from a folder")
+        if config.text.fingerprint is None:
+            log.warning("whether %s is the text encoder that the run was begun with was not recorded", text_encoder)
         config = replace(config, text=replace(config.text, folder=str(text_encoder)))
     return config
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sora_fast import files
 from sora_fast.diffusion.clean import clean_frames, random_clean_ends
 from sora_fast.diffusion.losses import counted_loss
 from sora_fast.diffusion.noise import noise_like
 from sora_fast.packing import PackedLayout, RaggedLatents
-from sora_fast.training import checkpoint, files, optim
+from sora_fast.training import checkpoint, optim
 from sora_fast.training.batches import Batch, Batches, Prompts, prefetch
 from sora_fast.training.compiler import cpp_problem
 from sora_fast.training.data import Source

@@ -111,7 +111,9 @@ def test_folders_may_move_if_they_hold_the_same(encoder: Path, tmp_path: Path) -
         check_resumable(run, replace(config, text=TextConfig()))
 
 
-def test_old_runs_get_a_fingerprint_when_they_go_on(encoder: Path, tmp_path: Path) -> None:
+def test_old_runs_get_a_fingerprint_when_they_go_on(
+    encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     create_run(tmp_path, _with_folders(tmp_path, encoder))
     values = asdict(read_run(tmp_path))
     assert values["text"].pop("fingerprint")
@@ -119,6 +121,8 @@ def test_old_runs_get_a_fingerprint_when_they_go_on(encoder: Path, tmp_path: Pat
     (tmp_path / CONFIG).write_text(json.dumps(values))
     config = read_run(tmp_path)
     assert config.text.fingerprint is None
+    moved(config, text_encoder="there")
+    assert caplog.messages == ["whether there is the text encoder that the run was begun with was not recorded"]
     check_resumable(tmp_path, config)
     update_run(tmp_path, config)
     assert read_run(tmp_path).text == TextConfig(folder=str(encoder)).located()

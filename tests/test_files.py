@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_fast.training import files
+from sora_fast import files
 
 
 def test_write_text_replaces(tmp_path: Path) -> None:
