@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sora_fast.generation.tasks import Request
+    from sora_fast.media import Clip
     from sora_fast.training.batches import BatchConfig
     from sora_fast.training.data import FolderSource
     from sora_fast.training.run import RunConfig, TrainConfig
+
+log = logging.getLogger(__name__)
 
 BAD_INPUT, INTERRUPTED = 2, 130
 # Static sizes of a batch that cost time even where they are not used: enough for small images, not for the worst case.
@@ -57,13 +60,14 @@ NEW_RUN = {
     "bf16": False,
     "no_compile": False,
 }
-CHANGEABLE = ("lr", "minutes", "steps", "save_every", "no_compile")  # when a run goes on
+CHANGEABLE = ("lr", "minutes", "steps", "save_every", "no_compile", "data", "text_encoder")  # when a run goes on
 
 TRAIN_HELP = """\
 Train a video model on a folder of your own videos and images.
 
-The folder may hold anything that FFmpeg and Pillow read, in subfolders too. A caption stands beside its file:
-clip.mp4 with clip.txt, or clip.json as {"caption": "..."}. Files that cannot be used are named and skipped.
+The folder may hold anything that FFmpeg and Pillow read, in subfolders and behind links too. A caption stands beside
+its file: that of clip.mp4 in clip.txt or clip.mp4.txt, or in a .json as {"caption": "..."}. Files that cannot be used
+are named and skipped.
 
   sora-fast train --data clips --out runs/first --minutes 30
   sora-fast sample runs/first --prompt "a red ball" --frames 16 --size 64x64 --out ball.mp4
@@ -154,7 +158,12 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(command=_train)
     defaults = argparse.Namespace(**NEW_RUN)
     add = parser.add_argument_group("what and where").add_argument
-    add("--data", metavar="FOLDER", type=_filled, help="videos, images and their captions")
+    add(
+        "--data",
+        metavar="FOLDER",
+        type=_filled,
+        help="videos, images and their captions; beside --resume: where they are now",
+    )
     add("--out", metavar="RUN", required=True, type=_path, help="folder of the run: configuration, log, checkpoints")
     add(
         "--resume",
@@ -168,7 +177,12 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     add = parser.add_argument_group("data").add_argument
     add("--max-frames", type=_COUNT, help=f"frames taken from the start of a video (default: {defaults.max_frames})")
     add("--max-side", type=_COUNT, help=f"longer sides are scaled down to this (default: {defaults.max_side} pixels)")
-    add("--fps", type=_POSITIVE, help="sample videos at this rate (default: every frame)")
+    add(
+        "--fps",
+        type=_POSITIVE,
+        help="sample videos at this rate, which is then that of what is made (default: every frame, and the rate that "
+        "most videos have)",
+    )
     add("--grey", action="store_true", help="one grey channel in place of RGB")
     add = parser.add_argument_group("model").add_argument
     add("--dim", type=_COUNT, help=f"width (default: {defaults.dim})")
@@ -179,7 +193,8 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         "--text-encoder",
         metavar="FOLDER",
         type=_filled,
-        help="a CLIP or T5 saved there (default: a small one, trained along)",
+        help="a CLIP or T5 saved there, which takes 77 or 226 tokens of a caption (default: a small one, trained "
+        "along, which takes 255 bytes); beside --resume: where it is now",
     )
     add = parser.add_argument_group("training").add_argument
     add("--capacity", type=_COUNT, help=f"tokens in a batch (default: {defaults.capacity})")
@@ -204,7 +219,12 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
     add = parser.add_argument
     add("run", metavar="RUN", type=_path, help="folder of a run: what `sora-fast train --out` made")
     add("--out", type=_path, required=True, help="file to write: .mp4, .gif, or .png for one frame")
-    add("--prompt", default="", help="what is to be seen")
+    add(
+        "--prompt",
+        default="",
+        help="what is to be seen; cut where it is longer than the run's text encoder takes: 255 bytes (the small one), "
+        "77 tokens (CLIP) or 226 (T5)",
+    )
     add("--frames", type=_COUNT, default=16, help="frames of the whole result (default: %(default)s)")
     add("--size", type=_sizes("64x48"), metavar="HxW", help="height x width in pixels (default: 64x64, or the image's)")
     add(
@@ -218,8 +238,16 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
     add("--steps", type=_COUNT, default=30, help="steps of the sampler (default: %(default)s)")
     add("--sampler", help="euler, heun, ddim, dpm++ or ddpm (default: what suits the run)")
     add("--seed", type=_SEED, default=0, help="another seed, another video (default: %(default)s)")
-    add("--fps", type=_POSITIVE, help="frames per second of the result (default: those of the run)")
+    add(
+        "--fps", type=_POSITIVE, help="frames per second of the result (default: those of the given clip or of the run)"
+    )
     add("--scale", type=_COUNT, default=1, help="enlarge every pixel so many times (default: %(default)s)")
+    add(
+        "--text-encoder",
+        metavar="FOLDER",
+        type=_filled,
+        help="where the run's CLIP or T5 is, if it is not where it was",
+    )
     add("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
 
 
@@ -295,15 +323,19 @@ def _train(a: argparse.Namespace) -> int:
 
     given = (vars(a).keys() & NEW_RUN.keys()) - {"resume", "device"}
     a = argparse.Namespace(**(NEW_RUN | vars(a)))
-    if a.resume == (a.data is not None):
-        raise ValueError("train needs either --data FOLDER, for a new run, or --resume")
+    if not a.resume and a.data is None:
+        raise ValueError("train needs --data FOLDER, for a new run, or --resume")
     device = _device(a.device)
     config = _resumed_config(a, given) if a.resume else _new_config(a)
     source = FolderSource(config.data, progress=True)
-    print(f"{len(source)} files to train on, {len(source.skipped)} skipped")
+    print(source.summary)
     if not a.resume:
-        config = replace(config, train=replace(config.train, batch=_batch_config(a, source)))
+        config = _fitted(config, a, source)
+    if source.rate_summary:
+        print(f"{source.rate_summary}; what is made will run at {config.fps:g}")
     trainer = Trainer(config, source, a.out, device=device, resume=a.resume)
+    if trainer.networks.text is not None:
+        trainer.networks.text.check(source.captions)
     if a.resume:
         print(f"going on from step {trainer.step}")
     resume = f"sora-fast train --resume --out {a.out}"
@@ -328,7 +360,7 @@ def _longer(config: "TrainConfig") -> str:
 
 def _resumed_config(a: argparse.Namespace, given: Set[str]) -> "RunConfig":
     """What the run was made with, changed as far as it can be."""
-    from sora_fast.training.run import read_run
+    from sora_fast.training.run import moved, read_run
 
     if fixed := sorted(given - set(CHANGEABLE)):
         raise ValueError(
@@ -337,6 +369,9 @@ def _resumed_config(a: argparse.Namespace, given: Set[str]) -> "RunConfig":
     config = read_run(a.out)
     if config.data is None:
         raise ValueError(f"{a.out} was not made by `sora-fast train`; it cannot be resumed by it")
+    config = moved(config, data=a.data, text_encoder=a.text_encoder)
+    if not Path(config.data.folder).is_dir():
+        raise ValueError(f"{config.data.folder} is no folder; say where the run's data is now: --data FOLDER")
     changes = {name: getattr(a, name) for name in given & {"lr", "save_every"}}
     if given & {"steps", "minutes"}:  # either takes the place of what limited the run
         changes |= {"steps": a.steps, "minutes": a.minutes}
@@ -346,7 +381,7 @@ def _resumed_config(a: argparse.Namespace, given: Set[str]) -> "RunConfig":
 
 
 def _new_config(a: argparse.Namespace) -> "RunConfig":
-    """All but the sizes of a batch, which depend on the files."""
+    """All but what depends on the files."""
     from sora_fast.models import SoraDiTConfig
     from sora_fast.training.data import DataConfig
     from sora_fast.training.run import RunConfig, TextConfig, TrainConfig, check_new
@@ -378,9 +413,15 @@ def _new_config(a: argparse.Namespace) -> "RunConfig":
             save_every=a.save_every,
         ),
         text=text,
-        data=DataConfig(str(Path(a.data).resolve()), a.max_frames, a.max_side, a.fps, channels),
+        data=DataConfig(a.data, a.max_frames, a.max_side, a.fps, channels),
         fps=a.fps or 8.0,
     )
+
+
+def _fitted(config: "RunConfig", a: argparse.Namespace, source: "FolderSource") -> "RunConfig":
+    """With what depends on the files: the sizes of a batch, and how fast videos are."""
+    train = replace(config.train, batch=_batch_config(a, source))
+    return replace(config, train=train, fps=source.rate or config.fps, data_fps=source.rate)
 
 
 def _batch_config(a: argparse.Namespace, source: "FolderSource") -> "BatchConfig":
@@ -419,9 +460,11 @@ def _sample(a: argparse.Namespace) -> int:
     if a.sampler is not None and a.sampler not in SAMPLERS:
         raise ValueError(f"--sampler {a.sampler}: it must be one of {', '.join(SAMPLERS)}")
     device, config = _device(a.device), read_run(a.run)
-    request, fps = _request(a, config), a.fps or config.fps
+    request, fps = _request(a, config)
     played = _check_result(a, request, config.model.in_channels, fps)
-    engine = Engine.load(a.run, device=device)
+    engine = Engine.load(a.run, device=device, text_encoder=a.text_encoder)
+    if engine.networks.text is not None:
+        engine.networks.text.check([a.prompt])
     with tqdm(total=a.steps, desc="sampling", unit=" steps") as bar:
         (video,) = engine.generate(
             [request],
@@ -464,16 +507,35 @@ def _write_result(a: argparse.Namespace, video: "Tensor", fps: float) -> None:
         raise ValueError(f"--out {error}; kept in {kept}. To write it here: python -c {shlex.quote(code)}") from error
 
 
-def _request(a: argparse.Namespace, config: "RunConfig") -> "Request":
+def _request(a: argparse.Namespace, config: "RunConfig") -> tuple["Request", float]:
+    """What is asked for, and the frames per second of the result."""
     from sora_fast.generation.tasks import Request
 
-    head, tail = (_given(file, config) for file in (a.image, a.end))
-    sizes = {tuple(clip.shape[2:]) for clip in (head, tail) if clip is not None} | ({a.size} if a.size else set())
+    given = {
+        option: _given(file, config) for option, file in (("--image", a.image), ("--end", a.end)) if file is not None
+    }
+    sizes = {tuple(clip.video.shape[2:]) for clip in given.values()} | ({a.size} if a.size else set())
     if len(sizes) > 1:
         listed = " and ".join("x".join(map(str, size)) for size in sorted(sizes))
         raise ValueError(f"--size, --image and --end must agree, but they are {listed} pixels")
     height, width = sizes.pop() if sizes else (64, 64)
-    return Request(a.prompt, a.frames, height, width, head, tail, guidance=a.guidance, seed=a.seed)
+    head, tail = (given[option].video if option in given else None for option in ("--image", "--end"))
+    request = Request(a.prompt, a.frames, height, width, head, tail, guidance=a.guidance, seed=a.seed)
+    return request, _rate(a.fps, given, config)
+
+
+def _rate(asked: float | None, given: "Mapping[str, Clip]", config: "RunConfig") -> float:
+    """Frames per second of the result: as asked for, else of what is given, else of the run."""
+    from sora_fast.training.rates import same_rate
+
+    rates = {option: clip.fps for option, clip in given.items() if clip.fps is not None}
+    result = asked or next(iter(rates.values()), config.fps)
+    if rates and config.data_fps is not None:
+        rates["the run's videos"] = config.data_fps
+    if any(not same_rate(rate, other) for rate in rates.values() for other in rates.values()):
+        listed = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        log.warning("not the same frames per second: %s; the result has %g", listed, result)
+    return result
 
 
 def _report(a: argparse.Namespace) -> int:
@@ -483,14 +545,12 @@ def _report(a: argparse.Namespace) -> int:
     return 0
 
 
-def _given(file: Path | None, config: "RunConfig") -> "Tensor | None":
+def _given(file: Path, config: "RunConfig") -> "Clip":
     """An image or clip at the size that the model was trained at."""
-    from sora_fast.media import read_media
+    from sora_fast.media import read_clip
 
-    if file is None:
-        return None
     limits = {} if config.data is None else {"max_side": config.data.max_side, "fps": config.data.fps}
-    return read_media(file, channels=config.model.in_channels, **limits)
+    return read_clip(file, channels=config.model.in_channels, **limits)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from sora_fast.generation.tasks import Request, pack_requests
 from sora_fast.models import PackedText
 from sora_fast.packing import PackedLayout
 from sora_fast.training import checkpoint
-from sora_fast.training.run import CHECKPOINTS, Networks, read_run
+from sora_fast.training.run import CHECKPOINTS, Networks, moved, read_run
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +49,15 @@ class Engine:
         self._said: set[str] = set()
 
     @staticmethod
-    def load(folder: Path | str, *, device: torch.device | str = "cpu") -> "Engine":
-        """The newest averaged weights of a run's folder. ValueError if it holds no run or no checkpoint."""
+    def load(
+        folder: Path | str, *, device: torch.device | str = "cpu", text_encoder: Path | str | None = None
+    ) -> "Engine":
+        """The newest averaged weights of a run's folder. ValueError if it holds no run or no checkpoint.
+
+        text_encoder: where the folder of the run's text encoder is, if not where it was. ValueError if it is another.
+        """
         folder = Path(folder)
-        config = read_run(folder)
+        config = moved(read_run(folder), text_encoder=text_encoder)
         saved = checkpoint.latest(folder / CHECKPOINTS, groups=("ema",))
         if saved is None:
             raise ValueError(f"{folder} holds no checkpoint yet; train it first")

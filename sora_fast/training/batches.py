@@ -1,5 +1,6 @@
 """From a source of samples to packed batches of static capacity, one after the other, for ever."""
 
+import logging
 import math
 import queue
 import threading
@@ -19,6 +20,8 @@ from sora_fast.training.data import Sample, Source
 from sora_fast.training.distributed import World
 
 Item = TypeVar("Item")
+
+log = logging.getLogger(__name__)
 
 # What a random draw is for: no two purposes share random numbers.
 _ORDER, _CAPTION = 0, 1
@@ -54,7 +57,8 @@ class BatchConfig:
     """How samples become batches.
 
     capacity: tokens in a batch. max_segments: samples in a batch, at most.
-    text_capacity: text tokens in a batch; where captions are longer together, the longest are cut.
+    text_capacity: text tokens in a batch; where captions are longer together, the longest are cut, and the log says
+        so once.
     look_ahead: samples that the packer chooses from: more of it, less padding.
     order: "tiled" or "raster", the token order.
     caption_dropout: share of the samples whose caption is left out, for classifier-free guidance.
@@ -99,6 +103,7 @@ class Batches:
         self.position = 0
         self._fingerprint: str | None = getattr(source, "fingerprint", None)
         self._epoch: tuple[int, np.ndarray] | None = None
+        self._warned_of_cut = False
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the stream, what waits in the packer, and of which source that is true; JSON-able."""
@@ -174,10 +179,21 @@ class Batches:
         if self.text is None:
             return None
         c, longest = self.config, max(map(len, captions))
-        while longest and self.text.tokenize(captions)[0].shape[0] > c.text_capacity:
+        while longest and (tokens := self.text.tokenize(captions)[0].shape[0]) > c.text_capacity:
+            self._warn_of_cut(tokens)
             longest = longest * 3 // 4
             captions = [caption[:longest] for caption in captions]
         return Prompts(*self.text.tokenize(captions, capacity=c.text_capacity, max_segments=c.max_segments))
+
+    def _warn_of_cut(self, tokens: int) -> None:
+        if not self._warned_of_cut:
+            self._warned_of_cut = True
+            log.warning(
+                "the captions of a batch have %d tokens together, but text_capacity is %d: the longest are cut, and so "
+                "are those of later batches",
+                tokens,
+                self.config.text_capacity,
+            )
 
     def _check_progress(self) -> None:
         if hasattr(self.source, "__len__") and self.packer.skipped >= len(self.source) == self.position:

@@ -23,10 +23,9 @@ from sora_fast.packing import PackedLayout, RaggedLatents
 from sora_fast.training import checkpoint, optim
 from sora_fast.training.batches import Batch, Batches, Prompts, prefetch
 from sora_fast.training.compiler import cpp_problem
-from sora_fast.training.config import write_config
 from sora_fast.training.data import Source
 from sora_fast.training.distributed import World
-from sora_fast.training.run import CHECKPOINTS, CONFIG, LOG, Networks, RunConfig, check_resumable, create_run
+from sora_fast.training.run import CHECKPOINTS, LOG, Networks, RunConfig, check_resumable, create_run, update_run
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ class Trainer:
         self.world.total(0)
         if self.leads and resume:
             self._log.cut(self.step)
-            write_config(self.folder / CONFIG, config)
+            update_run(self.folder, config)
         elif self.leads:
             create_run(self.folder, config)
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sora_fast.media import UnreadableMedia, read, read_media, to_pixels, write_media
+from sora_fast.media import UnreadableMedia, read_clip, read_media, to_pixels, videos, write_media
 from tests.helpers import examples
 from tests.media.clips import noise as _noise
 from tests.media.clips import smooth_video as _smooth_video
@@ -50,10 +50,21 @@ def test_fps_shows_the_latest_frame_of_each_instant(
     video = (torch.arange(frames) / 127.5 - 1).view(1, frames, 1, 1).expand(1, frames, 8, 8)
     path = write_media(tmp_path_factory.mktemp("fps") / "a.gif", video, fps=10)
     back = read_media(path, fps=fps, max_frames=max_frames, channels=1)
-    instants = np.arange(0, (frames - 1) / 10 + 1e-9, 1 / fps)[:max_frames]
+    # The last frame is on screen for a tenth of a second as well. One frame alone is a still image.
+    instants = np.arange(0, frames / 10 - 1e-9, 1 / fps)[: max_frames if frames > 1 else 1]
     assert back.shape[1] == len(instants)
     levels = ((back[0, :, 0, 0] + 1) * 127.5).round().int().tolist()
     assert levels == np.floor(instants * 10 + 1e-6).astype(int).tolist()
+
+
+def test_the_rate_of_a_clip(tmp_path: Path) -> None:
+    for name in ("a.mp4", "a.mkv", "a.avi", "a.ts"):
+        path = _encode(tmp_path / name, codec={"a.avi": "mpeg4"}.get(name, "h264"), frames=5)
+        assert read_clip(path).fps == read_clip(path, max_frames=3).fps == 8
+        assert read_clip(path, fps=2.5).fps == 2.5
+        assert torch.equal(read_clip(path).video, read_media(path))
+    assert read_clip(write_media(tmp_path / "a.gif", _noise(), fps=10)).fps == pytest.approx(10)
+    assert read_clip(write_media(tmp_path / "a.png", _noise(frames=1)), fps=3).fps is None
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.webm", "a.ts"])
@@ -217,7 +228,7 @@ def test_whatever_a_decoder_fails_on_is_named(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(read, "_decode", fail)
+    monkeypatch.setattr(videos, "_decode", fail)
     with pytest.raises(UnreadableMedia) as raised:
         read_media(path)
     assert raised.value.reason == f"cannot be decoded: {error!r}"

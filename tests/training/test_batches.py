@@ -1,5 +1,6 @@
 import itertools
 import json
+import logging
 import threading
 from collections.abc import Iterator
 
@@ -129,11 +130,17 @@ def test_captions_are_dropped_at_the_asked_rate() -> None:
     assert abs(drops / starts - 0.3) < 0.08
 
 
-def test_long_captions_are_cut_to_the_capacity() -> None:
-    (batch,) = _take(_batches(_Stream(), text=True, text_capacity=40, caption_dropout=0.0), 1)
-    lengths = batch.prompts.layout.grids[:, 0]
-    assert batch.prompts.ids.shape == (40,)
+def test_long_captions_are_cut_to_the_capacity_which_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        batches = _take(_batches(_Stream(), text=True, text_capacity=40, caption_dropout=0.0), 3)
+    lengths = batches[0].prompts.layout.grids[:, 0]
+    assert batches[0].prompts.ids.shape == (40,)
     assert 20 < int(lengths.sum()) <= 40
+    whole = sum(1 + len(f"clip {number}") for number in _numbers(batches[0]))  # a start token and a byte a letter
+    assert caplog.messages == [
+        f"the captions of a batch have {whole} tokens together, but text_capacity is 40: the longest are cut, and so "
+        "are those of later batches"
+    ]
 
 
 def test_oversized() -> None:

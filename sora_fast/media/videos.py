@@ -1,0 +1,106 @@
+"""Videos, and images that Pillow does not read, through FFmpeg."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain, pairwise
+from pathlib import Path
+
+import av
+from av.container import InputContainer
+from av.stream import Disposition
+from PIL import Image
+
+from sora_fast.media.display import to_image
+from sora_fast.media.frames import DEFAULT_RATE, Frame, UnreadableMedia
+from sora_fast.media.pixels import UnknownRange
+from sora_fast.media.whole import MATROSKA, check_bytes, check_seconds, promised_seconds
+
+# Of these, only the file says when its last frame ends.
+NO_DURATIONS = (MATROSKA, "flv")
+
+# FFmpeg's own decoders of these leave out the transparency.
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
+def video_frames(path: Path) -> Iterator[Frame]:
+    """The pictures of the file's first video."""
+    try:
+        # "file:" keeps a colon in a name from being read as a protocol; the whitelist keeps playlists off the network.
+        options = {"protocol_whitelist": "file"}
+        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+            stream = _picture_stream(path, container)
+            frames = _decode(path, container, stream)
+            yield from frames if container.format.name not in NO_DURATIONS else _lengthened(frames, container)
+    except (UnknownRange, Image.DecompressionBombError) as error:
+        raise UnreadableMedia(path, str(error)) from error
+    except av.error.FFmpegError as error:
+        raise UnreadableMedia(path, _reason(path, error)) from error
+
+
+def _reason(path: Path, error: av.error.FFmpegError) -> str:
+    with path.open("rb") as file:
+        if file.read(8)[4:] == b"ftyp":
+            return f"corrupt or truncated video: {error.strerror}"
+    return f"corrupt, or not a video or image: {error.strerror}"
+
+
+def _picture_stream(path: Path, container: InputContainer) -> av.VideoStream:
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if container.format.name == "tty":  # FFmpeg plays any text file as a terminal's screen
+        raise UnreadableMedia(path, "a text file, not a video or image")
+    if not streams:
+        raise UnreadableMedia(path, "no video in it (audio only)" if container.streams.audio else "no video in it")
+    check_bytes(path, container, streams[0])
+    return streams[0]
+
+
+def _decode(path: Path, container: InputContainer, stream: av.VideoStream) -> Iterator[Frame]:
+    decode, rate = _decoder(path, stream), _rate(container, stream)
+    count, end = 0, 0.0
+    for packet in container.demux():  # all streams: the container's duration is that of the longest
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream.index != stream.index:  # stream_index says nothing in the packets that flush
+            continue
+        for frame in decode(packet):
+            if frame.is_corrupt or packet.is_corrupt:
+                raise UnreadableMedia(path, f"corrupt or truncated video: frame {count} is damaged")
+            timed = container.start_time is not None and frame.time is not None
+            start = frame.time if timed else count / (rate or DEFAULT_RATE)
+            seconds = frame.duration * frame.time_base if timed and frame.duration else 1 / (rate or DEFAULT_RATE)
+            image = to_image(frame, stream.sample_aspect_ratio)
+            yield Frame(image, start, None if rate is None else start + float(seconds), rate)
+            count += 1
+    check_seconds(path, container, end)
+
+
+def _rate(container: InputContainer, stream: av.VideoStream) -> float | None:
+    """Frames per second by the header; None for still images, and for raw streams that say nothing."""
+    if container.format.name == "image2" or container.format.name.endswith("_pipe"):
+        return None
+    if container.start_time is None:  # a raw stream, for which FFmpeg would invent a rate
+        rate = stream.codec_context.framerate
+    else:
+        rate = stream.average_rate or stream.guessed_rate
+    return float(rate) if rate else None
+
+
+def _decoder(path: Path, stream: av.VideoStream) -> Callable[[av.Packet], list[av.VideoFrame]]:
+    name = ALPHA_DECODERS.get(stream.codec_context.name)
+    if name is None or ("alpha_mode", "1") not in {(key.lower(), value) for key, value in stream.metadata.items()}:
+        return av.Packet.decode
+    try:
+        decoder = av.CodecContext.create(name, "r")
+    except av.codec.codec.UnknownCodecError:
+        raise UnreadableMedia(
+            path, f"a video with transparency, for which FFmpeg's decoder {name} is missing"
+        ) from None
+    decoder.extradata = stream.codec_context.extradata
+    return lambda packet: decoder.decode(packet if packet.size else None)
+
+
+def _lengthened(frames: Iterator[Frame], container: InputContainer) -> Iterator[Frame]:
+    """The last frame stays until the file ends, if there is no sound that might last longer."""
+    end = promised_seconds(container)[1] if len(container.streams) == 1 else 0.0
+    for frame, following in pairwise(chain(frames, (None,))):
+        yield replace(frame, end=max(frame.end, end)) if following is None and frame.end is not None else frame
