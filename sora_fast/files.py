@@ -6,6 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _KEPT_OF_A_NAME = 50  # characters, of four bytes at most: a name of 255 bytes, the longest, has no room for a prefix
 
@@ -52,6 +56,22 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_tensors(path: Path) -> "dict[str, Tensor]":
+    """A file of safetensors, mapped into memory, unless bytes of its name are no UTF-8, which safetensors refuses."""
+    from safetensors.torch import load, load_file
+
+    return load_file(path) if is_text(path) else load(path.read_bytes())
+
+
+def is_text(path: Path) -> bool:
+    """Whether a path is UTF-8, as libraries expect that are not written in Python."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextmanager

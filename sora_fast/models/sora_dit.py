@@ -36,6 +36,7 @@ class SoraDiTConfig:
     text_dim: width of the text tokens that cross-attention reads; None: no cross-attention.
     pooled_dim: width of a pooled text vector added to the timestep embedding; None: none.
     num_classes: classes of a label added to the timestep embedding; None: none.
+    null_class: there is one class more, "no class", which labels that training leaves out become, and guidance needs.
     learned_sigma: predict 2 × in_channels, the second half for the variance (DDPM).
     discrete_time: the time embedded is DDPM's raw step, round(1000·σ) − 1, and not 1000·σ.
     mask: who attends whom.
@@ -55,6 +56,7 @@ class SoraDiTConfig:
     text_dim: int | None = None
     pooled_dim: int | None = None
     num_classes: int | None = None
+    null_class: bool = True
     learned_sigma: bool = False
     discrete_time: bool = False
     mask: SpacetimeMask = field(default_factory=SpacetimeMask.full)
@@ -87,7 +89,7 @@ class SoraDiT(nn.Module):
         self.x_embedder = PatchEmbed3D(config.dim, config.in_channels, config.patch_size)
         self.pos_embed = _position(config)
         self.t_embedder = TimestepEmbedder(config.dim)
-        self.y_embedder = None if config.num_classes is None else LabelEmbedder(config.dim, config.num_classes)
+        self.y_embedder = _label_embedder(config)
         self.text_embedder = None if config.pooled_dim is None else nn.Linear(config.pooled_dim, config.dim)
         self.blocks = nn.ModuleList(
             DiTBlock(
@@ -175,6 +177,12 @@ def _position(config: SoraDiTConfig) -> nn.Module | None:
     }
     added = config.position.removeprefix("rope+")
     return None if added == "rope" else modules[added](config.dim)
+
+
+def _label_embedder(config: SoraDiTConfig) -> LabelEmbedder | None:
+    if config.num_classes is None:
+        return None
+    return LabelEmbedder(config.dim, config.num_classes, null_class=config.null_class)
 
 
 def _init(module: nn.Module) -> None:
