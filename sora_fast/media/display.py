@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideDataContainer, Type
 from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation
 from PIL import Image
 
@@ -23,6 +23,8 @@ OTHER_PRIMARIES = {
     ColorPrimaries.SMPTE431,
     ColorPrimaries.SMPTE432,
 }
+
+UNKNOWN_SIDE_DATA = sorted(set(range(48)) - {kind.value for kind in Type})
 
 
 def to_image(frame: av.VideoFrame, pixel_aspect: Fraction | None) -> Image.Image:
@@ -67,7 +69,7 @@ def _square(image: Image.Image, pixel_aspect: Fraction | None) -> Image.Image:
 
 def _upright(image: Image.Image, frame: av.VideoFrame) -> Image.Image:
     """The display matrix (a b u, c d v, x y w) shows the pixel (x, y) at (a·x + c·y, b·x + d·y)."""
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    matrix = _known_side_data(frame).get(Type.DISPLAYMATRIX)
     if matrix is None:
         return image
     a, b, _, c, d, *_ = np.frombuffer(matrix, dtype=np.int32).tolist()
@@ -78,3 +80,17 @@ def _upright(image: Image.Image, frame: av.VideoFrame) -> Image.Image:
     if d < 0:
         image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     return image
+
+
+def _known_side_data(frame: av.VideoFrame) -> SideDataContainer:
+    try:
+        return frame.side_data
+    except ValueError:  # PyAV stumbles over kinds that it does not know, such as EXIF
+        graph = av.filter.Graph()
+        source = graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 25)
+        )
+        deleting = [graph.add("sidedata", f"mode=delete:type={kind}") for kind in UNKNOWN_SIDE_DATA]
+        graph.link_nodes(source, *deleting, graph.add("buffersink")).configure()
+        graph.push(frame)
+        return graph.pull().side_data
