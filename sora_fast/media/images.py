@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageSequence, UnidentifiedImageError, features
 
 from sora_fast.media.frames import Frame, UnreadableMedia
-from sora_fast.media.pixels import UnknownRange, to_rgb
+from sora_fast.media.pixels import Unshowable, to_rgb
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 ANIMATED_FORMATS = ("PNG", "GIF", "WEBP", "AVIF")  # in others a second picture is a thumbnail or the other eye
@@ -94,7 +94,7 @@ def _animation(image: Image.Image) -> Iterator[Frame]:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnknownRange):
+    if isinstance(error, Unshowable):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:  # Pillow's own have no number
         return f"cannot be read: {error.strerror}"

@@ -14,14 +14,14 @@ BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 WHITE_IS_ZERO, SIGNED = 0, 2
 
 
-class UnknownRange(ValueError):
-    """Numbers of which nobody says what white is."""
+class Unshowable(ValueError):
+    """Pixels of which nothing says, or nobody here knows, what colours they are."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, 8 bits a channel, in sRGB, turned upright; what is transparent lies on black.
 
-    Raises UnknownRange for numbers (32 bits, floating point) that do not say what black and white are.
+    Raises Unshowable for numbers (32 bits, floating point) of which nothing says what black and white are.
     """
     image.load()
     upright = ImageOps.exif_transpose(image)
@@ -44,7 +44,7 @@ def _eight_bits(upright: Image.Image, original: Image.Image) -> tuple[Image.Imag
     values = np.asarray(upright)
     shares = _floats(values) if upright.mode == "F" else _integers(values, original)
     if values.max() > 0 and shares.max() * 255 < 0.5:
-        raise UnknownRange(f"values of up to {values.max():g} only, far too dark for the range of their format")
+        raise Unshowable(f"values of up to {values.max():g} only, far too dark for the range of their format")
     if _tag(original, PHOTOMETRIC) == WHITE_IS_ZERO:
         shares = 1 - shares
     hidden = original.info.get("transparency")
@@ -54,7 +54,7 @@ def _eight_bits(upright: Image.Image, original: Image.Image) -> tuple[Image.Imag
 
 def _floats(values: np.ndarray) -> np.ndarray:
     if not (values.min() >= 0 and values.max() <= 1):  # false for NaN, too
-        raise UnknownRange(
+        raise Unshowable(
             f"floating-point values from {values.min():g} to {values.max():g}: nothing says which of them is white, "
             "unless all are between 0 (black) and 1 (white)"
         )
@@ -66,7 +66,7 @@ def _integers(values: np.ndarray, original: Image.Image) -> np.ndarray:
     signed = _tag(original, SAMPLE_FORMAT) == SIGNED
     values = values.astype(f"i{bits // 8}" if signed else "u4")  # Pillow knows no unsigned numbers of 32 bits
     if values.min() < 0:
-        raise UnknownRange(f"values from {values.min()} to {values.max()}: nothing says which of them is black")
+        raise Unshowable(f"values from {values.min()} to {values.max()}: nothing says which of them is black")
     return values / np.float64(2 ** (bits - signed) - 1)
 
 

@@ -15,6 +15,11 @@ CORNERS = (
     (200, 200, 40),
 )  # top left, top right, bottom left, bottom right
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+CODEC_OPTIONS = {
+    "h264": {"crf": "1"},
+    "libx265": {"x265-params": "lossless=1:log-level=none"},
+    "libvpx": {"auto-alt-ref": "0"},  # which transparency needs
+}
 
 # Orientation of EXIF → how the stored picture, (H, W, 3), is to be seen. By the text of the standard: which side of the
 # stored picture is the top and which the left of the scene.
@@ -77,8 +82,7 @@ def add_pictures(
     """Adds a stream now, and returns what writes it: all streams have to be there before the first packet."""
     pictures = list(pictures)
     height, width = pictures[0].shape[:2]
-    lossless = {"h264": {"crf": "1"}, "libx265": {"x265-params": "lossless=1:log-level=none"}}
-    stream = container.add_stream(codec, rate=rate, options=lossless.get(codec, {}))
+    stream = container.add_stream(codec, rate=rate, options=CODEC_OPTIONS.get(codec, {}))
     stream.width, stream.height, stream.pix_fmt = width, height, format
     if codec in ("h264", "mpeg2video", "mpeg4"):
         stream.codec_context.max_b_frames = 0
