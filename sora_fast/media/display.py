@@ -2,14 +2,15 @@
 
 import re
 from fractions import Fraction
+from functools import cache
 
 import av
 import numpy as np
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideDataContainer, Type
 from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from sora_fast.media.pixels import UnknownRange, on_black
+from sora_fast.media.pixels import Unshowable, on_black
 
 # Of swscale's ways to make RGB from more than 8 bits the default is not exact: white comes as 253.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -23,36 +24,51 @@ OTHER_PRIMARIES = {
     ColorPrimaries.SMPTE431,
     ColorPrimaries.SMPTE432,
 }
+GRID = 65  # steps of each channel, the most that Pillow takes; what lies between is interpolated
+
+UNKNOWN_SIDE_DATA = sorted(set(range(48)) - {kind.value for kind in Type})
 
 
 def to_image(frame: av.VideoFrame, pixel_aspect: Fraction | None) -> Image.Image:
     """pixel_aspect: width of a pixel by its height; None where the file says nothing.
 
-    Raises UnknownRange for floating-point frames, and FFmpegError for colours that swscale does not know.
+    Raises Unshowable for floating-point frames and for colours that swscale does not know.
     """
     if re.search(r"f(16|32)", frame.format.name):
-        raise UnknownRange(f"floating-point values ({frame.format.name}): nothing says which of them is white")
-    return _upright(_square(_to_rgb(frame), pixel_aspect), frame)
+        raise Unshowable(f"floating-point values ({frame.format.name}): nothing says which of them is white")
+    try:
+        image = _to_rgb(frame)
+    except av.error.FFmpegError as error:
+        kind = f"matrix {frame.colorspace}, primaries {frame.color_primaries}, transfer {frame.color_trc}"
+        raise Unshowable(f"colours of a kind that FFmpeg does not convert ({frame.format.name}, {kind})") from error
+    return _upright(_square(image, pixel_aspect), frame)
 
 
 def _to_rgb(frame: av.VideoFrame) -> Image.Image:
-    deep = max(component.bits for component in frame.format.components) > 8
-    options = _colours(frame) | ({"interpolation": EXACT} if deep else {})
-    if not (frame.format.has_palette or any(component.is_alpha for component in frame.format.components)):
-        return Image.fromarray(frame.to_ndarray(format="rgb24", **options))
-    layer = Image.fromarray(frame.to_ndarray(format="rgba", **options))
-    return on_black(layer.convert("RGB"), layer.getchannel("A"))
-
-
-def _colours(frame: av.VideoFrame) -> dict[str, int]:
-    """What swscale must be told to make RGB of BT.709's primaries and transfer."""
     options = {}
+    if max(component.bits for component in frame.format.components) > 8:
+        options["interpolation"] = EXACT
     if frame.colorspace in UNTAGGED and not frame.format.is_rgb:
         large = frame.width >= 1280 or frame.height > 576  # as players guess
         options["src_colorspace"] = Colorspace.ITU709 if large else Colorspace.ITU601
+    transparent = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+    image = Image.fromarray(frame.to_ndarray(format="rgba" if transparent else "rgb24", **options))
+    rgb = image.convert("RGB")
     if frame.color_trc in OTHER_TRANSFERS or frame.color_primaries in OTHER_PRIMARIES:
-        options |= {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709}
-    return options
+        rgb = rgb.filter(_to_bt709(frame.color_primaries, frame.color_trc))
+    return on_black(rgb, image.getchannel("A")) if transparent else rgb
+
+
+@cache
+def _to_bt709(primaries: int, transfer: int) -> ImageFilter.Color3DLUT:
+    """What swscale makes of a grid of colours. It takes seconds to prepare itself: too much for every video."""
+    steps = np.rint(np.linspace(0, 255, GRID)).astype(np.uint8)
+    blue, green, red = np.meshgrid(steps, steps, steps, indexing="ij")  # red changes fastest, as Pillow wants it
+    grid = np.stack([red, green, blue], axis=-1).reshape(GRID, GRID * GRID, 3)
+    frame = av.VideoFrame.from_ndarray(grid, format="rgb24")
+    frame.color_primaries, frame.color_trc = primaries, transfer
+    shown = frame.to_ndarray(format="rgb48le", dst_color_primaries=ColorPrimaries.BT709, dst_color_trc=ColorTrc.BT709)
+    return ImageFilter.Color3DLUT(GRID, (shown / 65535).ravel().tolist())
 
 
 def _square(image: Image.Image, pixel_aspect: Fraction | None) -> Image.Image:
@@ -67,7 +83,7 @@ def _square(image: Image.Image, pixel_aspect: Fraction | None) -> Image.Image:
 
 def _upright(image: Image.Image, frame: av.VideoFrame) -> Image.Image:
     """The display matrix (a b u, c d v, x y w) shows the pixel (x, y) at (a·x + c·y, b·x + d·y)."""
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    matrix = _known_side_data(frame).get(Type.DISPLAYMATRIX)
     if matrix is None:
         return image
     a, b, _, c, d, *_ = np.frombuffer(matrix, dtype=np.int32).tolist()
@@ -78,3 +94,17 @@ def _upright(image: Image.Image, frame: av.VideoFrame) -> Image.Image:
     if d < 0:
         image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     return image
+
+
+def _known_side_data(frame: av.VideoFrame) -> SideDataContainer:
+    try:
+        return frame.side_data
+    except ValueError:  # PyAV stumbles over kinds that it does not know, such as EXIF
+        graph = av.filter.Graph()
+        source = graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 25)
+        )
+        deleting = [graph.add("sidedata", f"mode=delete:type={kind}") for kind in UNKNOWN_SIDE_DATA]
+        graph.link_nodes(source, *deleting, graph.add("buffersink")).configure()
+        graph.push(frame)
+        return graph.pull().side_data

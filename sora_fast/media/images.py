@@ -6,11 +6,12 @@ from pathlib import Path
 from PIL import Image, ImageSequence, UnidentifiedImageError, features
 
 from sora_fast.media.frames import Frame, UnreadableMedia
-from sora_fast.media.pixels import UnknownRange, to_rgb
+from sora_fast.media.pixels import Unshowable, to_rgb
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 ANIMATED_FORMATS = ("PNG", "GIF", "WEBP", "AVIF")  # in others a second picture is a thumbnail or the other eye
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"mif2"}  # still images; sequences are FFmpeg's
+TIFF = (b"II*\0", b"MM\0*")
 
 DEFAULT_SECONDS = 0.1  # what browsers show a frame for that asks for no time at all
 
@@ -38,13 +39,19 @@ def _open(path: Path) -> Image.Image | None:
     try:
         return Image.open(path, formats=FORMATS)
     except UnidentifiedImageError:
+        if _head(path)[:4] in TIFF:  # FFmpeg takes signed numbers for unsigned ones
+            raise UnreadableMedia(path, "a TIFF of a kind that Pillow does not read, or corrupt") from None
         return None
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(256)
 
 
 def _brands(path: Path) -> list[bytes]:
     """What a file of the ISO base media format (MP4, HEIF, AVIF) says it is, the major brand first."""
-    with path.open("rb") as file:
-        head = file.read(256)
+    head = _head(path)
     if head[4:8] != b"ftyp":
         return []
     words = [head[start : start + 4] for start in range(8, min(len(head), int.from_bytes(head[:4], "big")), 4)]
@@ -87,7 +94,7 @@ def _animation(image: Image.Image) -> Iterator[Frame]:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnknownRange):
+    if isinstance(error, Unshowable):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:  # Pillow's own have no number
         return f"cannot be read: {error.strerror}"

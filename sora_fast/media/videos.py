@@ -12,7 +12,7 @@ from PIL import Image
 
 from sora_fast.media.display import to_image
 from sora_fast.media.frames import DEFAULT_RATE, Frame, UnreadableMedia
-from sora_fast.media.pixels import UnknownRange
+from sora_fast.media.pixels import Unshowable
 from sora_fast.media.whole import MATROSKA, check_bytes, check_seconds, promised_seconds
 
 # Of these, only the file says when its last frame ends.
@@ -31,7 +31,7 @@ def video_frames(path: Path) -> Iterator[Frame]:
             stream = _picture_stream(path, container)
             frames = _decode(path, container, stream)
             yield from frames if container.format.name not in NO_DURATIONS else _lengthened(frames, container)
-    except (UnknownRange, Image.DecompressionBombError) as error:
+    except (Unshowable, Image.DecompressionBombError) as error:
         raise UnreadableMedia(path, str(error)) from error
     except av.error.FFmpegError as error:
         raise UnreadableMedia(path, _reason(path, error)) from error
