@@ -11,6 +11,7 @@ from sora_fast.media.pixels import Unshowable, to_rgb
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 ANIMATED_FORMATS = ("PNG", "GIF", "WEBP", "AVIF")  # in others a second picture is a thumbnail or the other eye
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"mif2"}  # still images; sequences are FFmpeg's
+MOTION_JPEG = (".mjpeg", ".mjpg")  # one JPEG after the other, of which Pillow sees the first
 TIFF = (b"II*\0", b"MM\0*")
 
 DEFAULT_SECONDS = 0.1  # what browsers show a frame for that asks for no time at all
@@ -36,6 +37,8 @@ def _open(path: Path) -> Image.Image | None:
         return Image.open(path, formats=("AVIF",))
     if brands and brands[0] in HEIF_BRANDS:
         return _open_heif(path)
+    if path.suffix.lower() in MOTION_JPEG:
+        return None
     try:
         return Image.open(path, formats=FORMATS)
     except UnidentifiedImageError:
