@@ -118,7 +118,8 @@ def test_every_mode_shows_its_colours(tmp_path: Path, mode: str) -> None:
         image, expected = grey.convert(mode), (128, 128, 128)
     else:
         image, expected = red.convert(mode, palette=Image.Palette.ADAPTIVE), (200, 40, 40)
-    image.save(path := tmp_path / ("a.png" if mode in ("P", "LA", "RGBA", "1") else "a.tif"))
+    suffix = {"CMYK": "tif", "LAB": "tif", "YCbCr": "jpg"}.get(mode, "png")
+    image.save(path := tmp_path / f"a.{suffix}")
     shown = (read_media(path)[:, 0, 1, 1] + 1) * 127.5
     assert shown.tolist() == pytest.approx(expected, abs=2.1)
 
