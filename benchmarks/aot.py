@@ -18,7 +18,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -112,12 +111,14 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from sora_fast.arguments import path
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="name what differs from the snapshot in the repository")
     what.add_argument("--update", action="store_true", help="rewrite that snapshot: the differences are intended")
-    parser.add_argument("--snapshot", type=Path, default=FILE, metavar="FILE", help="another one than the repository's")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--snapshot", type=path, default=FILE, metavar="FILE", help="another one than the repository's")
+    parser.add_argument("--json", type=path, help="also write the rows to this file")
     parser.add_argument("--target", nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT), help="GPUs")
     parser.add_argument("--kernel", nargs="+", default=(), metavar="NAME", help="only names that contain this")
     return parser
@@ -144,6 +145,8 @@ class _Foreign(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    from sora_fast.files import check_folder
+
     parser = _parser()
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
@@ -151,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     selection = Selection(options.target, options.kernel)
     try:
         snapshot = _comparable(options, selection)
+        for file in filter(None, (options.json, options.update and options.snapshot)):
+            check_folder(file.parent)
     except ValueError as error:
         parser.error(str(error))
     except _Foreign as reason:
@@ -169,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(_table(rows))
     print(*failures, sep="\n")
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     changes = list(snapshot.differences(rows, selection)) if options.check else []
     if changes:

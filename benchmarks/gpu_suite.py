@@ -212,8 +212,10 @@ def _compare(suite: "Suite", scope: Scope) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from sora_fast.arguments import path
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results are written")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="where results are written")
     parser.add_argument("--minutes", type=float, default=9, help="end within this time (default: 9)")
     parser.add_argument("--only", metavar="NAME", default="", help="only the ops whose names contain this")
     parser.add_argument("--tune", metavar="OP", help="try the op's configurations and rewrite their table")
@@ -223,16 +225,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()
-    if not on_gpu and not options.dry:
-        parser.error("there is no CUDA device here; --dry walks through the suite on a CPU")
     if not on_gpu:
         os.environ["TRITON_INTERPRET"] = "1"
     _checkout.make_importable()
     from benchmarks.grid import OPS, WHOLES
+    from sora_fast.files import check_folder
 
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not on_gpu and not options.dry:
+        parser.error("there is no CUDA device here; --dry walks through the suite on a CPU")
+    try:
+        check_folder(options.out)
+    except ValueError as error:
+        parser.error(f"--out {options.out}: {error}")
     ops, wholes = (tuple(name for name in names if options.only in name) for names in (OPS, WHOLES))
     if not ops + wholes:
         parser.error(f"--only {options.only}: nothing is called so; there are {', '.join(OPS + WHOLES)}")

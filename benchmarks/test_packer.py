@@ -1,4 +1,4 @@
-"""Packing 10,000 samples on one core."""
+"""Packing 10,000 samples on one core, and planning the steps of many workers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 
 from benchmarks.lengths import few_sizes, image_video_mix, log_uniform, uniform
+from sora_fast.models.codecs import IdentityCodec
 from sora_fast.packing.packer import PackRules, StreamingPacker, balance, pack_offline
+from sora_fast.training.batches import BatchConfig, Batches
+from sora_fast.training.distributed import World
 
 RULES = PackRules(32_768)
 RANKS = 8
@@ -15,12 +18,13 @@ draws = pytest.mark.parametrize("draw", [image_video_mix, log_uniform, uniform, 
 Draw = Callable[[int], list[int]]
 
 
-def _note_quality(benchmark: Any, packs: list[list[int]], lengths: list[int]) -> None:
+def _note_quality(benchmark: Any, packs: list[list[int]], lengths: list[int], *, ranks: int = RANKS) -> None:
     """Beside the time: the share of capacity unused, and the share of the ranks' time spent waiting."""
-    costs = [sum(RULES.cost(lengths[sample]) for sample in pack) for pack in packs]
-    steps = [costs[start : start + RANKS] for start in range(0, len(costs), RANKS)]
-    benchmark.extra_info["waste"] = 1 - sum(lengths) / (len(packs) * RULES.capacity)
-    benchmark.extra_info["imbalance"] = sum(1 - sum(step) / (RANKS * max(step)) for step in steps) / len(steps)
+    held = [[lengths[sample % len(lengths)] for sample in pack] for pack in packs]
+    costs = [sum(map(RULES.cost, pack)) for pack in held]
+    steps = [costs[start : start + ranks] for start in range(0, len(costs), ranks)]
+    benchmark.extra_info["waste"] = 1 - sum(map(sum, held)) / (len(packs) * RULES.capacity)
+    benchmark.extra_info["imbalance"] = sum(1 - sum(step) / (ranks * max(step)) for step in steps) / len(steps)
 
 
 @draws
@@ -47,3 +51,25 @@ def test_streaming(benchmark: Any, draw: Draw) -> None:
         return packs + packer.flush()
 
     _note_quality(benchmark, benchmark(stream), lengths)
+
+
+class Lengths:
+    """A source of nothing but shapes: a token a frame."""
+
+    def __init__(self, draw: Draw) -> None:
+        self.lengths = draw(20_000)
+
+    def shape(self, index: int) -> tuple[int, int, int, int]:
+        return 1, self.lengths[index % len(self.lengths)], 4, 4
+
+
+@pytest.mark.parametrize("workers", [8, 64, 1024])
+def test_a_step_of_many_workers(benchmark: Any, workers: int) -> None:
+    """What each of them does for the packs of all. To be read as a mean: one step in eleven or so plans the others."""
+    source = Lengths(image_video_mix)
+    config = BatchConfig(RULES.capacity, max_segments=1000)
+    options = {"patch_size": (1, 4, 4), "codec": IdentityCodec(1), "world": World(0, workers)}
+    batches = Batches(source, config, **options)
+    steps: list[list[list[int]]] = []
+    benchmark.pedantic(lambda: steps.append(batches.next_packs()), rounds=33, warmup_rounds=1)
+    _note_quality(benchmark, [pack for step in steps for pack in step], source.lengths, ranks=workers)

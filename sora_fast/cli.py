@@ -4,26 +4,37 @@ Heavy imports happen inside the commands, so that --help and --version answer at
 """
 
 import argparse
+import contextlib
+import io
 import logging
 import math
 import os
+import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sora_fast.arguments import filled as _filled
+from sora_fast.arguments import number as _number
+from sora_fast.arguments import path as _path
+from sora_fast.files import check_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sora_fast.generation.tasks import Request
+    from sora_fast.media import Clip
     from sora_fast.training.batches import BatchConfig
     from sora_fast.training.data import FolderSource
+    from sora_fast.training.distributed import World
     from sora_fast.training.run import RunConfig, TrainConfig
 
+log = logging.getLogger(__name__)
+
 BAD_INPUT, INTERRUPTED = 2, 130
-RESULTS = (".mp4", ".gif", ".png")
 # Static sizes of a batch that cost time even where they are not used: enough for small images, not for the worst case.
 MOST_SEGMENTS, MOST_TEXT = 256, 8192
 # What `train` is asked for where it is not said.
@@ -52,13 +63,14 @@ NEW_RUN = {
     "bf16": False,
     "no_compile": False,
 }
-CHANGEABLE = ("lr", "minutes", "steps", "save_every", "no_compile")  # when a run goes on
+CHANGEABLE = ("lr", "minutes", "steps", "save_every", "no_compile", "data", "text_encoder")  # when a run goes on
 
 TRAIN_HELP = """\
 Train a video model on a folder of your own videos and images.
 
-The folder may hold anything that FFmpeg and Pillow read, in subfolders too. A caption stands beside its file:
-clip.mp4 with clip.txt, or clip.json as {"caption": "..."}. Files that cannot be used are named and skipped.
+The folder may hold anything that FFmpeg and Pillow read, in subfolders and behind links too. A caption stands beside
+its file: that of clip.mp4 in clip.txt or clip.mp4.txt, or in a .json as {"caption": "..."}. Files that cannot be used
+are named and skipped.
 
   sora-fast train --data clips --out runs/first --minutes 30
   sora-fast sample runs/first --prompt "a red ball" --frames 16 --size 64x64 --out ball.mp4
@@ -82,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # escapes what the terminal cannot show, as standard error does
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if argv[:1] == ["demo"]:  # has its own options
             from sora_fast.demo.run import main as demo
@@ -113,7 +127,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str) -> int:
-    print(f"sora-fast: error: {message}", file=sys.stderr)
+    rank = int(os.environ.get("RANK", "0"))  # of several workers each may have its own
+    print(f"sora-fast: error{f' of worker {rank}' if rank else ''}: {message}", file=sys.stderr)
     return BAD_INPUT
 
 
@@ -147,8 +162,13 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(command=_train)
     defaults = argparse.Namespace(**NEW_RUN)
     add = parser.add_argument_group("what and where").add_argument
-    add("--data", metavar="FOLDER", help="videos, images and their captions")
-    add("--out", metavar="RUN", required=True, type=Path, help="folder of the run: configuration, log, checkpoints")
+    add(
+        "--data",
+        metavar="FOLDER",
+        type=_filled,
+        help="videos, images and their captions; beside --resume: where they are now",
+    )
+    add("--out", metavar="RUN", required=True, type=_path, help="folder of the run: configuration, log, checkpoints")
     add(
         "--resume",
         action="store_true",
@@ -161,14 +181,25 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     add = parser.add_argument_group("data").add_argument
     add("--max-frames", type=_COUNT, help=f"frames taken from the start of a video (default: {defaults.max_frames})")
     add("--max-side", type=_COUNT, help=f"longer sides are scaled down to this (default: {defaults.max_side} pixels)")
-    add("--fps", type=_POSITIVE, help="sample videos at this rate (default: every frame)")
+    add(
+        "--fps",
+        type=_POSITIVE,
+        help="sample videos at this rate, which is then that of what is made (default: every frame, and the rate that "
+        "most videos have)",
+    )
     add("--grey", action="store_true", help="one grey channel in place of RGB")
     add = parser.add_argument_group("model").add_argument
     add("--dim", type=_COUNT, help=f"width (default: {defaults.dim})")
     add("--depth", type=_COUNT, help=f"transformer blocks (default: {defaults.depth})")
     add("--heads", type=_COUNT, help=f"attention heads (default: {defaults.heads})")
     add("--patch", type=_sizes("1x4x4"), metavar="TxHxW", help="pixels in a token (default: 1x4x4)")
-    add("--text-encoder", metavar="FOLDER", help="a CLIP or T5 saved there (default: a small one, trained along)")
+    add(
+        "--text-encoder",
+        metavar="FOLDER",
+        type=_filled,
+        help="a CLIP or T5 saved there, which takes 77 or 226 tokens of a caption (default: a small one, trained "
+        "along, which takes 255 bytes); beside --resume: where it is now",
+    )
     add = parser.add_argument_group("training").add_argument
     add("--capacity", type=_COUNT, help=f"tokens in a batch (default: {defaults.capacity})")
     add("--optimizer", choices=("adamw", "muon"), help=f"default: {defaults.optimizer}")
@@ -190,24 +221,37 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
     )
     parser.set_defaults(command=_sample)
     add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="folder of a run: what `sora-fast train --out` made")
-    add("--out", type=Path, required=True, help="file to write: .mp4, .gif, or .png for one frame")
-    add("--prompt", default="", help="what is to be seen")
+    add("run", metavar="RUN", type=_path, help="folder of a run: what `sora-fast train --out` made")
+    add("--out", type=_path, required=True, help="file to write: .mp4, .gif, or .png for one frame")
+    add(
+        "--prompt",
+        default="",
+        help="what is to be seen; cut where it is longer than the run's text encoder takes: 255 bytes (the small one), "
+        "77 tokens (CLIP) or 226 (T5)",
+    )
     add("--frames", type=_COUNT, default=16, help="frames of the whole result (default: %(default)s)")
     add("--size", type=_sizes("64x48"), metavar="HxW", help="height x width in pixels (default: 64x64, or the image's)")
     add(
         "--image",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="image or clip to begin with, scaled down as the run's own files were; its frames are kept",
     )
-    add("--end", type=Path, metavar="FILE", help="image or clip to end with, of the same size")
+    add("--end", type=_path, metavar="FILE", help="image or clip to end with, of the same size")
     add("--guidance", type=_FINITE, default=3.0, help="1: none; more follows the prompt closer (default: %(default)s)")
     add("--steps", type=_COUNT, default=30, help="steps of the sampler (default: %(default)s)")
     add("--sampler", help="euler, heun, ddim, dpm++ or ddpm (default: what suits the run)")
     add("--seed", type=_SEED, default=0, help="another seed, another video (default: %(default)s)")
-    add("--fps", type=_POSITIVE, help="frames per second of the result (default: those of the run)")
+    add(
+        "--fps", type=_POSITIVE, help="frames per second of the result (default: those of the given clip or of the run)"
+    )
     add("--scale", type=_COUNT, default=1, help="enlarge every pixel so many times (default: %(default)s)")
+    add(
+        "--text-encoder",
+        metavar="FOLDER",
+        type=_filled,
+        help="where the run's CLIP or T5 is, if it is not where it was",
+    )
     add("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
 
 
@@ -223,28 +267,15 @@ def _add_report(commands: "argparse._SubParsersAction") -> None:
         "results",
         metavar="RESULTS",
         nargs="+",
-        type=Path,
+        type=_path,
         help="JSON of benchmarks.gpu_suite or pytest --benchmark-json; later files are compared with the first",
     )
-    add("--out", type=Path, default=Path("report.html"), help="page to write (default: %(default)s)")
+    add("--out", type=_path, default=Path("report.html"), help="page to write (default: %(default)s)")
 
 
 def _options(names: Sequence[str]) -> str:
     """As they are typed: --a, --b."""
     return ", ".join("--" + name.replace("_", "-") for name in names)
-
-
-def _number(kind: type, rule: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
-        return value
-
-    return parse
 
 
 _COUNT = _number(int, "a whole number of at least 1", lambda value: value >= 1)
@@ -275,8 +306,12 @@ def _sizes(example: str) -> "argparse._ActionType":
 def _device(name: str | None) -> str:
     import torch
 
+    from sora_fast.training.distributed import launched, local_rank
+
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launched():  # one each
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -291,20 +326,36 @@ def _device(name: str | None) -> str:
 
 
 def _train(a: argparse.Namespace) -> int:
-    from sora_fast.training.data import FolderSource
-    from sora_fast.training.trainer import Trainer
+    from sora_fast.training.distributed import joined
 
     given = (vars(a).keys() & NEW_RUN.keys()) - {"resume", "device"}
     a = argparse.Namespace(**(NEW_RUN | vars(a)))
-    if a.resume == (a.data is not None):
-        raise ValueError("train needs either --data FOLDER, for a new run, or --resume")
+    if not a.resume and a.data is None:
+        raise ValueError("train needs --data FOLDER, for a new run, or --resume")
     device = _device(a.device)
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(joined(device))
+        if world.rank:  # the user hears it once
+            stack.enter_context(contextlib.redirect_stdout(None))
+            logging.getLogger().setLevel(logging.ERROR)
+        return _train_together(a, given, device, world)
+
+
+def _train_together(a: argparse.Namespace, given: Set[str], device: str, world: "World") -> int:
+    """What each of the workers does."""
+    from sora_fast.training.data import FolderSource
+    from sora_fast.training.trainer import Trainer
+
     config = _resumed_config(a, given) if a.resume else _new_config(a)
-    source = FolderSource(config.data, progress=True)
-    print(f"{len(source)} files to train on, {len(source.skipped)} skipped")
+    source = FolderSource(config.data, progress=world.rank == 0, world=world)
+    print(source.summary)
     if not a.resume:
-        config = replace(config, train=replace(config.train, batch=_batch_config(a, source)))
+        config = _fitted(config, a, source)
+    if source.rate_summary:
+        print(f"{source.rate_summary}; what is made will run at {config.fps:g}")
     trainer = Trainer(config, source, a.out, device=device, resume=a.resume)
+    if trainer.networks.text is not None:
+        trainer.networks.text.check(source.captions)
     if a.resume:
         print(f"going on from step {trainer.step}")
     resume = f"sora-fast train --resume --out {a.out}"
@@ -329,7 +380,7 @@ def _longer(config: "TrainConfig") -> str:
 
 def _resumed_config(a: argparse.Namespace, given: Set[str]) -> "RunConfig":
     """What the run was made with, changed as far as it can be."""
-    from sora_fast.training.run import read_run
+    from sora_fast.training.run import moved, read_run
 
     if fixed := sorted(given - set(CHANGEABLE)):
         raise ValueError(
@@ -338,6 +389,9 @@ def _resumed_config(a: argparse.Namespace, given: Set[str]) -> "RunConfig":
     config = read_run(a.out)
     if config.data is None:
         raise ValueError(f"{a.out} was not made by `sora-fast train`; it cannot be resumed by it")
+    config = moved(config, data=a.data, text_encoder=a.text_encoder)
+    if not Path(config.data.folder).is_dir():
+        raise ValueError(f"{config.data.folder} is no folder; say where the run's data is now: --data FOLDER")
     changes = {name: getattr(a, name) for name in given & {"lr", "save_every"}}
     if given & {"steps", "minutes"}:  # either takes the place of what limited the run
         changes |= {"steps": a.steps, "minutes": a.minutes}
@@ -347,13 +401,13 @@ def _resumed_config(a: argparse.Namespace, given: Set[str]) -> "RunConfig":
 
 
 def _new_config(a: argparse.Namespace) -> "RunConfig":
-    """All but the sizes of a batch, which depend on the files."""
+    """All but what depends on the files."""
     from sora_fast.models import SoraDiTConfig
     from sora_fast.training.data import DataConfig
     from sora_fast.training.run import RunConfig, TextConfig, TrainConfig, check_new
 
     check_new(a.out)
-    _check_writable(a.out, a.out)
+    check_folder(a.out)
     if a.dim % (2 * a.heads):
         raise ValueError(f"--heads {a.heads}: it must divide --dim {a.dim} into parts of an even width")
     text, channels = TextConfig(folder=a.text_encoder), 1 if a.grey else 3
@@ -379,9 +433,15 @@ def _new_config(a: argparse.Namespace) -> "RunConfig":
             save_every=a.save_every,
         ),
         text=text,
-        data=DataConfig(str(Path(a.data).resolve()), a.max_frames, a.max_side, a.fps, channels),
+        data=DataConfig(a.data, a.max_frames, a.max_side, a.fps, channels),
         fps=a.fps or 8.0,
     )
+
+
+def _fitted(config: "RunConfig", a: argparse.Namespace, source: "FolderSource") -> "RunConfig":
+    """With what depends on the files: the sizes of a batch, and how fast videos are."""
+    train = replace(config.train, batch=_batch_config(a, source))
+    return replace(config, train=train, fps=source.rate or config.fps, data_fps=source.rate)
 
 
 def _batch_config(a: argparse.Namespace, source: "FolderSource") -> "BatchConfig":
@@ -415,14 +475,16 @@ def _sample(a: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from sora_fast.generation.engine import SAMPLERS, Engine
-    from sora_fast.media import write_media
+    from sora_fast.training.run import read_run
 
-    _check_result(a.out, a.frames)
     if a.sampler is not None and a.sampler not in SAMPLERS:
         raise ValueError(f"--sampler {a.sampler}: it must be one of {', '.join(SAMPLERS)}")
-    engine = Engine.load(a.run, device=_device(a.device))
-    config = engine.networks.config
-    request = _request(a, config)
+    device, config = _device(a.device), read_run(a.run)
+    request, fps = _request(a, config)
+    played = _check_result(a, request, config.model.in_channels, fps)
+    engine = Engine.load(a.run, device=device, text_encoder=a.text_encoder)
+    if engine.networks.text is not None:
+        engine.networks.text.check([a.prompt])
     with tqdm(total=a.steps, desc="sampling", unit=" steps") as bar:
         (video,) = engine.generate(
             [request],
@@ -430,44 +492,70 @@ def _sample(a: argparse.Namespace) -> int:
             sampler=SAMPLERS.get(a.sampler),
             progress=lambda done, steps: bar.update(),
         )
-    write_media(a.out, video, fps=a.fps or config.fps, scale=a.scale)
-    print(f"{a.out}: {request.frames} frames of {request.height}x{request.width}")
+    _write_result(a, video, fps)
+    rate = f", {played:g} a second" if request.frames > 1 else ""
+    print(f"{a.out}: {request.frames} frames of {request.height}x{request.width}{rate}")
     return 0
 
 
-def _check_result(path: Path, frames: int) -> None:
-    """Before the work, not after it."""
-    if path.suffix.lower() not in RESULTS:
-        raise ValueError(f"--out {path}: it must end in {', '.join(RESULTS)}")
-    if path.suffix.lower() == ".png" and frames != 1:
-        raise ValueError(f"--out {path}: a .png holds one frame, not {frames}; write an .mp4, or pass --frames 1")
-    if path.is_dir():
-        raise ValueError(f"--out {path}: it is a folder; name a file in it")
-    _check_writable(path, path.parent)
-    if path.exists() and not os.access(path, os.W_OK):
-        raise ValueError(f"--out {path}: it exists and cannot be written to")
+def _check_result(a: argparse.Namespace, request: "Request", channels: int, fps: float) -> float:
+    """Before the work, not after it: frames per second that will be played."""
+    from sora_fast.media import UnwritableMedia, check_output
 
-
-def _check_writable(out: Path, folder: Path) -> None:
-    """The folder, or the one that it would be made in, must take files."""
-    present = next(path for path in (folder, *folder.parents) if path.exists())
+    sizes = {"frames": request.frames, "height": request.height, "width": request.width, "channels": channels}
     try:
-        with tempfile.TemporaryFile(dir=present):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {out}: nothing can be written to {present}: {error.strerror}") from error
+        return check_output(a.out, **sizes, fps=fps, scale=a.scale)
+    except UnwritableMedia as error:
+        raise ValueError(f"--out {error}") from error
 
 
-def _request(a: argparse.Namespace, config: "RunConfig") -> "Request":
+def _write_result(a: argparse.Namespace, video: "Tensor", fps: float) -> None:
+    """Or keep it elsewhere: a disk can fill up during the work."""
+    from sora_fast.media import keep_unwritten, write_media
+
+    try:
+        write_media(a.out, video, fps=fps, scale=a.scale)
+    except (ValueError, MemoryError) as error:
+        try:
+            kept = keep_unwritten(video, [a.run, Path(tempfile.gettempdir())])
+        except OSError as lost:
+            raise ValueError(f"--out {error}; {lost}") from error
+        code = (
+            "import numpy, torch; from sora_fast.media import write_media; "
+            f"write_media({a.out.name!r}, torch.from_numpy(numpy.load({str(kept)!r})), fps={fps}, scale={a.scale})"
+        )
+        raise ValueError(f"--out {error}; kept in {kept}. To write it here: python -c {shlex.quote(code)}") from error
+
+
+def _request(a: argparse.Namespace, config: "RunConfig") -> tuple["Request", float]:
+    """What is asked for, and the frames per second of the result."""
     from sora_fast.generation.tasks import Request
 
-    head, tail = (_given(file, config) for file in (a.image, a.end))
-    sizes = {tuple(clip.shape[2:]) for clip in (head, tail) if clip is not None} | ({a.size} if a.size else set())
+    given = {
+        option: _given(file, config) for option, file in (("--image", a.image), ("--end", a.end)) if file is not None
+    }
+    sizes = {tuple(clip.video.shape[2:]) for clip in given.values()} | ({a.size} if a.size else set())
     if len(sizes) > 1:
         listed = " and ".join("x".join(map(str, size)) for size in sorted(sizes))
         raise ValueError(f"--size, --image and --end must agree, but they are {listed} pixels")
     height, width = sizes.pop() if sizes else (64, 64)
-    return Request(a.prompt, a.frames, height, width, head, tail, guidance=a.guidance, seed=a.seed)
+    head, tail = (given[option].video if option in given else None for option in ("--image", "--end"))
+    request = Request(a.prompt, a.frames, height, width, head, tail, guidance=a.guidance, seed=a.seed)
+    return request, _rate(a.fps, given, config)
+
+
+def _rate(asked: float | None, given: "Mapping[str, Clip]", config: "RunConfig") -> float:
+    """Frames per second of the result: as asked for, else of what is given, else of the run."""
+    from sora_fast.training.rates import same_rate
+
+    rates = {option: clip.fps for option, clip in given.items() if clip.fps is not None}
+    result = asked or next(iter(rates.values()), config.fps)
+    if rates and config.data_fps is not None:
+        rates["the run's videos"] = config.data_fps
+    if any(not same_rate(rate, other) for rate in rates.values() for other in rates.values()):
+        listed = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        log.warning("not the same frames per second: %s; the result has %g", listed, result)
+    return result
 
 
 def _report(a: argparse.Namespace) -> int:
@@ -477,14 +565,12 @@ def _report(a: argparse.Namespace) -> int:
     return 0
 
 
-def _given(file: Path | None, config: "RunConfig") -> "Tensor | None":
+def _given(file: Path, config: "RunConfig") -> "Clip":
     """An image or clip at the size that the model was trained at."""
-    from sora_fast.media import read_media
+    from sora_fast.media import read_clip
 
-    if file is None:
-        return None
     limits = {} if config.data is None else {"max_side": config.data.max_side, "fps": config.data.fps}
-    return read_media(file, channels=config.model.in_channels, **limits)
+    return read_clip(file, channels=config.model.in_channels, **limits)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,27 @@
+import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 
+from sora_fast import media
 from sora_fast.cli import main
+from sora_fast.generation.engine import Engine
 from sora_fast.media import read_media, write_media
+from sora_fast.models.text import T5_TOKENS, ByteTextEncoder
 from sora_fast.training.config import write_config
 from sora_fast.training.run import CONFIG, LOG, read_run
 from sora_fast.training.trainer import read_log
+from tests.text_encoders import save_clip
 
 _SMALL = "--dim 32 --depth 1 --heads 2 --capacity 256 --max-side 16 --max-frames 3 --no-compile --device cpu"
 SMALL = _SMALL.split()
@@ -101,11 +111,201 @@ def test_other_data_is_not_gone_on_with(folder: Path, tmp_path: Path, capsys: py
     assert "files, their sizes or their captions have changed" in capsys.readouterr().err
 
 
+def test_a_run_works_from_anywhere_and_is_told_what_has_moved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    save_clip(here / "clip")
+    shutil.copytree(folder, here / "clips")
+    monkeypatch.chdir(here)
+    assert main(["train", "--data", "clips", "--text-encoder", "clip", "--out", "run", "--steps", "1", *SMALL]) == 0
+    monkeypatch.chdir(tmp_path)
+    resume = ["train", "--resume", "--out", "here/run", "--device", "cpu"]
+    sample = [
+        "sample",
+        "here/run",
+        "--out",
+        "a.png",
+        "--frames",
+        "1",
+        "--size",
+        "8x8",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert main([*resume, "--steps", "2"]) == 0
+    assert main(sample) == 0
+
+    there.mkdir()
+    for name in ("clip", "clips"):
+        (here / name).rename(there / name)
+    capsys.readouterr()
+    assert main(resume) == 2
+    assert "say where the run's data is now: --data FOLDER" in capsys.readouterr().err
+    assert main([*resume, "--data", "there/clips"]) == 2
+    assert "--text-encoder FOLDER" in capsys.readouterr().err
+    assert main(sample) == 2
+    assert "--text-encoder FOLDER" in capsys.readouterr().err
+    assert main([*sample, "--text-encoder", "there/clip"]) == 0
+    assert main([*resume, "--data", "there/clips", "--text-encoder", "there/clip", "--steps", "3"]) == 0
+    assert main([*resume, "--steps", "4"]) == 0  # it remembers
+    assert read_run(here / "run").data.folder == str(there / "clips")
+
+    (there / "clips" / "right.txt").write_text("another caption")
+    assert main([*resume, "--data", "there/clips"]) == 2
+    assert "files, their sizes or their captions have changed" in capsys.readouterr().err
+    tokenizer = there / "clip" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("seven", "eight"))
+    assert main([*sample, "--text-encoder", "there/clip"]) == 2
+    assert "holds another text encoder" in capsys.readouterr().err
+
+
+def test_captions_and_prompts_that_are_cut_are_named(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(folder, data)
+    (data / "left.txt").write_text("l" * 300)
+    assert main(["train", "--data", str(data), "--out", str(run), "--steps", "3", *SMALL]) == 0
+    assert "2 files to train on, 2 with a caption and 0 without; 1 skipped" in capsys.readouterr().out
+    cut = "cut to the 255 bytes that the text encoder takes: a text of"
+    assert [message for message in caplog.messages if "cut" in message] == [f"{cut} 300, '{'l' * 39}…'"]
+    caplog.clear()
+    sample = ["sample", str(run), "--out", str(tmp_path / "a.png"), "--frames", "1", "--size", "8x8", "--steps", "1"]
+    assert main([*sample, "--device", "cpu", "--prompt", "p" * 256]) == 0
+    assert caplog.messages == [f"{cut} 256, '{'p' * 39}…'"]
+
+
+def _clip(path: Path, fps: float) -> Path:
+    """Four frames that are written by PyAV alone."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        for level in range(4):
+            frame = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 60 * level, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def _frame_rate(path: Path) -> float:
+    with av.open(str(path)) as container:
+        return float(container.streams.video[0].average_rate)
+
+
+@pytest.fixture(scope="module")
+def run_at_30(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rates")
+    (folder / "data").mkdir()
+    for name, fps in {"a.mp4": 30, "b.mp4": 60, "c.mp4": 30}.items():
+        _clip(folder / "data" / name, fps)
+    arguments = ["train", "--data", str(folder / "data"), "--out", str(folder / "run"), "--steps", "1", *SMALL]
+    assert main(arguments) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("image", "end", "options", "fps", "said"),
+    [
+        (None, None, "", 30, None),
+        (30, None, "", 30, None),
+        (60, None, "", 60, "--image 60, the run's videos 30; the result has 60"),
+        (None, 12, "", 12, "--end 12, the run's videos 30; the result has 12"),
+        (30, 60, "", 30, "--image 30, --end 60, the run's videos 30; the result has 30"),
+        (60, None, "--fps 24", 24, "--image 60, the run's videos 30; the result has 24"),
+        (None, None, "--fps 24", 24, None),
+    ],
+)
+def test_what_is_made_is_as_fast_as_the_data_or_the_given_clip(
+    image: int | None,
+    end: int | None,
+    options: str,
+    fps: int,
+    said: str | None,
+    run_at_30: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out = tmp_path / "out.mp4"
+    command = ["sample", str(run_at_30), "--frames", "9", "--size", "16x16", "--steps", "1", "--out", str(out)]
+    for option, rate in {"--image": image, "--end": end}.items():
+        if rate is not None:
+            command += [option, str(_clip(tmp_path / f"{option}.mp4", rate))]
+    assert main([*command, *options.split(), "--device", "cpu"]) == 0
+    assert _frame_rate(out) == fps
+    messages = [message for message in caplog.messages if "frames per second" in message]
+    assert messages == ([] if said is None else [f"not the same frames per second: {said}"])
+
+
+@pytest.mark.parametrize(
+    ("clips", "options", "fps", "data_fps", "said"),
+    [
+        ({"a": 25}, "", 25, 25, "the videos run at 25 frames per second; what is made will run at 25"),
+        ({"a": 25, "b": 50}, "--fps 5", 5, 5, "the videos run at 5 frames per second; what is made will run at 5"),
+        (
+            {"a": 50, "b": 25, "c": 25},
+            "",
+            25,
+            25,
+            "the videos run at different rates, 2 at 25, 1 at 50 frames per second; what is made will run at 25",
+        ),
+        ({}, "", 8, None, None),
+        ({}, "--fps 5", 5, None, None),
+    ],
+)
+def test_the_rate_of_a_run_is_that_of_its_data(
+    clips: dict[str, int],
+    options: str,
+    fps: float,
+    data_fps: float | None,
+    said: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    write_media(tmp_path / "data" / "still.png", torch.zeros(3, 1, 16, 16))
+    for name, rate in clips.items():
+        _clip(tmp_path / "data" / f"{name}.mp4", rate)
+    command = ["train", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--steps", "1", *SMALL]
+    assert main([*command, *options.split()]) == 0
+    config = read_run(tmp_path / "run")
+    assert (config.fps, config.data_fps) == (fps, data_fps)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "frames per second" in line]
+    assert lines == ([] if said is None else [said])
+
+
+def test_runs_from_before_rates_were_known_keep_theirs(run_at_30: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out.mp4"
+    shutil.copytree(run_at_30, run)
+    values = json.loads((run / CONFIG).read_text())
+    del values["data_fps"]
+    (run / CONFIG).write_text(json.dumps(values | {"fps": 8.0}))
+    command = ["sample", str(run), "--frames", "5", "--size", "16x16", "--steps", "1", "--out", str(out)]
+    assert main([*command, "--device", "cpu"]) == 0
+    assert _frame_rate(out) == 8
+    assert main([*command, "--device", "cpu", "--image", str(_clip(tmp_path / "given.mp4", 30))]) == 0
+    assert _frame_rate(out) == 30
+
+
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_help_names_what_the_text_encoders_take(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{ByteTextEncoder(8).max_bytes} bytes" in said
+    assert "77" in said
+    assert f"{T5_TOKENS}" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train --out {tmp}/new", "either --data FOLDER"),
-        ("train --data {data} --resume --out {run}", "either --data FOLDER"),
+        ("train --out {tmp}/new", "needs --data FOLDER"),
+        ("train --data {tmp} --resume --out {run}", "no usable video or image"),
+        ("train --data {tmp}/absent --resume --out {run}", "absent is no folder; say where the run's data is now"),
+        ("train --text-encoder {tmp} --resume --out {run}", "the run has no text encoder from a folder"),
+        ("sample {run} --out {tmp}/a.mp4 --text-encoder {tmp}", "the run has no text encoder from a folder"),
         ("train --resume --out {run} --seed 0 --dim 32", "--dim, --seed: a run keeps what it was made with"),
         ("train --resume --out {run} --steps 5 --minutes 1 --device cpu", "exactly one"),
         ("train --data {tmp}/absent --out {tmp}/new --steps 1 --minutes 1", "exactly one"),
@@ -122,14 +322,9 @@ def test_other_data_is_not_gone_on_with(folder: Path, tmp_path: Path, capsys: py
         ("train --data {tmp}/absent --out {tmp}/new --device cuda:99", "--device cuda:99: there "),
         ("train --resume --out {tmp}", "holds no run"),
         ("sample {tmp} --out {tmp}/a.mp4", "holds no run"),
-        ("sample {tmp} --out {tmp}/a.txt", "must end in"),
-        ("sample {tmp} --out {tmp}/a.png --frames 2", "a .png holds one frame"),
-        ("sample {tmp} --out {tmp}/folder.mp4", "folder.mp4: it is a folder"),
-        ("sample {tmp} --out {data}/left.png/a.mp4", "left.png: Not a directory"),
-        ("sample {tmp} --out /proc/a.mp4", "nothing can be written to /proc"),
         ("sample {run} --out {tmp}/a.mp4 --image {data}/empty.mp4", "empty file"),
         ("sample {run} --out {tmp}/a.mp4 --image {data}/absent.mp4", "absent.mp4: No such file or directory"),
-        ("sample {run} --out {tmp}/a.mp4 --size 99999999x99999999 --device cpu", "out of memory"),
+        ("sample {run} --out {tmp}/a.png --frames 1 --size 99999999x99999999 --device cpu", "out of memory"),
         ("report {tmp}/absent.json", "absent.json: No such file or directory"),
         ("sample {run} --out {tmp}/a.mp4 --image {data}/left.png --size 8x8", "must agree"),
         ("sample {run} --out {tmp}/a.mp4 --sampler rk4", "must be one of euler"),
@@ -146,6 +341,127 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert error.startswith("sora-fast: error: ")
     assert message in error
     assert not (tmp_path / "new").exists()
+
+
+# What the output can fail on takes the place of no other error: the run is a good one, and its weights are not touched.
+BAD_OUTPUTS = [
+    ("--out {tmp}/a.txt", "a.txt: it must end in .mp4, .gif, .png"),
+    ("--out {tmp}/a.png --frames 2", "a .png holds one frame"),
+    ("--out {tmp}/folder.mp4", "folder.mp4: it is a folder"),
+    ("--out {data}/left.png/a.mp4", "left.png: Not a directory"),
+    ("--out /proc/a.mp4", "nothing can be written to /proc"),
+    ("--out {tmp}/%s.mp4" % ("a" * 252), "File name too long"),
+    ("--out {tmp}/a.mp4 --fps 1e30", "1e+30 frames per second: an .mp4 holds rates from 0.0001"),
+    ("--out {tmp}/a.mp4 --fps 0.00001", "1e-05 frames per second: an .mp4 holds rates from 0.0001"),
+    (
+        "--out {tmp}/a.gif --fps 0.0001",
+        "0.0001 frames per second: a .gif shows no frame for longer than 655.35 seconds",
+    ),
+    ("--out {tmp}/a.mp4 --size 16386x16", "H.264 takes no frames of 16386x16 pixels"),
+    ("--out {tmp}/a.mp4 --size 1000x16 --scale 17", "H.264 takes no frames of 17000x272 pixels"),
+    ("--out {tmp}/a.mp4 --size 99999999x99999999", "H.264 takes no frames"),
+    ("--out {tmp}/a.gif --size 4x65536", "a .gif has no side of more than 65535 pixels"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_OUTPUTS)
+def test_a_bad_output_is_refused_before_the_work(
+    arguments: str,
+    message: str,
+    run: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    monkeypatch.setattr(Engine, "load", lambda *_, **__: pytest.fail("the work has begun"))
+    options = arguments.format(tmp=tmp_path, data=folder).split()
+    assert main(["sample", str(run), "--device", "cpu", *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"sora-fast: error: --out {options[1]}: ") and message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.mp4"]
+
+
+def test_out_of_memory_while_sampling_is_one_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(media, "check_output", lambda *_, fps, **__: fps)
+    arguments = ["--out", str(tmp_path / "a.mp4"), "--size", "99999999x99999999", "--device", "cpu"]
+    assert main(["sample", str(run), *arguments]) == 2
+    assert "out of memory" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["take:2.mp4", os.fsdecode(b"caf\xe9.mp4"), "new/take.gif"])
+def test_results_of_any_name(
+    run: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--frames", "2", "--size", "16x16", "--steps", "1", "--device", "cpu"]
+    assert main(["sample", str(run), "--out", name, *options]) == 0
+    assert read_media(name).shape == (3, 2, 16, 16)
+    shown = name.encode(errors="backslashreplace").decode()
+    assert f"{shown}: 2 frames of 16x16, 8 a second\n" in capsys.readouterr().out
+
+
+def test_the_rate_that_will_be_played_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ["--frames", "2", "--size", "16x16", "--steps", "1", "--fps", "61", "--device", "cpu"]
+    for name, played in [("a.gif", 50), ("a.mp4", 61)]:
+        assert main(["sample", str(run), "--out", str(tmp_path / name), *options]) == 0
+        assert f"{name}: 2 frames of 16x16, {played} a second\n" in capsys.readouterr().out
+    assert [record.getMessage() for record in caplog.records] == [
+        "61 frames per second are asked for; a .gif plays at 50"
+    ]
+
+
+def test_what_cannot_be_written_after_all_is_kept(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(run, tmp_path / "run's")
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise media.UnwritableMedia(path, "cannot be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(media, "write_media", full)
+        arguments = ["--out", str(tmp_path / "it's.gif"), "--frames", "3", "--size", "12x16", "--fps", "25"]
+        assert main(["sample", str(tmp_path / "run's"), "--steps", "1", "--device", "cpu", *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        f"--out {tmp_path}/it's.gif: cannot be written: No space left on device; kept in {tmp_path}/run's/un" in error
+    )
+    command = shlex.split(error[error.index("python -c ") :])
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
+    assert read_media(tmp_path / "it's.gif", fps=25).shape == (3, 3, 12, 16)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--data", "", "--out", "{tmp}/new"],
+        ["train", "--data", "{tmp}", "--out", ""],
+        ["train", "--data", "{tmp}", "--out", "{tmp}/new", "--text-encoder", ""],
+        ["sample", "", "--out", "{tmp}/a.mp4"],
+        ["sample", "{tmp}", "--out", ""],
+        ["sample", "{tmp}", "--out", "{tmp}/a.mp4", "--image", ""],
+        ["sample", "{tmp}", "--out", "{tmp}/a.mp4", "--end", ""],
+        ["report", ""],
+        ["report", "{tmp}/a.json", "--out", ""],
+        ["demo", "--out", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_name_is_not_the_current_folder(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main([argument.format(tmp=tmp_path) for argument in arguments])
+    assert stop.value.code == 2
+    assert "'' is no file or folder; the current folder is ." in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["sample", "run", "--out", "a.mp4", "--size", "12"]])

@@ -7,6 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # The parts of the package, the lowest first; a part imports itself and those before it.
 PARTS = (
+    "arguments",
+    "files",
     "masks",
     "packing",
     "bounds",

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sora_fast import files
+from sora_fast.arguments import number
+from sora_fast.arguments import path as path_argument
 from sora_fast.demo.detector import DigitDetector
-from sora_fast.demo.digits import MovingDigits, Scene, Shape
+from sora_fast.demo.digits import DigitsConfig, MovingDigits, Scene, Shape
 from sora_fast.demo.metrics import (
     clean_frames_identical,
     detector_ceiling,
@@ -26,10 +31,10 @@ from sora_fast.demo.pictures import Strip, contact_sheet, loss_curve
 from sora_fast.diffusion.paths import RectifiedFlow
 from sora_fast.generation.engine import Engine
 from sora_fast.generation.tasks import Request, extend, image_to_video, text_to_video
-from sora_fast.media import write_media
+from sora_fast.media import check_output, write_media
 from sora_fast.models import SoraDiTConfig
 from sora_fast.training.batches import BatchConfig
-from sora_fast.training.distributed import workers
+from sora_fast.training.distributed import joined, launch, launched
 from sora_fast.training.run import LOG, RunConfig, TextConfig, TrainConfig, read_run
 from sora_fast.training.trainer import Trainer, read_log
 
@@ -40,6 +45,7 @@ EVALUATION_SEED = 1
 # Two trainers on a core each see a third more clips than one on both cores: most of a step is too small to share out.
 WORKERS = min(2, torch.get_num_threads())
 FPS, SCALE = 8, 6
+CLIPS = (".mp4", ".gif")
 
 
 @dataclass(frozen=True)
@@ -69,37 +75,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = QUICK if arguments.quick else FULL
     if arguments.minutes is not None:
         plan = replace(plan, minutes=arguments.minutes)
+    if WORKERS > 1 and not launched():
+        return launch(WORKERS, ["-m", "sora_fast.cli", "demo", *(sys.argv[1:] if argv is None else argv)])
     folder = arguments.out
-    if not arguments.resume:
-        _clear(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARK).touch()
-    torch.manual_seed(arguments.seed)
-    config = read_run(folder / "run") if arguments.resume else run_config(plan, seed=arguments.seed)
+    with joined() as world:
+        if world.rank == 0:
+            _prepare(folder, resume=arguments.resume)
+        world.total(0)  # nobody looks before that
+        finished = train(plan, folder, arguments.seed, resume=arguments.resume, workers=world.size)
+    if world.rank:
+        return 0 if finished else INTERRUPTED
     going_on = f"To go on: make demo ARGS='--resume{' --quick' if arguments.quick else ''} --out {folder}'"
-    work = config, folder / "run", arguments.resume
-    with workers(WORKERS, train, *work):
-        finished = train(*work)
     if not finished:
         print(f"Saved. {going_on}")
         return INTERRUPTED
+    torch.set_num_threads(world.size * torch.get_num_threads())  # the others are done
+    torch.manual_seed(arguments.seed)
     began = time.monotonic()
     try:
-        results = evaluate(Engine.load(folder / "run"), plan, folder)
+        results, strips = evaluate(Engine.load(folder / "run"), plan)
+        results = {"training": training_record(folder / "run"), **results}
+        results["seconds"] = round(results["training"]["seconds"] + time.monotonic() - began, 1)
+        files.write_text(folder / "metrics.json", json.dumps(results, indent=2) + "\n")
+        print(summary(results))
+        _draw(strips, folder)
     except KeyboardInterrupt:
         print(f"Stopped while sampling; the trained model is kept. {going_on}")
         return INTERRUPTED
-    results = {"training": training_record(folder / "run"), **results}
-    results["seconds"] = round(results["training"]["seconds"] + time.monotonic() - began, 1)
-    (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(summary(results))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}; the trained model is kept. {going_on}") from error
     print(f"Everything is in {folder}: contact_sheet.png, loss.png, metrics.json, clips/*.mp4 and *.gif")
     return 0
 
 
-def train(config: RunConfig, folder: Path, resume: bool) -> bool:
+def train(plan: Plan, folder: Path, seed: int, *, resume: bool, workers: int) -> bool:
     """What every worker does; True if the run is at its end."""
-    return Trainer(config, MovingDigits(seed=0), folder, resume=resume).fit()
+    config = read_run(folder / "run") if resume else run_config(plan, seed=seed, workers=workers)
+    return Trainer(config, MovingDigits(seed=0), folder / "run", resume=resume).fit()
+
+
+def _prepare(folder: Path, *, resume: bool) -> None:
+    """A folder that takes what will be written, and holds no earlier demo but one that goes on."""
+    if resume:
+        read_run(folder / "run")
+    _check_clips(folder)
+    if not resume:
+        _clear(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).touch()
+
+
+def _check_clips(folder: Path) -> None:
+    """Before ten minutes of work: what `_draw` will write, at the largest."""
+    config = DigitsConfig()
+    shapes = (*config.seen, *config.unseen, *(task.shape for task in CONTINUED))
+    frames, height, width = map(max, zip(*shapes, strict=True))
+    sizes = {"frames": frames, "height": height, "width": width, "channels": 1}
+    for suffix in CLIPS:
+        check_output(folder / "clips" / f"clip{suffix}", **sizes, fps=FPS, scale=SCALE)
 
 
 def _clear(folder: Path) -> None:
@@ -112,8 +145,8 @@ def _clear(folder: Path) -> None:
             (folder / file).unlink(missing_ok=True)
 
 
-def run_config(plan: Plan, *, seed: int = 0) -> RunConfig:
-    """The model and recipe of the demo."""
+def run_config(plan: Plan, *, seed: int = 0, workers: int = 1) -> RunConfig:
+    """The model and recipe of the demo; the workers share out the tokens of a step."""
     # The captions' words are all there is to know: their n-grams, without layers on top.
     text = TextConfig(dim=64, layers=0, max_bytes=63)
     return RunConfig(
@@ -133,7 +166,7 @@ def run_config(plan: Plan, *, seed: int = 0) -> RunConfig:
             minutes=plan.minutes,
             # 40 clips or so, over all workers. Half as many teach a little more a clip, but keep the cores less busy.
             batch=BatchConfig(
-                capacity=2048 // WORKERS, max_segments=128 // WORKERS, text_capacity=3072 // WORKERS, look_ahead=256
+                capacity=2048 // workers, max_segments=128 // workers, text_capacity=3072 // workers, look_ahead=256
             ),
             # After 800 steps Muon's loss was 0.103 where AdamW's, at a rate of its own, was 0.130. With AdamW at
             # Muon's rate, not at a third of it, fewer digits came out right (36% against 46% of stills after 400).
@@ -154,8 +187,8 @@ def run_config(plan: Plan, *, seed: int = 0) -> RunConfig:
     )
 
 
-def evaluate(engine: Engine, plan: Plan, folder: Path) -> dict:
-    """Sample, measure and draw; returns what `metrics.json` says of the clips."""
+def evaluate(engine: Engine, plan: Plan) -> tuple[dict, list[Strip]]:
+    """Sample and measure: what `metrics.json` says of the clips, and some of them to show."""
     source, detector = MovingDigits(seed=EVALUATION_SEED), DigitDetector()
     groups = {"seen": source.config.seen, "unseen": source.config.unseen}
     results, strips = {}, []
@@ -168,8 +201,7 @@ def evaluate(engine: Engine, plan: Plan, folder: Path) -> dict:
             results[task.name], shown = _continued(engine, source, task, plan)
             strips += [replace(strip, caption=f"{task.name}: {strip.caption}") for strip in shown]
             bar.update()
-    _draw(strips, folder)
-    return results
+    return results, strips
 
 
 @dataclass(frozen=True)
@@ -235,7 +267,7 @@ def _draw(strips: Sequence[Strip], folder: Path) -> None:
     (folder / "clips").mkdir(exist_ok=True)
     for index, strip in enumerate(strips):
         name = f"{index:02d}_{strip.caption.replace(':', '').replace(' ', '_')}"
-        for suffix in (".mp4", ".gif"):
+        for suffix in CLIPS:
             write_media(folder / "clips" / (name + suffix), strip.video, fps=FPS, scale=SCALE)
     rows = read_log(folder / "run" / LOG)
     loss_curve(
@@ -282,12 +314,15 @@ def summary(results: dict) -> str:
     return "\n".join(lines)
 
 
+_MINUTES = number(float, "a positive number", lambda value: 0 < value < math.inf)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sora-fast demo", description=__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default: %(default)s)")
+    add("--out", type=path_argument, default=Path("runs/demo"), help="folder for everything (default: %(default)s)")
     add("--quick", action="store_true", help=f"train {QUICK.minutes:g} minute(s) only, to see that all of it works")
-    add("--minutes", type=float, help=f"train for so long (default: {FULL.minutes:g})")
+    add("--minutes", type=_MINUTES, help=f"train for so long (default: {FULL.minutes:g})")
     add("--seed", type=int, default=0, help="of weights and noise (default: %(default)s)")
     add("--resume", action="store_true", help="go on with a demo that was stopped")
     return parser

@@ -32,7 +32,7 @@ def random_clean_ends(
             raise ValueError(f"{name}: {value}; it must lie between 0 and 1")
     frames = layout.grids[:, 0]
     chosen, kind, short, length, cut = torch.rand(
-        5, layout.max_segments, generator=generator, device=layout.device
+        5, layout.max_segments, generator=generator, dtype=torch.float32, device=layout.device
     ).unbind(0)
     # Both ends need three frames; where there are two, the kind falls back to the first end.
     kind = torch.where((kind >= 2 / 3) & (frames < 3), 0.0, kind)

@@ -70,7 +70,8 @@ class Guided:
 
     def _guide(self, output: RaggedLatents, without: Tensor) -> Tensor:
         segment = pixel_segments(output).clamp(max=output.max_segments - 1)
-        guided = without + self.scale[segment].to(without.dtype) * (output.flat - without)
+        given, without = (flat.to(torch.promote_types(flat.dtype, torch.float32)) for flat in (output.flat, without))
+        guided = without + self.scale[segment] * (given - without)
         if self.channels is None:
             return guided
         place = torch.arange(guided.shape[0], device=guided.device) - output.offsets[segment]

@@ -26,7 +26,10 @@ def training_loss(
     clean: Tensor | None = None,
     **inputs: Any,
 ) -> Tensor:
-    """Mean squared error of the model's prediction over the noisy pixels, weighted by the path; a scalar, float32.
+    """Mean squared error of the model's prediction over the noisy pixels, weighted by the path; a scalar.
+
+    State, noise, targets and the loss are float32 (of float64 data that), whatever the model computes in: its noisy
+    latents are so, and its output is widened.
 
     model: called with (noisy latents, layout, conditioning, **inputs), inputs being text or labels.
     data: clean latents; sigma: [S] noise level of each segment; noise: as data.flat.
@@ -34,29 +37,50 @@ def training_loss(
     Pixels whose token was dropped are no part of it either. A path with learned variance adds the variational bound,
     through which only the variance is trained.
     """
+    options = {"noise": noise, "patch_size": patch_size, "clean": clean}
+    return counted_loss(model, data, layout, path, sigma, **options, **inputs)[0]
+
+
+def counted_loss(
+    model: Model,
+    data: RaggedLatents,
+    layout: PackedLayout,
+    path: NoisePath,
+    sigma: Tensor,
+    *,
+    noise: Tensor,
+    patch_size: PatchSize,
+    clean: Tensor | None = None,
+    **inputs: Any,
+) -> tuple[Tensor, Tensor]:
+    """`training_loss`, and the number of pixels that it is the mean over, [] int64: a mean over several packs weighs
+    those of the packs by it."""
     if noise.shape != data.flat.shape:
         raise ValueError(f"noise: shape {tuple(noise.shape)}; it must be {tuple(data.flat.shape)}, as data.flat")
     if clean is None:
         clean = torch.zeros(layout.capacity, dtype=torch.bool, device=layout.device)
     conditioning = Conditioning.with_clean(sigma, clean, layout)
+    wide = torch.promote_types(data.flat.dtype, torch.float32)
+    data, noise = data.with_flat(data.flat.to(wide)), noise.to(wide)
     noisy = token_to_pixels(~clean, layout, patch_size, data)
     segments = pixel_segments(data)
     level = spread(sigma, segments)
     x = torch.where(noisy, path.add_noise(data.flat, noise, level), data.flat)
     output = model(data.with_flat(x), layout, conditioning, **inputs)
     prediction, variance = split_output(output, data, path)
-    prediction = prediction.float()
-    pixels = noisy.sum().clamp(min=1)
+    prediction = prediction.to(wide)
+    pixels = noisy.sum()
+    divisor = pixels.clamp(min=1)
     # Masked before the square, and the variance before the bound: what stands in unspecified places, NaN perhaps,
     # must not reach the gradient.
     error = torch.where(noisy, prediction - path.target(data.flat, noise, level), 0)
-    loss = (error.square() * path.loss_weight(level)).sum() / pixels
+    loss = (error.square() * path.loss_weight(level)).sum() / divisor
     if variance is None:
-        return loss
-    variance = torch.where(noisy, variance.float(), 0)
+        return loss, pixels
+    variance = torch.where(noisy, variance.to(wide), 0)
     denoised, _ = path.denoise(x, prediction.detach(), level)
     bound = variational_bound(path, data.flat, x, denoised, variance, sigma, segments)
-    return loss + torch.where(noisy, bound, 0).sum() / pixels
+    return loss + torch.where(noisy, bound, 0).sum() / divisor, pixels
 
 
 def split_output(output: RaggedLatents, like: RaggedLatents, path: NoisePath) -> tuple[Tensor, Tensor | None]:

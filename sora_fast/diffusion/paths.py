@@ -93,7 +93,7 @@ class RectifiedFlow(NoisePath):
         return s * sigma / ((1 - sigma) + s * sigma)
 
     def sample_sigma(self, layout: PackedLayout, generator: torch.Generator | None = None) -> Tensor:
-        normal = torch.randn(layout.max_segments, generator=generator, device=layout.device)
+        normal = torch.randn(layout.max_segments, generator=generator, dtype=torch.float32, device=layout.device)
         return self.shift(torch.sigmoid(self.mean + self.std * normal), layout)
 
     def sigmas(self, steps: int, layout: PackedLayout, *, start: float = 1.0, spacing: str = "trailing") -> Tensor:
@@ -169,7 +169,8 @@ class DDPM(NoisePath):
 
     def sample_sigma(self, layout: PackedLayout, generator: torch.Generator | None = None) -> Tensor:
         shape = (layout.max_segments,)
-        return torch.randint(1, self.steps + 1, shape, generator=generator, device=layout.device) / self.steps
+        steps = torch.randint(1, self.steps + 1, shape, generator=generator, device=layout.device)
+        return steps.float() / self.steps
 
     def sigmas(self, steps: int, layout: PackedLayout, *, start: float = 1.0, spacing: str = "trailing") -> Tensor:
         """`steps` of the path's own steps, then 0. spacing: "trailing", steps·(1 − i/n), or "linspace", from the last

@@ -169,8 +169,10 @@ def sample(
 ) -> RaggedLatents:
     """Run the model from noise to data; returns latents of the shapes and dtype of `noise`.
 
-    model: called with (latents, layout, conditioning), text and labels bound; see also `guidance.Guided`.
-    noise: standard normal, of the shapes to make (`noise_like`). Computation is at least float32.
+    model: called with (latents, layout, conditioning), text and labels bound; see also `guidance.Guided`. It is given
+        the state as it is, float32 at least, and casts it as it likes (SoraDiT to its own dtype).
+    noise: standard normal, of the shapes to make (`noise_like`). What the model says is widened: the state and all
+        computation on it are float32 at least.
     data: what exists already, in the same shapes: the clean pixels, and where `start` < 1 everything to begin with.
     clean: [N] bool, tokens taken from `data`, that the model sees at noise level 0 and that come back bit-identical.
     start: the noise level to begin at; below 1 the beginning is `data` with noise (SDEdit).

@@ -1,6 +1,7 @@
 """Engine: a trained run in, videos out."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ from sora_fast.generation.tasks import Request, pack_requests
 from sora_fast.models import PackedText
 from sora_fast.packing import PackedLayout
 from sora_fast.training import checkpoint
-from sora_fast.training.run import CHECKPOINTS, Networks, read_run
+from sora_fast.training.run import CHECKPOINTS, Networks, moved, read_run
+
+log = logging.getLogger(__name__)
 
 SAMPLERS: dict[str, Sampler] = {
     "euler": Euler(),
@@ -43,19 +46,23 @@ class Engine:
     def __init__(self, networks: Networks, *, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.networks = networks.to(self.device).eval().requires_grad_(False)
+        self._said: set[str] = set()
 
     @staticmethod
-    def load(folder: Path | str, *, device: torch.device | str = "cpu") -> "Engine":
-        """The newest averaged weights of a run's folder. ValueError if it holds no run or no checkpoint."""
+    def load(
+        folder: Path | str, *, device: torch.device | str = "cpu", text_encoder: Path | str | None = None
+    ) -> "Engine":
+        """The newest averaged weights of a run's folder. ValueError if it holds no run or no checkpoint.
+
+        text_encoder: where the folder of the run's text encoder is, if not where it was. ValueError if it is another.
+        """
         folder = Path(folder)
-        config = read_run(folder)
+        config = moved(read_run(folder), text_encoder=text_encoder)
         saved = checkpoint.latest(folder / CHECKPOINTS, groups=("ema",))
         if saved is None:
             raise ValueError(f"{folder} holds no checkpoint yet; train it first")
         networks = Networks(config)
-        with torch.no_grad():
-            for name, parameter in networks.trained().items():
-                parameter.copy_(saved.tensors["ema"][name])
+        _take(networks.trained(), saved.tensors["ema"], folder)
         return Engine(networks, device=device)
 
     @torch.no_grad()
@@ -69,6 +76,7 @@ class Engine:
     ) -> list[Tensor]:
         """A video (C, T, H, W), float in [-1, 1] on the CPU, for each request.
 
+        Guidance, and prompts, that the networks were not trained for are named in the log, once.
         steps: of the sampler; default: Euler for a rectified flow, DDIM for DDPM. progress: called with (steps done,
         steps). Given frames come back bit for bit if the codec is the identity.
         """
@@ -96,10 +104,11 @@ class Engine:
 
     def _denoiser(self, requests: Sequence[Request], layout: PackedLayout) -> Denoiser:
         model = self.networks.model
+        self._say_what_is_not_used(requests)
         if self.networks.text is None:
             return model
         text = self._text([request.prompt for request in requests])
-        scale = torch.tensor([request.guidance for request in requests])
+        scale = torch.tensor([request.guidance for request in requests], dtype=torch.float32, device="cpu")
         if bool((scale == 1).all()):
             return lambda latents, layout, conditioning: model(latents, layout, conditioning, text=text)
         null_text = self._text([""] * len(requests))
@@ -107,6 +116,31 @@ class Engine:
         channels = model.config.in_channels
         return Guided(model, layout, scale=scale, text=text, null_text=null_text, channels=channels)
 
+    def _say_what_is_not_used(self, requests: Sequence[Request]) -> None:
+        guided = any(request.guidance != 1 for request in requests)
+        if self.networks.text is None and (guided or any(request.prompt for request in requests)):
+            self._say_once("the model was trained without a text encoder: prompts and guidance are not used")
+        elif guided and self.networks.config.train.batch.caption_dropout == 0:
+            self._say_once(
+                "the model was trained with a caption dropout of 0: unless files had no caption, it does not know what "
+                "no prompt means, which guidance leads away from; a guidance of 1 does without"
+            )
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            log.warning(message)
+
     def _text(self, prompts: list[str]) -> PackedText:
         ids, layout = self.networks.text.tokenize(prompts)
         return self.networks.text(ids.to(self.device), layout.to(self.device))
+
+
+@torch.no_grad()
+def _take(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill parameters with weights of the same names and shapes; ValueError if they are others."""
+    expected, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (parameters, weights))
+    if wrong := sorted(name for name, _ in expected.items() ^ found.items()):
+        raise ValueError(f"the checkpoint of {folder} is not of the model that its config.json describes: {wrong[0]}")
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])

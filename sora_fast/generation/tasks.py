@@ -102,13 +102,14 @@ def pack_requests(
     placed = [_place(request, codec, patch_size[0]) for request in requests]
     latents, heads, tails = map(list, zip(*placed, strict=True))
     layout = PackedLayout.from_grids([token_grid(video.shape, patch_size) for video in latents], order=order)
-    clean = clean_frames(layout, torch.tensor(heads), torch.tensor(tails))
+    clean = clean_frames(layout, *(torch.tensor(ends, device="cpu") for ends in (heads, tails)))
     return PackedRequests(RaggedLatents.from_list(latents), layout, clean)
 
 
 def _place(request: Request, codec: Codec, patch_frames: int) -> tuple[Tensor, int, int]:
     """Latents of the result with what is given in its place, and how many first and last patches in time that is."""
-    latents = torch.zeros(codec.spec.latent_shape(request.frames, request.height, request.width))
+    shape = codec.spec.latent_shape(request.frames, request.height, request.width)
+    latents = torch.zeros(shape, dtype=torch.float32, device="cpu")
     frames, head, tail = latents.shape[1], 0, 0
     if request.head is not None:
         code = codec.encode(request.head)

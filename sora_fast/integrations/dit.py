@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sora_fast.diffusion import DDPM, Ancestral, Guided
 from sora_fast.diffusion.noise import Generators
 from sora_fast.diffusion.samplers import sample as run_sampler
+from sora_fast.files import is_text, read_tensors, replacing
 from sora_fast.masks import SpacetimeMask
 from sora_fast.models import SoraDiT, SoraDiTConfig
 from sora_fast.models.sora_dit import SIZES
@@ -31,6 +32,9 @@ from sora_fast.packing.layout import token_grid
 _KERNEL, _POSITIONS, _OUTPUT = "x_embedder.proj.weight", "pos_embed", "final_layer.linear.weight"
 _LABELS = "y_embedder.embedding_table.weight"
 _TIMESTEPS = 1000
+_IMAGENET = 1000  # classes; a table of so many rows was trained without label dropout, and has no row for "no class"
+# Names that torch.compile, data parallelism, FSDP and checkpointing put into those of the weights, in any order.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # A file of another kind has hundreds of wrong entries; the first ones tell.
 _MOST_NAMED = 8
 
@@ -50,7 +54,13 @@ State = dict[str, Tensor]
 
 
 def config(
-    size: str, patch: int, *, in_channels: int = 4, num_classes: int = 1000, learned_sigma: bool = True
+    size: str,
+    patch: int,
+    *,
+    in_channels: int = 4,
+    num_classes: int = 1000,
+    null_class: bool = True,
+    learned_sigma: bool = True,
 ) -> SoraDiTConfig:
     """The configuration that makes SoraDiT a DiT: `config("XL", 2)` is DiT-XL/2 as published."""
     return SoraDiTConfig.of_size(
@@ -58,23 +68,29 @@ def config(
         in_channels=in_channels,
         patch_size=(1, patch, patch),
         num_classes=num_classes,
+        null_class=null_class,
         learned_sigma=learned_sigma,
         **_DIT,
     )
 
 
-def load(path: Path | str) -> SoraDiT:
+def load(path: Path | str, *, num_classes: int | None = None) -> SoraDiT:
     """Read a DiT of any published size (S, B, L, XL), patch size and number of channels and classes; on the CPU.
 
     path: `.safetensors`, or a file of torch.save, of which tensors and plain values are read and nothing is executed.
-        It holds the weights, or a dictionary that has them as "ema" (taken first) or "model".
+        It holds the weights, or a dictionary that has them as "ema" (taken first) or "model". What torch.compile or
+        data parallelism wrote before or into their names ("_orig_mod.", "module.") is left out.
+    num_classes: classes that it was trained on. The table has one row more, for "no class", or it has not: then it was
+        trained without label dropout, and `sample` has no guidance. None: as the file's own command line says; without
+        one, 1000 rows are ImageNet's classes alone, and in any other number the last row is "no class".
     The model has the dtype of the checkpoint. Its positions are those of every image's own grid; the checkpoint's are
     checked against them and kept, so that `save` gives back the same bits.
     Raises ValueError with the names of the entries that are missing, unknown, or not of the right shape or dtype, or
     with the path of a file that cannot be read.
     """
-    state = _read(Path(path))
-    dit = _inferred(state)
+    content = _read(Path(path))
+    state = _weights(content, Path(path))
+    dit = _inferred(state, num_classes, told=getattr(content.get("args"), "num_classes", None))
     with torch.device("meta"):
         model = SoraDiT(dit)
     _check_entries(state, _shapes(model, grid=max(1, math.isqrt(state[_POSITIONS].shape[1]))))
@@ -94,7 +110,7 @@ def save(model: SoraDiT, path: Path | str, *, grid: int | None = None) -> None:
         file had which the model was loaded from.
     """
     path = Path(path)
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
+    if path.suffix.lower() not in (".safetensors", ".pt", ".pth"):
         raise ValueError(f"path: {path} ends in {path.suffix!r}; it must end in .safetensors, .pt or .pth")
     _check_is_dit(model.config)
     shape = (model.config.depth, model.config.dim, model.config.heads)
@@ -104,19 +120,15 @@ def save(model: SoraDiT, path: Path | str, *, grid: int | None = None) -> None:
     _, side, _ = model.config.patch_size
     state[_KERNEL] = state[_KERNEL].unflatten(1, (-1, side, side))
     state[_POSITIONS] = _positions_to_save(model, grid).cpu().contiguous()
-    unfinished = path.with_name(f".partial-{path.name}")
-    try:
-        (save_file if path.suffix == ".safetensors" else torch.save)(state, unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        (save_file if path.suffix.lower() == ".safetensors" else torch.save)(state, partial)
 
 
 def forward(model: SoraDiT, images: Sequence[Tensor], t: Tensor, labels: Tensor) -> list[Tensor]:
     """DiT's own call: what the model says about noisy images, each of any size, all packed into one sequence.
 
-    images: S latents (C, 1, H, W) in the model's dtype; t: [S] raw timesteps, int, 0 … 999; labels: [S] int, 0 …
-    num_classes, the last being "no class".
+    images: S latents (C, 1, H, W) of any floating dtype; t: [S] raw timesteps, int, 0 … 999; labels: [S] int, 0 …
+    num_classes - 1, or num_classes for "no class", if the model has that.
     Returns S tensors (C, 1, H, W), or (2C, 1, H, W) with a learned sigma: the noise, then the variance's share.
     Values of t and labels are checked on a CPU; elsewhere, where looking would wait, they are not.
     """
@@ -141,22 +153,22 @@ def sample(
 
     noise: S standard normal latents (C, 1, H, W), to start from, float32 for the chain to be that too, whatever the
     model's dtype; labels: [S] int. Returns S latents of the same shapes and dtype.
-    guidance: 1 is none; one number, or a tensor [S]. channels: guidance applies to so many first channels of the noise,
-    3 in DiT's published samples; None, or more than there are: to all, and never to the variance. generator: of the
-    noise on the way; one, or one an image, whose sample then does not depend on what is packed with it.
+    guidance: 1 is none, and all there is for a model without "no class"; one number, or a tensor [S]. channels:
+    guidance applies to so many first channels of the noise, 3 in DiT's published samples; None, or more than there are:
+    to all, and never to the variance. generator: of the noise on the way; one, or one an image, whose sample then does
+    not depend on what is packed with it.
     """
     _check_is_dit(model.config)
     latents, layout = _packed(model, noise, labels)
     _check_guidance(guidance, channels, len(noise))
     _check_generator(generator, len(noise))
-    denoiser = partial(_call, model, labels=labels)
+    denoiser = partial(model, labels=labels)
     if isinstance(guidance, Tensor) or guidance != 1:
+        _check_null_class(model.config, guidance)
         null_labels = torch.full_like(labels, model.config.num_classes)
         most = model.config.in_channels
         guided = most if channels is None else min(channels, most)
-        denoiser = Guided(
-            partial(_call, model), layout, scale=guidance, labels=labels, null_labels=null_labels, channels=guided
-        )
+        denoiser = Guided(model, layout, scale=guidance, labels=labels, null_labels=null_labels, channels=guided)
     made = run_sampler(
         denoiser,
         latents,
@@ -170,17 +182,9 @@ def sample(
     return _unpacked(made, noise)
 
 
-def _call(
-    model: SoraDiT, latents: RaggedLatents, layout: PackedLayout, conditioning: Conditioning, *, labels: Tensor
-) -> RaggedLatents:
-    # A sampler computes in fp32 at least; a model's weights may be of less.
-    flat = latents.flat.to(model.x_embedder.proj.weight.dtype)
-    return model(latents.with_flat(flat), layout, conditioning, labels=labels)
-
-
 def _packed(model: SoraDiT, images: Sequence[Tensor], labels: Tensor) -> tuple[RaggedLatents, PackedLayout]:
     _check_images(images, model.config.in_channels)
-    _check_integers("labels", labels, len(images), model.config.num_classes)
+    _check_integers("labels", labels, len(images), model.config.num_classes - (not model.config.null_class))
     latents = RaggedLatents.from_list(images)
     grids = [token_grid(image.shape, model.config.patch_size) for image in images]
     return latents, PackedLayout.from_grids(grids, device=latents.flat.device)
@@ -202,14 +206,15 @@ class _CheckpointPosition(SinCosPosition):
     """
 
     def __init__(self, dim: int, table: Tensor) -> None:
-        super().__init__(dim)
-        ours = _positions(dim, math.isqrt(table.shape[1])).to(table.dtype)
+        with torch.device(table.device):
+            super().__init__(dim, dtype=table.dtype)
+            ours = _positions(dim, math.isqrt(table.shape[1])).to(table.dtype)
         error = (table.double() - ours.double()).abs().max().item()
         if not error <= max(torch.finfo(table.dtype).eps, 1e-3):
             raise ValueError(
                 f"{_POSITIONS}: it differs by {error:.2g} from DiT's sin-cos positions; they must be those"
             )
-        self.to(table.dtype).register_buffer("table", table.clone(), persistent=False)
+        self.register_buffer("table", table.clone(), persistent=False)
 
 
 def _positions(dim: int, side: int) -> Tensor:
@@ -228,31 +233,40 @@ def _positions_to_save(model: SoraDiT, grid: int | None) -> Tensor:
     return model.pos_embed.table
 
 
-def _read(path: Path) -> State:
+def _read(path: Path) -> Mapping:
     if not path.is_file():
         raise FileNotFoundError(f"path: {path} is no file")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
+        if path.suffix.lower() == ".safetensors":
+            return read_tensors(path)
         # DiT's own training checkpoints carry their command line, in a class that is nothing but a dictionary.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # Mapped, where the format allows it: of a training checkpoint only one part of four is needed.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            # Mapped, where the format and the name allow it: of a training checkpoint one part of four is needed.
+            mapped = zipfile.is_zipfile(path) and is_text(path)
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(f"path: {path} is not made of tensors and plain values alone: {error}") from error
     except Exception as error:  # a damaged file makes the readers stumble in a dozen ways
         raise ValueError(f"path: {path} cannot be read: {type(error).__name__}: {error}") from error
-    for name in ("ema", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-            break
     if not isinstance(content, Mapping):
         raise ValueError(f"path: {path} holds a {type(content).__name__}; it must hold a dictionary of tensors")
-    _raise_if_any(f"{name} is no tensor" for name, value in content.items() if not isinstance(value, Tensor))
-    return dict(content)
+    return content
 
 
-def _inferred(state: State) -> SoraDiTConfig:
+def _weights(content: Mapping, path: Path) -> State:
+    """The weights among what a file holds, under DiT's own names."""
+    found = next((content[key] for key in ("ema", "model") if isinstance(content.get(key), Mapping)), content)
+    _raise_if_any(f"{name} is no tensor" for name, value in found.items() if not isinstance(value, Tensor))
+    state: State = {}
+    for wrapped, tensor in found.items():
+        name = ".".join(part for part in str(wrapped).split(".") if part not in _WRAPPERS)
+        if name in state:
+            raise ValueError(f"path: {path} holds {name} twice, once as {wrapped}; it must hold one model")
+        state[name] = tensor
+    return state
+
+
+def _inferred(state: State, num_classes: int | None, told: int | None) -> SoraDiTConfig:
     """The configuration that the shapes speak of; whether all the others agree is checked afterwards."""
     ranks = {_KERNEL: 4, _POSITIONS: 3, _OUTPUT: 2, _LABELS: 2}
     _raise_if_any(f"{name} is missing" for name in ranks if name not in state)
@@ -268,13 +282,30 @@ def _inferred(state: State) -> SoraDiTConfig:
             f"{_KERNEL}: shape {tuple(state[_KERNEL].shape)}; it must be [width, channels, patch, patch] with "
             f"a width of {', '.join(map(str, sizes))}"
         )
+    rows = state[_LABELS].shape[0]
+    num_classes = _classes(rows, num_classes, told)
     return config(
         sizes[width],
         patch,
         in_channels=channels,
-        num_classes=state[_LABELS].shape[0] - 1,
+        num_classes=num_classes,
+        null_class=rows > num_classes,
         learned_sigma=state[_OUTPUT].shape[0] == 2 * channels * patch**2,
     )
+
+
+def _classes(rows: int, asked: int | None, told: int | None) -> int:
+    """Classes of a table of so many rows, one of which may be "no class"; told: by the file's command line."""
+    if asked not in (None, rows, rows - 1):
+        raise ValueError(
+            f"num_classes: {asked}; the table of labels has {rows} rows, so it must be {rows}, or {rows - 1} if the "
+            'last is "no class"'
+        )
+    if asked is not None:
+        return asked
+    if told in (rows, rows - 1):
+        return told
+    return rows if rows == _IMAGENET else rows - 1
 
 
 def _shapes(model: SoraDiT, *, grid: int) -> dict[str, tuple[int, ...]]:
@@ -335,6 +366,14 @@ def _check_guidance(guidance: float | Tensor, channels: int | None, count: int) 
         raise ValueError(f"guidance: shape {tuple(guidance.shape)}; it must be a number or [{count}], one an image")
     if channels is not None and channels < 1:
         raise ValueError(f"channels: {channels}; it must be at least 1, or None for all")
+
+
+def _check_null_class(given: SoraDiTConfig, guidance: float | Tensor) -> None:
+    if not given.null_class:
+        raise ValueError(
+            f'guidance: {guidance}; it must be 1, since the model has no "no class" to lead away from: its table has '
+            f"{given.num_classes} rows for {given.num_classes} classes, so it was trained without label dropout"
+        )
 
 
 def _check_generator(generator: Generators, count: int) -> None:

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sora_fast.integrations.lines import layout_from_cu_seqlens
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops._checks import check_shape, may_read
 from sora_fast.ops.packed_attention import packed_attention
+from sora_fast.packing.layout import MAX_GRID
 
 
 def flash_attn_varlen_func(
@@ -34,27 +36,32 @@ def flash_attn_varlen_func(
 
     q: [total_q, H, D]; k, v: [total_k, Hk, D]; cu_seqlens_q, cu_seqlens_k: [S+1] int32, first token of every segment.
     max_seqlen_q, max_seqlen_k: not needed; that no segment is longer is checked on a CPU.
-    causal: needs one tensor of offsets for both sides.
+    causal, window_size: for self-attention, so the offsets of both sides must be the same; where they are two tensors
+        that nobody may read (on a GPU), the device asserts it. window_size: (left, right), tokens that a query sees
+        before and after itself, both counted in; −1: all. causal makes right 0. Where a window is narrower than the
+        longest segment, that may have 1,022 tokens at most, since coordinates reach no further.
     return_attn_probs: also the logsumexp [H, total_q], differentiable here, and None in place of the probabilities.
 
     What flash-attn leaves as it was, tokens past the last segment, is zero here. A layout is made from the offsets at
     every call: where layers share them, `layout_from_cu_seqlens` makes it once for `packed_attention`.
-    Raises ValueError for dropout, windows, softcap, ALiBi and paged keys, which there are none of here.
+    Raises ValueError for dropout, softcap, ALiBi and paged keys, which there are none of here, and for a causal mask or
+    a window whose keys are not the queries' own.
     """
-    given = {"dropout_p": dropout_p, "window_size": tuple(window_size), "softcap": softcap}
-    _check_absent(given, {"dropout_p": 0.0, "window_size": (-1, -1), "softcap": 0.0})
+    _check_absent({"dropout_p": dropout_p, "softcap": softcap}, {"dropout_p": 0.0, "softcap": 0.0})
     _check_absent({"alibi_slopes": alibi_slopes, "block_table": block_table}, {})
     check_shape("q", q, ["total_q", "H", "D"])
     check_shape("k", k, ["total_k", "Hk", "D"])
-    cross = cu_seqlens_k is not cu_seqlens_q
-    if causal and cross:
-        raise ValueError("causal: True, but cu_seqlens_k is not cu_seqlens_q; cross-attention takes the full mask only")
     layout = layout_from_cu_seqlens(cu_seqlens_q, capacity=q.shape[0], name="cu_seqlens_q")
+    cross = cu_seqlens_k is not cu_seqlens_q
     keys = layout_from_cu_seqlens(cu_seqlens_k, capacity=k.shape[0], name="cu_seqlens_k") if cross else None
     _check_longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
     _check_longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
+    mask = _mask(causal, window_size, cu_seqlens_q, max_seqlen_q)
+    if keys is not None and not mask.is_full:
+        _check_same(cu_seqlens_q, cu_seqlens_k, causal, window_size)
+        keys = None
     result = packed_attention(
-        *(q, k, v, layout, SpacetimeMask.token_causal() if causal else None),
+        *(q, k, v, layout, mask),
         kv_layout=keys,
         scale=softmax_scale,
         return_lse=return_attn_probs,
@@ -63,6 +70,36 @@ def flash_attn_varlen_func(
         backend=backend,
     )
     return (result[0], result[1].transpose(0, 1), None) if return_attn_probs else result
+
+
+def _mask(causal: bool, window_size: tuple[int, int], cu_seqlens: Tensor, max_seqlen: int) -> SpacetimeMask:
+    """What flash-attn makes of the two: a side that reaches past the longest segment is no bound."""
+    if len(window_size) != 2 or not all(isinstance(side, int) for side in window_size):
+        raise ValueError(f"window_size: {window_size}; it must be two whole numbers, (left, right)")
+    longest = int(cu_seqlens.diff().max()) if may_read(cu_seqlens) else max_seqlen
+    left, right = (None if side < 0 or side >= longest - 1 else side for side in window_size)
+    right = 0 if causal else right
+    if left is None and right in (None, 0):
+        return SpacetimeMask.full() if right is None else SpacetimeMask.token_causal()
+    if longest > MAX_GRID[0]:
+        raise ValueError(
+            f"window_size: {tuple(window_size)} with segments of up to {longest} tokens; coordinates end at "
+            f"{MAX_GRID[0]}, so a window narrower than the longest segment needs segments no longer than that"
+        )
+    return SpacetimeMask(t=(None if left is None else -left, right))
+
+
+def _check_same(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool, window_size: tuple[int, int]) -> None:
+    """Of offsets that may not be read, the device makes sure by itself: nobody waits for it."""
+    same = cu_seqlens_q.shape == cu_seqlens_k.shape
+    message = (
+        f"causal, window_size: {causal}, {tuple(window_size)}, but cu_seqlens_k differs from cu_seqlens_q; "
+        "cross-attention takes the full mask only"
+    )
+    if same and not may_read(cu_seqlens_q):
+        torch._assert_async((cu_seqlens_q == cu_seqlens_k).all(), message)
+    elif not (same and torch.equal(cu_seqlens_q, cu_seqlens_k)):
+        raise ValueError(message)
 
 
 def _check_absent(given: dict[str, Any], absent: dict[str, Any]) -> None:

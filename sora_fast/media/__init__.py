@@ -6,6 +6,16 @@ Everywhere in this package a video is a float tensor (C, T, H, W) with values in
 
 from sora_fast.media.frames import UnreadableMedia
 from sora_fast.media.read import Clip, read_clip, read_media
-from sora_fast.media.write import to_pixels, write_media
+from sora_fast.media.write import UnwritableMedia, check_output, keep_unwritten, to_pixels, write_media
 
-__all__ = ["Clip", "UnreadableMedia", "read_clip", "read_media", "to_pixels", "write_media"]
+__all__ = [
+    "Clip",
+    "UnreadableMedia",
+    "UnwritableMedia",
+    "check_output",
+    "keep_unwritten",
+    "read_clip",
+    "read_media",
+    "to_pixels",
+    "write_media",
+]

@@ -1,6 +1,6 @@
 """SoraDiT: a diffusion transformer over packed videos and images."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -36,6 +36,7 @@ class SoraDiTConfig:
     text_dim: width of the text tokens that cross-attention reads; None: no cross-attention.
     pooled_dim: width of a pooled text vector added to the timestep embedding; None: none.
     num_classes: classes of a label added to the timestep embedding; None: none.
+    null_class: there is one class more, "no class", which labels that training leaves out become, and guidance needs.
     learned_sigma: predict 2 × in_channels, the second half for the variance (DDPM).
     discrete_time: the time embedded is DDPM's raw step, round(1000·σ) − 1, and not 1000·σ.
     mask: who attends whom.
@@ -55,6 +56,7 @@ class SoraDiTConfig:
     text_dim: int | None = None
     pooled_dim: int | None = None
     num_classes: int | None = None
+    null_class: bool = True
     learned_sigma: bool = False
     discrete_time: bool = False
     mask: SpacetimeMask = field(default_factory=SpacetimeMask.full)
@@ -87,7 +89,7 @@ class SoraDiT(nn.Module):
         self.x_embedder = PatchEmbed3D(config.dim, config.in_channels, config.patch_size)
         self.pos_embed = _position(config)
         self.t_embedder = TimestepEmbedder(config.dim)
-        self.y_embedder = None if config.num_classes is None else LabelEmbedder(config.dim, config.num_classes)
+        self.y_embedder = _label_embedder(config)
         self.text_embedder = None if config.pooled_dim is None else nn.Linear(config.pooled_dim, config.dim)
         self.blocks = nn.ModuleList(
             DiTBlock(
@@ -120,9 +122,11 @@ class SoraDiT(nn.Module):
 
         latents: S videos (in_channels, T, H, W) at the noise levels of `conditioning`; layout: their token grids,
         ceil(T/pt), ceil(H/ph), ceil(W/pw); text: packed text of the same S segments; labels: [S] int.
-        Returns videos of the same sizes with in_channels channels, twice as many with `learned_sigma`.
+        Latents and text of any floating dtype: the model computes in its own, that of its weights or autocast's.
+        Returns videos of the same sizes, in that dtype, with in_channels channels, twice as many with `learned_sigma`.
         """
         _check_inputs(self.config, layout, text, labels)
+        latents, text = self._own(latents, text)
         condition = self._condition(conditioning, text, labels)
         modulations = [block.adaLN_modulation(condition) for block in self.blocks]
         modulations.append(self.final_layer.adaLN_modulation(condition))
@@ -133,6 +137,16 @@ class SoraDiT(nn.Module):
         for block, modulation, following in zip(self.blocks, modulations, modulations[1:], strict=False):
             x, h = block(x, h, modulation, following[:2], shared)
         return self.final_layer(h, layout, latents)
+
+    def _own(self, latents: RaggedLatents, text: PackedText | None) -> tuple[RaggedLatents, PackedText | None]:
+        """Both in the weights' dtype; under autocast as they are, since there each layer casts for itself."""
+        if torch.is_autocast_enabled(latents.flat.device.type):
+            return latents, text
+        dtype = self.x_embedder.proj.weight.dtype
+        if text is not None:
+            pooled = None if text.pooled is None else text.pooled.to(dtype)
+            text = replace(text, tokens=text.tokens.to(dtype), pooled=pooled)
+        return latents.with_flat(latents.flat.to(dtype)), text
 
     def _condition(self, conditioning: Conditioning, text: PackedText | None, labels: Tensor | None) -> Tensor:
         timestep = conditioning.sigma * 1000
@@ -163,6 +177,12 @@ def _position(config: SoraDiTConfig) -> nn.Module | None:
     }
     added = config.position.removeprefix("rope+")
     return None if added == "rope" else modules[added](config.dim)
+
+
+def _label_embedder(config: SoraDiTConfig) -> LabelEmbedder | None:
+    if config.num_classes is None:
+        return None
+    return LabelEmbedder(config.dim, config.num_classes, null_class=config.null_class)
 
 
 def _init(module: nn.Module) -> None:

@@ -4,6 +4,8 @@ An encoder works in two steps. `tokenize` runs on the host, in a data loader, an
 the encoder on them gives a PackedText, without a sync, so that it compiles together with the model.
 """
 
+import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,10 @@ from torch import Tensor, nn
 from sora_fast.ops.segment_mean import segment_mean
 from sora_fast.packing import PackedLayout
 from sora_fast.packing._bundle import TensorBundle
+
+log = logging.getLogger(__name__)
+
+T5_TOKENS = 226  # what CogVideoX and others give it
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +44,14 @@ class TextEncoder(Protocol):
     def tokenize(
         self, prompts: Sequence[str], *, capacity: int | None = None, max_segments: int | None = None
     ) -> tuple[Tensor, PackedLayout]:
-        """(ids [capacity] int32, layout) on the CPU. A prompt that is too long is cut; "" is "no prompt"."""
+        """(ids [capacity] int32, layout) on the CPU. A prompt that is too long is cut, and the log says so once.
+
+        "" is "no prompt".
+        """
+        ...
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Say which prompts are too long, as `tokenize` does, all of them together."""
         ...
 
     def __call__(self, ids: Tensor, layout: PackedLayout) -> PackedText: ...
@@ -53,7 +66,7 @@ class ByteTextEncoder(nn.Module):
     words. The pooled vector is the bag of n-grams itself, Σ / √length: behind norms and blocks, what two prompts share
     grew in training at the cost of what they differ in. Every prompt begins with a token of its own, which is all that
     "" consists of.
-    max_bytes: longer prompts are cut.
+    max_bytes: longer prompts are cut, between two characters.
     """
 
     START = 256
@@ -65,6 +78,7 @@ class ByteTextEncoder(nn.Module):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: {kernel_size}; it must be odd, to be centred on its byte")
         self.dim, self.max_bytes = dim, max_bytes
+        self._cuts = _Cuts(max_bytes, "bytes")
         self.embedding = nn.Embedding(257, dim)
         self.ngrams = nn.Embedding(self.BUCKETS, dim)
         self.blocks = nn.ModuleList(_ByteBlock(dim, kernel_size, dilation=2**layer) for layer in range(layers))
@@ -76,8 +90,13 @@ class ByteTextEncoder(nn.Module):
         self, prompts: Sequence[str], *, capacity: int | None = None, max_segments: int | None = None
     ) -> tuple[Tensor, PackedLayout]:
         """(ids [capacity] int32, layout); see TextEncoder. ValueError if the prompts do not fit."""
-        rows = [[self.START, *prompt.encode()[: self.max_bytes]] for prompt in _checked_prompts(prompts)]
-        return _pack(rows, capacity, max_segments)
+        self.check(prompts)
+        texts = (prompt.encode()[: self.max_bytes].decode(errors="ignore") for prompt in prompts)
+        return _pack([[self.START, *text.encode()] for text in texts], capacity, max_segments)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """See TextEncoder."""
+        self._cuts.say(prompts, [len(prompt.encode()) for prompt in _checked_prompts(prompts)])
 
     def forward(self, ids: Tensor, layout: PackedLayout) -> PackedText:
         x = self.embedding(ids) + self._embed_ngrams(ids, layout.segment_ids)
@@ -125,7 +144,7 @@ class TransformersTextEncoder(nn.Module):
 
     folder: as `save_pretrained` writes it: config.json, *.safetensors and the tokenizer's files. Nothing is downloaded,
     and pickled weights are refused, since reading them can run any code.
-    max_tokens: longer prompts are cut; default: CLIP's 77 positions, 226 for T5 (what CogVideoX and others use).
+    max_tokens: longer prompts are cut; default: CLIP's 77 positions, T5_TOKENS for T5.
     pooled: CLIP's own pooled vector; for T5, which has none, the mean of the tokens.
     """
 
@@ -146,7 +165,8 @@ class TransformersTextEncoder(nn.Module):
             raise ValueError(f"folder: {folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}, …")
         self.encoder.eval().requires_grad_(False)
         self.dim: int = self.encoder.config.hidden_size
-        self.max_tokens = max_tokens or (self.encoder.config.max_position_embeddings if self.is_clip else 226)
+        self.max_tokens = max_tokens or (self.encoder.config.max_position_embeddings if self.is_clip else T5_TOKENS)
+        self._cuts = _Cuts(self.max_tokens, "tokens")
 
     @staticmethod
     def width(folder: str | Path) -> int:
@@ -154,6 +174,23 @@ class TransformersTextEncoder(nn.Module):
         config = _library_config(_checked_folder(folder))
         _encoder_class(config.model_type)
         return config.get_text_config().hidden_size
+
+    @staticmethod
+    def fingerprint(folder: str | Path) -> str:
+        """A hash of what is read of a folder: configuration, tokenizer and weights, by file; of large files, parts.
+
+        Weights that were trained any further differ in every part. Reads at most 16 MiB of a file.
+        """
+        digest = hashlib.sha256()
+        for file in sorted(_checked_folder(folder).iterdir(), key=lambda file: file.name):
+            if file.name in _READ or file.suffix == ".safetensors":
+                size = file.stat().st_size
+                digest.update(f"{file.name} {size}\n".encode())
+                with file.open("rb") as content:
+                    for start in range(0, size, max(_PART, size // 256)):
+                        content.seek(start)
+                        digest.update(content.read(_PART))
+        return digest.hexdigest()[:16]
 
     def train(self, mode: bool = True) -> "TransformersTextEncoder":
         """Stays in evaluation mode: it is frozen, dropout included."""
@@ -163,9 +200,15 @@ class TransformersTextEncoder(nn.Module):
         self, prompts: Sequence[str], *, capacity: int | None = None, max_segments: int | None = None
     ) -> tuple[Tensor, PackedLayout]:
         """(ids [capacity] int32, layout); see TextEncoder. ValueError if the prompts do not fit."""
-        prompts = list(_checked_prompts(prompts))
-        rows = self.tokenizer(prompts, truncation=True, max_length=self.max_tokens)["input_ids"] if prompts else []
-        return _pack(rows, capacity, max_segments)
+        self.check(prompts)
+        return _pack(self._ids(prompts, truncation=True, max_length=self.max_tokens), capacity, max_segments)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """See TextEncoder."""
+        self._cuts.say(prompts, [len(row) for row in self._ids(_checked_prompts(prompts), verbose=False)])
+
+    def _ids(self, prompts: Sequence[str], **options: Any) -> list[list[int]]:
+        return self.tokenizer(list(prompts), **options)["input_ids"] if prompts else []
 
     @torch.no_grad()
     def forward(self, ids: Tensor, layout: PackedLayout) -> PackedText:
@@ -187,6 +230,18 @@ class TransformersTextEncoder(nn.Module):
         return self.tokenizer.pad_token_id or 0
 
 
+# Beside the weights; files of other names change nothing.
+_READ = (
+    "config.json",
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+_PART = 64 << 10  # bytes
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -222,12 +277,49 @@ def _checked_folder(folder: str | Path) -> Path:
 def _checked_prompts(prompts: Sequence[str]) -> Sequence[str]:
     if isinstance(prompts, str):
         raise TypeError(f"prompts: one string, {prompts!r}; it must be a list of strings")
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # bytes of a command line or a file name that are no UTF-8
+            raise ValueError(f"prompts: {prompt!r} holds what is no character; it must be valid Unicode") from error
     return prompts
+
+
+class _Cuts:
+    """Says of every text that is longer than an encoder takes, once, how long it is; of an endless stream, some."""
+
+    MOST = 10
+
+    def __init__(self, limit: int, unit: str) -> None:
+        self.limit, self.unit = limit, unit
+        self._said: set[str] = set()
+        self._times = 0
+
+    def say(self, texts: Sequence[str], lengths: Sequence[int]) -> None:
+        long = [(length, _beginning(text)) for text, length in zip(texts, lengths, strict=True) if length > self.limit]
+        if self._times == self.MOST or self._said.issuperset(text for _, text in long):
+            return
+        self._times += 1
+        self._said.update(text for _, text in long)
+        length, text = max(long)
+        log.warning(
+            "cut to the %d %s that the text encoder takes: %s of %d, %r%s",
+            self.limit,
+            self.unit,
+            "a text" if len(long) == 1 else f"{len(long)} texts, the longest",
+            length,
+            text,
+            "; what is cut from now on is not named any more" if self._times == self.MOST else "",
+        )
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= 40 else text[:39] + "…"
 
 
 def _pack(rows: list[list[int]], capacity: int | None, max_segments: int | None) -> tuple[Tensor, PackedLayout]:
     layout = PackedLayout.from_grids([(len(row), 1, 1) for row in rows], capacity=capacity, max_segments=max_segments)
-    ids = torch.zeros(layout.capacity, dtype=torch.int32)
+    ids = torch.zeros(layout.capacity, dtype=torch.int32, device="cpu")
     flat = [token for row in rows for token in row]
-    ids[: len(flat)] = torch.tensor(flat, dtype=torch.int32)
+    ids[: len(flat)] = torch.tensor(flat, dtype=torch.int32, device="cpu")
     return ids, layout

@@ -24,12 +24,12 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A table of class embeddings; row `num_classes` is the label "none" of classifier-free guidance."""
+    """A table of class embeddings; row `num_classes`, with `null_class`, is the label "none" that guidance needs."""
 
-    def __init__(self, dim: int, num_classes: int) -> None:
+    def __init__(self, dim: int, num_classes: int, *, null_class: bool = True) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        self.embedding_table = nn.Embedding(num_classes + null_class, dim)
 
     def forward(self, labels: Tensor) -> Tensor:
         """labels: [S] int → [S, C]"""

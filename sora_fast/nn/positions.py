@@ -21,8 +21,8 @@ class FractionalPosition(nn.Module):
     def forward(self, layout: PackedLayout) -> Tensor:
         """→ [N, C]"""
         sides = layout.grids[layout.segment_ids.clamp(min=0).long()]
-        fraction = (layout.coords + 0.5) / sides.clamp(min=1)
-        octaves = torch.pi * 2.0 ** torch.arange(self.frequencies, device=fraction.device)
+        fraction = (layout.coords.float() + 0.5) / sides.clamp(min=1)
+        octaves = torch.pi * 2.0 ** torch.arange(self.frequencies, dtype=torch.float32, device=fraction.device)
         angles = (fraction[:, :, None] * octaves).flatten(1)
         return self.linear(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.linear.weight.dtype))
 
@@ -40,13 +40,16 @@ class FactorisedTables(nn.Module):
 
 
 class SinCosPosition(nn.Module):
-    """DiT's fixed 2D sin-cos embedding: the first half encodes the column, the second the row; time is not encoded."""
+    """DiT's fixed 2D sin-cos embedding: the first half encodes the column, the second the row; time is not encoded.
 
-    def __init__(self, dim: int, max_side: int = 512) -> None:
+    dtype: of the tables; None: torch's default, as weights have it, to which they are added.
+    """
+
+    def __init__(self, dim: int, max_side: int = 512, *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         fixed = FactorisedPosition.sin_cos(dim, max_side, max_side)
-        self.register_buffer("h", fixed.h, persistent=False)
-        self.register_buffer("w", fixed.w, persistent=False)
+        for axis, table in (("h", fixed.h), ("w", fixed.w)):
+            self.register_buffer(axis, table.to(dtype or torch.get_default_dtype()), persistent=False)
 
     def forward(self, layout: PackedLayout) -> FactorisedPosition:
         return FactorisedPosition(h=self.h, w=self.w)
@@ -67,7 +70,7 @@ class SpacetimeSinCosPosition(nn.Module):
             frequency = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
             angle = torch.arange(max_side, dtype=torch.float64)[:, None] * frequency
             table = torch.zeros(max_side, dim)
-            table[:, end : end + size] = torch.cat([angle.sin(), angle.cos()], dim=1).float()
+            table[:, end : end + size] = torch.cat([angle.sin(), angle.cos()], dim=1)
             self.register_buffer(axis, table, persistent=False)
             end += size
 

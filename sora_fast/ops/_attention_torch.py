@@ -48,15 +48,15 @@ class Masking(NamedTuple):
 def segment_blocks(query_offsets: Tensor, key_offsets: Tensor, *, join: bool) -> Iterator[Block]:
     """The full mask: every segment meets all of its own keys. join: neighbours of equal length make one block."""
     starts, key_starts = query_offsets.tolist(), key_offsets.tolist()
+    # Segments without queries or keys stay among the others here: whoever stands beside one of them is no neighbour.
     pieces = [
         (start, stop - start, key_start, key_stop - key_start)
         for start, stop, key_start, key_stop in zip(starts, starts[1:], key_starts, key_starts[1:], strict=False)
-        if stop > start
     ]
     for _, group in groupby(pieces, key=lambda piece: (piece[1], piece[3]) if join else piece):
         run = list(group)
         start, length, key_start, key_length = run[0]
-        if key_length:
+        if length and key_length:
             queries = slice(start, start + len(run) * length)
             yield Block(queries, slice(key_start, key_start + len(run) * key_length), len(run))
 

@@ -218,7 +218,7 @@ def _steps(coords: Tensor, split: Sequence[int]) -> Tensor:
 def _common_frequencies(rope: Rope3D, head_dim: int) -> Tensor:
     """Radians [1, D/2] fp32 on the CPU that every segment has for a step. Kept: they take some thirty small ops, which
     were a quarter of the forward pass over 2,000 tokens."""
-    return rope._frequencies(head_dim, torch.ones(1, 3), None).float()
+    return rope._frequencies(head_dim, torch.ones(1, 3, dtype=torch.float32, device="cpu"), None).float()
 
 
 @torch.library.custom_op("sora_fast::rope_turns", mutates_args=())

@@ -53,7 +53,7 @@ class RaggedLatents(TensorBundle):
             raise ValueError(f"max_segments: {places}, but there are {len(videos)} videos")
         if total > size:
             raise ValueError(f"capacity: {size} elements, but the videos have {total}")
-        like = videos[0] if videos else torch.empty(0)
+        like = videos[0] if videos else torch.empty(0, dtype=torch.float32, device="cpu")
         flat = torch.cat([*(video.reshape(-1) for video in videos), like.new_zeros(size - total)])
         shapes, offsets = _tables([tuple(video.shape) for video in videos], places)
         return RaggedLatents(flat, offsets.to(flat.device), shapes.to(flat.device))

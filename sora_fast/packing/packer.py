@@ -167,8 +167,8 @@ class StreamingPacker:
             self._tokens += length
         else:
             self.skipped += 1
-        if not self._ready and len(self._waiting) >= self.look_ahead:
-            self._pack_waiting()
+        if not self._ready and len(self._waiting) >= self.look_ahead and (count := self._full_packs()):
+            self._pack_waiting(count)
         return [self._ready.popleft() for _ in range(self.ranks)] if self._ready else []
 
     def flush(self) -> list[list[SampleId]]:
@@ -199,12 +199,13 @@ class StreamingPacker:
         self._hold([(sample_id, length) for sample_id, length in state["waiting"]], left_over=state["left_over"])
         self._ready = deque(list(pack) for pack in state["ready"])
 
-    def _pack_waiting(self) -> None:
+    def _full_packs(self) -> int:
+        """How many packs what waits can fill, in whole steps. Asked at every sample: it looks at none of them."""
+        count = max(self._tokens // self.rules.capacity, len(self._waiting) // self.rules.slots)
+        return count - count % self.ranks
+
+    def _pack_waiting(self, count: int) -> None:
         lengths = [length for _, length in self._waiting]
-        count = max(self._tokens // self.rules.capacity, len(lengths) // self.rules.slots)
-        count -= count % self.ranks
-        if not count:
-            return
         # The oldest samples that fill the packs take part; the younger ones only close the gaps.
         oldest = bisect_right(list(accumulate(lengths)), count * self.rules.capacity)
         again = min(self._left_over, oldest)

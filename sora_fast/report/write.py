@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from sora_fast.files import check_folder, replacing, write_text
 from sora_fast.report import markdown, page, tables
 from sora_fast.report.compare import labels
 from sora_fast.report.figures import all_plots
@@ -13,12 +14,15 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
     """Write `out` (.html), the same as Markdown, and a PNG a plot beside it; all that was written, the page first.
 
     files: JSON of `benchmarks.gpu_suite` or of pytest-benchmark; the second and later ones are compared with the
-    first. Raises ValueError if a file holds no results or `out` is not called .html.
+    first. Raises ValueError if a file holds no results, or `out` is not called .html or cannot be written.
     """
     if not files:
         raise ValueError("files is empty; give at least one JSON file of results")
-    if out.suffix != ".html":
+    if out.suffix.lower() != ".html":
         raise ValueError(f"{out}: a report must be called .html")
+    if out.is_dir():
+        raise ValueError(f"{out}: it is a folder; name a file in it")
+    check_folder(out.parent)
     results = [read_result(file) for file in files]
     names = labels(results)
     environment = tables.environment(results, names)
@@ -32,9 +36,10 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures = [out.with_name(f"{out.stem}-{plot.name}.png") for plot in plots]
     for file, plot in zip(pictures, plots, strict=True):
-        file.write_bytes(plot.png)
+        with replacing(file) as partial:
+            partial.write_bytes(plot.png)
     titled = [(plot.title, file.name) for plot, file in zip(plots, pictures, strict=True)]
     text = out.with_suffix(".md")
-    text.write_text(markdown.document(environment, comparisons, titled, rows, missing), encoding="utf-8")
-    out.write_text(page.document(environment, comparisons, plots, rows, missing), encoding="utf-8")
+    write_text(text, markdown.document(environment, comparisons, titled, rows, missing))
+    write_text(out, page.document(environment, comparisons, plots, rows, missing))
     return [out, text, *pictures]

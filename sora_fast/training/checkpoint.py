@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from sora_fast.training import files
+from sora_fast import files
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def load(directory: Path, groups: Collection[str] | None = None) -> Checkpoint:
     """
     record = json.loads((directory / "state.json").read_text())
     wanted = [group for group in record["groups"] if groups is None or group in groups]
-    tensors = {group: load_file(directory / f"{group}.safetensors") for group in wanted}
+    tensors = {group: files.read_tensors(directory / f"{group}.safetensors") for group in wanted}
     return Checkpoint(record["step"], tensors, record["state"])
 
 

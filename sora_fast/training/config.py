@@ -6,7 +6,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from sora_fast.training import files
+from sora_fast import files
 
 Config = TypeVar("Config")
 

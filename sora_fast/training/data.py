@@ -8,18 +8,24 @@ With a text `fingerprint` that changes whenever its samples do, a run refuses to
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-log = logging.getLogger(__name__)
+from sora_fast.training.captions import CaptionError, Matches, is_caption, match, read_caption
+from sora_fast.training.distributed import World
+from sora_fast.training.rates import common_rates
+from sora_fast.training.walk import each_once, walk
 
-CAPTION_SUFFIXES = (".txt", ".json")
+if TYPE_CHECKING:
+    from sora_fast.media import Clip
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +49,7 @@ class Source(Protocol):
 class DataConfig:
     """Which files are read, and how much of each.
 
-    folder: searched with all its subfolders.
+    folder: searched with all its subfolders and what links lead to; names that begin with a dot are left out.
     max_frames: frames taken from the start of a video; what follows is not used.
     max_side: frames with a longer side are scaled down to it, keeping their aspect ratio.
     fps: frames per second at which videos are sampled; None takes every frame.
@@ -62,27 +68,39 @@ class DataConfig:
 
 @dataclass(eq=False)
 class FolderSource:
-    """The videos and images of a folder; captions beside them: clip.mp4, clip.txt (or .json: {"caption": …}).
+    """The videos and images of a folder, each once, with the captions beside them (see captions.py).
 
-    Every file is decoded once at the start. Those that cannot be used are named in the log, and kept in
-    `skipped` with the reason. Raises ValueError if the folder is missing or nothing in it is usable.
+    Every file is decoded once at the start. What cannot be used is named in the log, and kept in `skipped` with the
+    reason; caption files that belong to nothing are named too. Raises ValueError if the folder is missing or nothing
+    in it is usable.
+    rates: frames per second of each file; None for a still.
+    world: the workers that share out the decoding; each keeps the frames that it decoded in its own memory.
     """
 
     config: DataConfig
     progress: bool = False
+    world: World = field(default_factory=World)
     files: list[Path] = field(default_factory=list, init=False)
     captions: list[str] = field(default_factory=list, init=False)
     shapes: list[tuple[int, int, int, int]] = field(default_factory=list, init=False)
+    rates: list[float | None] = field(default_factory=list, init=False)
     skipped: dict[Path, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._cache: dict[int, Tensor] = {}
+        self._cache: dict[Path, Tensor] = {}
         self._cached_bytes = 0
         folder = Path(self.config.folder)
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder")
-        for path in tqdm(list(_media_files(folder)), desc="reading", unit=" files", disable=not self.progress):
-            self._take(path)
+        found = walk(folder)
+        media, doubles = each_once([path for path in found.files if not is_caption(path)])
+        self.skipped |= found.skipped | doubles
+        matches = match(media, [path for path in found.files if is_caption(path)])
+        mine = tqdm(self.world.shared_out(media), desc="reading", unit=" files", disable=not self.progress)
+        entries = self.world.joint([self._take(path, matches.files.get(path)) for path in mine])
+        for path, entry in zip(media, entries, strict=True):
+            self._note(path, entry)
+        _warn_of_unused(matches)
         for path, reason in self.skipped.items():
             log.warning("skipped %s: %s", path, reason)
         if not self.files:
@@ -93,9 +111,18 @@ class FolderSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        pixels = self._cache.get(index)
-        video = self._read(self.files[index]) if pixels is None else pixels.float().div(127.5).sub(1)
+        pixels = self._cache.get(self.files[index])
+        video = self._read(self.files[index]).video if pixels is None else pixels.float().div(127.5).sub(1)
         return Sample(video, self.captions[index])
+
+    @property
+    def summary(self) -> str:
+        """How many files there are, with and without a caption, and how many were skipped, in one line."""
+        captioned = sum(bool(caption) for caption in self.captions)
+        return (
+            f"{len(self)} files to train on, {captioned} with a caption and {len(self) - captioned} without; "
+            f"{len(self.skipped)} skipped"
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -108,57 +135,72 @@ class FolderSource:
         """(C, T, H, W) of a sample, without reading it."""
         return self.shapes[index]
 
-    def _read(self, path: Path) -> Tensor:
-        from sora_fast.media import read_media  # needs PyAV, which only those who read files have to have
+    @property
+    def rate(self) -> float | None:
+        """Frames per second of the videos, the commonest if they differ; None if there are only stills."""
+        return next(iter(self._common_rates()), None)
+
+    @property
+    def rate_summary(self) -> str:
+        """The rates of the videos, in half a sentence; "" if there are only stills."""
+        counts = self._common_rates()
+        if len(counts) > 1:
+            listed = _listed([f"{count} at {rate:g}" for rate, count in counts.items()])
+            return f"the videos run at different rates, {listed} frames per second"
+        return f"the videos run at {self.rate:g} frames per second" if counts else ""
+
+    def _common_rates(self) -> dict[float, int]:
+        return common_rates([rate for rate in self.rates if rate is not None])
+
+    def _read(self, path: Path) -> "Clip":
+        from sora_fast.media import read_clip  # needs PyAV, which only those who read files have to have
 
         c = self.config
-        return read_media(path, max_frames=c.max_frames, fps=c.fps, max_side=c.max_side, channels=c.channels)
+        return read_clip(path, max_frames=c.max_frames, fps=c.fps, max_side=c.max_side, channels=c.channels)
 
-    def _take(self, path: Path) -> None:
+    def _take(self, path: Path, caption_file: Path | None) -> "_Entry | str":
+        """What is to be known of a file, or why it cannot be used."""
         from sora_fast.media import UnreadableMedia
 
         try:
-            caption, video = read_caption(path), self._read(path)
+            caption = "" if caption_file is None else read_caption(caption_file)
+            clip = self._read(path)
         except UnreadableMedia as error:
-            self.skipped[path] = error.reason
-            return
+            return error.reason
         except (OSError, CaptionError) as error:
-            self.skipped[path] = str(error)
-            return
+            return str(error)
+        video = clip.video
         if self._cached_bytes + video.numel() <= self.config.cache_bytes:
             self._cached_bytes += video.numel()
-            self._cache[len(self.files)] = video.add(1).mul(127.5).round().to(torch.uint8)
+            self._cache[path] = video.add(1).mul(127.5).round().to(torch.uint8)
+        return _Entry(caption, tuple(video.shape), clip.fps)
+
+    def _note(self, path: Path, entry: "_Entry | str") -> None:
+        if isinstance(entry, str):
+            self.skipped[path] = entry
+            return
         self.files.append(path)
-        self.captions.append(caption)
-        self.shapes.append(tuple(video.shape))
+        self.captions.append(entry.caption)
+        self.shapes.append(entry.shape)
+        self.rates.append(entry.rate)
 
 
-class CaptionError(ValueError):
-    """A caption file that cannot be read."""
+class _Entry(NamedTuple):
+    """caption, shape (C, T, H, W) and rate of a file."""
+
+    caption: str
+    shape: tuple[int, int, int, int]
+    rate: float | None
 
 
-def read_caption(media: Path) -> str:
-    """The caption beside a media file, "" if there is none. Raises CaptionError if it cannot be read."""
-    for suffix in CAPTION_SUFFIXES:
-        sidecar = media.with_suffix(suffix)
-        if not sidecar.is_file():
-            continue
-        try:
-            text = sidecar.read_text(encoding="utf-8")
-            caption = text if suffix == ".txt" else json.loads(text)["caption"]
-        except (KeyError, TypeError) as error:
-            raise CaptionError(f'its caption file {sidecar.name} has no "caption"') from error
-        except (ValueError, RecursionError) as error:
-            raise CaptionError(f"its caption file {sidecar.name} cannot be read: {error}") from error
-        if not isinstance(caption, str):
-            raise CaptionError(f'"caption" in {sidecar.name} is {caption!r}, not a text')
-        return " ".join(caption.split())
-    return ""
+def _warn_of_unused(matches: Matches) -> None:
+    if matches.orphans:
+        log.warning("caption files that belong to no video or image: %s", _listed(list(map(str, matches.orphans))))
+    if matches.unused:
+        pairs = [f"{file} ({better.name} is read)" for file, better in matches.unused.items()]
+        log.warning("caption files that are not used, since another one goes first: %s", _listed(pairs))
 
 
-def _media_files(folder: Path) -> Iterator[Path]:
-    """Every file that could be a medium, in an order that does not depend on the file system."""
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and path.suffix.lower() not in CAPTION_SUFFIXES:
-            yield path
+def _listed(items: Sequence[str], most: int = 5) -> str:
+    rest = len(items) - most
+    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,33 +1,34 @@
-"""Data-parallel training: workers that take the same steps on packs of their own, and average their gradients.
+"""Data-parallel training: workers that take the same steps on packs of their own, and add up their gradients.
 
-Rank 0 is the process that asked for the others: it keeps the run's folder, and is the one that the user sees.
+Workers are processes that a launcher has started, torchrun or one like it; `joined` makes a group of them, and `launch`
+is torchrun for a program that starts itself. Rank 0 keeps the run's folder, and is the one that the user sees.
 """
 
 import contextlib
-import multiprocessing
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# A worker that has not ended by itself so many seconds after rank 0 did is stopped.
-_PATIENCE = 10.0
-# Importing torch takes seconds, on a busy machine a minute.
-_START = 300.0
-
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many workers this process is. Every worker must call every method, in the same order."""
+    """Which of how many workers this process is. Every worker must call every method, in the same order.
+
+    group: that exchanges; None: all workers' own. A thread beside the main one needs one of its own, see `apart`.
+    """
 
     rank: int = 0
     size: int = 1
+    group: dist.ProcessGroup | None = None
 
     @staticmethod
     def current() -> "World":
@@ -36,13 +37,20 @@ class World:
             return World(dist.get_rank(), dist.get_world_size())
         return World()
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its mean over the workers, the same bits on all of them; one exchange for all."""
+    def apart(self) -> "World":
+        """The same workers with exchanges of their own, of what lies on the CPU."""
+        return self if self.size == 1 else World(self.rank, self.size, dist.new_group(backend="gloo"))
+
+    def mean(self, tensors: Sequence[Tensor], weight: Tensor) -> None:
+        """Replace each tensor by its mean over the workers, where a worker's counts `weight` [] times: the same bits on
+        all of them, zeros if all weights are 0. One exchange for all."""
         if self.size == 1:
             return
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat)
-        parts = flat.div_(self.size).split([tensor.numel() for tensor in tensors])
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors] + [weight.reshape(1).to(tensors[0].dtype)])
+        flat[:-1] *= flat[-1]
+        dist.all_reduce(flat, group=self.group)
+        flat = flat[:-1] / flat[-1].clamp(min=1)
+        parts = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -51,86 +59,105 @@ class World:
             return tensor
         tensor = tensor.contiguous()
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor)
+        dist.all_gather(parts, tensor, group=self.group)
         return torch.cat(parts)
 
     def total(self, *numbers: float) -> list[float]:
         """The sum of each number over the workers. The numbers live on the host: no accelerator is waited for."""
         if self.size == 1:
             return list(numbers)
-        sums = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(sums)
+        sums = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        dist.all_reduce(sums, group=self.group)
         return sums.tolist()
+
+    def shared_out(self, items: Sequence[Any]) -> Sequence[Any]:
+        """The items that fall to this worker, every `size`-th one; `joint` takes what became of them."""
+        return items[self.rank :: self.size]
+
+    def joint(self, mine: Sequence[Any]) -> list[Any]:
+        """From what became of each worker's share, all items in their order. Picklable values, through the host."""
+        if self.size == 1:
+            return list(mine)
+        shares: list[Any] = [None] * self.size
+        dist.all_gather_object(shares, list(mine), group=self.group)
+        whole: list[Any] = [None] * sum(map(len, shares))
+        for rank, share in enumerate(shares):
+            whole[rank :: self.size] = share
+        return whole
+
+
+def launched() -> bool:
+    """Whether a launcher has started this process as one of several workers."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def local_rank() -> int:
+    """Which of the workers on its machine this process is; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextlib.contextmanager
-def workers(size: int, function: Callable[..., Any], *arguments: Any) -> Iterator[World]:
-    """Inside, this process is rank 0 of `size` workers on this machine's CPU; the others run function(*arguments).
+def joined(device: torch.device | str = "cpu") -> Iterator[World]:
+    """Inside, this process is one of the workers that a launcher has started; without a launcher, the only one.
 
-    function, arguments: picklable. The cores are shared out evenly. A worker that fails takes the others along: their
-    next exchange raises RuntimeError. RuntimeError too where torch.distributed is in use already.
+    device: what this worker computes on, "cpu" or "cuda:…": tensors are exchanged by gloo or by NCCL. A group that is
+        there already is used as it is, and stays.
+    """
+    if dist.is_initialized() or not launched():
+        yield World.current()
+        return
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World.current()
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(size: int, arguments: Sequence[str]) -> int:
+    """Run `python arguments…` as `size` workers on this machine's CPU, which share its cores out evenly; the exit code.
+
+    What torchrun does. The workers write to this process's output; Ctrl-C is passed on to them, and half a minute later
+    they are stopped. If one fails, the others are stopped too.
     """
     if size < 1:
         raise ValueError(f"size: {size}; there must be at least one worker")
-    if size == 1:
-        yield World()
-        return
-    if dist.is_initialized():
-        raise RuntimeError(f"workers: this process is {World.current()} already")
-    threads = torch.get_num_threads()
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = _Meeting(size, str(Path(folder) / "meeting"), max(1, threads // size), context.Semaphore(0))
-        others = [
-            context.Process(target=_work, args=(rank, meeting, function, arguments), daemon=True)
-            for rank in range(1, size)
-        ]
-        for process in others:
-            process.start()
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=size,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    # Small matrices gain little from a second thread; a worker of its own they fill.
+    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // size))}
+    # That Ctrl-C is passed on is no news.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    with _environment(threads):
         try:
-            _await(others, meeting)
-            with meeting.joined(rank=0):
-                yield World.current()
-        finally:
-            torch.set_num_threads(threads)
-            for process in others:
-                process.join(_PATIENCE)
-                process.terminate()
+            elastic_launch(config, sys.executable)(*arguments)
+        except ChildFailedError as error:
+            return error.get_first_failure()[1].exitcode
+        except SignalException as error:
+            return 128 + (error.sigval or signal.SIGINT)
+    return 0
 
 
-@dataclass(frozen=True)
-class _Meeting:
-    """How the workers find each other. file: of the store; ready: a semaphore, raised by each that is about to come."""
-
-    size: int
-    file: str
-    threads: int
-    ready: Any
-
-    @contextlib.contextmanager
-    def joined(self, rank: int) -> Iterator[None]:
-        # Small matrices gain little from a second thread; a worker of its own they fill.
-        torch.set_num_threads(self.threads)
-        dist.init_process_group("gloo", store=dist.FileStore(self.file, self.size), rank=rank, world_size=self.size)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
-
-
-def _work(rank: int, meeting: _Meeting, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    meeting.ready.release()
-    with meeting.joined(rank):
-        function(*arguments)
-
-
-def _await(processes: Sequence[Any], meeting: _Meeting) -> None:
-    """Wait until every worker is about to join: joining would wait half an hour for one that cannot."""
-    missing, deadline = len(processes), time.monotonic() + _START
-    while missing:
-        if meeting.ready.acquire(timeout=0.2):
-            missing -= 1
-            continue
-        ended = [process.exitcode for process in processes if process.exitcode]
-        if ended or time.monotonic() > deadline:
-            raise RuntimeError(f"workers: {missing} of {len(processes)} did not start; exit codes {ended}")
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """With these; afterwards as it was, whatever the launcher has added."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -5,9 +5,13 @@ RUN/log.jsonl         one line a step
 RUN/checkpoints/…     see checkpoint.py
 """
 
-from dataclasses import dataclass, field
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sora_fast.diffusion.paths import DDPM, RectifiedFlow
@@ -19,6 +23,8 @@ from sora_fast.training.batches import BatchConfig, Prompts
 from sora_fast.training.config import read_config, write_config
 from sora_fast.training.data import DataConfig
 
+log = logging.getLogger(__name__)
+
 CONFIG, LOG, CHECKPOINTS = "config.json", "log.jsonl", "checkpoints"
 
 
@@ -27,21 +33,42 @@ class TextConfig:
     """The text encoder: a frozen CLIP or T5 from `folder`, or a small one of bytes that is trained along.
 
     dim, layers, max_bytes: of the byte encoder.
+    fingerprint: of what is in the folder; None: not known yet. A run's config.json always has it.
     """
 
     folder: str | None = None
     dim: int = 128
     layers: int = 3
     max_bytes: int = 255
+    fingerprint: str | None = None
 
     @property
     def width(self) -> int:
         """Width of its tokens and pooled vectors."""
         return self.dim if self.folder is None else TransformersTextEncoder.width(self.folder)
 
+    def located(self) -> "TextConfig":
+        """With an absolute folder and its fingerprint. ValueError if it is not there, or holds another encoder."""
+        if self.folder is None:
+            return self
+        folder = Path(self.folder).resolve()
+        if not folder.is_dir():
+            raise ValueError(
+                f"text.folder: {folder} is not there; if the text encoder is elsewhere now, say where "
+                "(--text-encoder FOLDER)"
+            )
+        found = TransformersTextEncoder.fingerprint(folder)
+        if self.fingerprint not in (None, found):
+            raise ValueError(
+                f"text.folder: {folder} holds another text encoder ({found}) than the one that the run was begun with "
+                f"({self.fingerprint}); say where that is now (--text-encoder FOLDER)"
+            )
+        return replace(self, folder=str(folder), fingerprint=found)
+
     def build(self) -> ByteTextEncoder | TransformersTextEncoder:
+        """ValueError if the folder does not hold what it should."""
         if self.folder is not None:
-            return TransformersTextEncoder(self.folder)
+            return TransformersTextEncoder(self.located().folder)
         return ByteTextEncoder(self.dim, layers=self.layers, max_bytes=self.max_bytes)
 
 
@@ -96,7 +123,8 @@ class RunConfig:
     """What `config.json` in a run's folder holds.
 
     text: None for a model without prompts. data: the folder that is trained on; None: a source made in Python.
-    fps: frames per second that samples are written at.
+    fps: frames per second that samples are written at. data_fps: those of the videos trained on; None: only stills, or
+        not known.
     """
 
     model: SoraDiTConfig
@@ -105,6 +133,7 @@ class RunConfig:
     path: RectifiedFlow | DDPM = field(default_factory=RectifiedFlow)
     data: DataConfig | None = None
     fps: float = 8.0
+    data_fps: float | None = None
 
     def __post_init__(self) -> None:
         ddpm = isinstance(self.path, DDPM)
@@ -118,15 +147,19 @@ class RunConfig:
 
 
 class Networks(nn.Module):
-    """The model and its text encoder as one module, with the codec and the noise path that belong to them."""
+    """The model and its text encoder as one module, with the codec and the noise path that belong to them.
+
+    Born in float32 on the CPU, whatever the process's defaults are.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.config = config
         self.path = config.path
         self.codec = IdentityCodec.for_patches(config.model.in_channels, config.model.patch_size)
-        self.text = None if config.text is None else config.text.build()
-        self.model = SoraDiT(config.model)
+        with _plain_defaults():
+            self.text = None if config.text is None else config.text.build()
+            self.model = SoraDiT(config.model)
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
@@ -148,6 +181,17 @@ class Networks(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
+@contextlib.contextmanager
+def _plain_defaults() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def check_new(folder: Path) -> None:
     """ValueError if there is a run in a folder already."""
     if (folder / CONFIG).exists():
@@ -157,19 +201,66 @@ def check_new(folder: Path) -> None:
 def create_run(folder: Path, config: RunConfig) -> None:
     """Make a run's folder. ValueError if there is a run in it already."""
     check_new(folder)
+    config = _located(config)
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder / CONFIG, config)
 
 
+def update_run(folder: Path, config: RunConfig) -> None:
+    """Let a changed configuration take the place of a run's; see `check_resumable`."""
+    write_config(folder / CONFIG, _located(config))
+
+
+def _located(config: RunConfig) -> RunConfig:
+    """With folders that are found from anywhere."""
+    if config.data is not None:
+        config = replace(config, data=replace(config.data, folder=str(Path(config.data.folder).resolve())))
+    return config if config.text is None else replace(config, text=config.text.located())
+
+
+def moved(config: RunConfig, *, data: Path | str | None = None, text_encoder: Path | str | None = None) -> RunConfig:
+    """The configuration of a run whose folders are elsewhere now. ValueError if it never had such a folder.
+
+    What they hold is compared where it is read: data in `Batches.load_state_dict`, the encoder in `TextConfig.build`.
+    """
+    if data is not None:
+        if config.data is None:
+            raise ValueError(f"data: {data}; the run was trained on a source made in Python, not on a folder")
+        config = replace(config, data=replace(config.data, folder=str(data)))
+    if text_encoder is not None:
+        if config.text is None or config.text.folder is None:
+            raise ValueError(f"text_encoder: {text_encoder}; the run has no text encoder from a folder")
+        if config.text.fingerprint is None:
+            log.warning("whether %s is the text encoder that the run was begun with was not recorded", text_encoder)
+        config = replace(config, text=replace(config.text, folder=str(text_encoder)))
+    return config
+
+
 def check_resumable(folder: Path, config: RunConfig) -> None:
-    """ValueError if the run in a folder cannot go on with `config`: only how it is trained may change, and not all."""
+    """ValueError if the run in a folder cannot go on with `config`: only how it is trained may change, and not all.
+
+    Its folders may be elsewhere now, if they hold the same (see `moved`).
+    """
     before = read_run(folder)
-    changed = [name for name in ("model", "text", "path", "data") if getattr(config, name) != getattr(before, name)]
+    now, then = _anywhere(config), _anywhere(before)
+    changed = [name for name in ("model", "text", "path", "data") if getattr(now, name) != getattr(then, name)]
     changed += [
         name for name in ("batch", "optimizer", "seed") if getattr(config.train, name) != getattr(before.train, name)
     ]
     if changed:
         raise ValueError(f"{', '.join(changed)}: changed since {folder} was begun; its checkpoints do not fit")
+    if before.text is not None and before.text.fingerprint is not None:
+        replace(config.text, fingerprint=before.text.fingerprint).located()
+
+
+def _anywhere(config: RunConfig) -> RunConfig:
+    """Without what its folders may differ in."""
+    data, text = config.data, config.text
+    if data is not None:
+        data = replace(data, folder="")
+    if text is not None and text.folder is not None:
+        text = replace(text, folder="", fingerprint=None)
+    return replace(config, data=data, text=text)
 
 
 def read_run(folder: Path) -> RunConfig:

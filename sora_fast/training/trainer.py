@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sora_fast import files
 from sora_fast.diffusion.clean import clean_frames, random_clean_ends
-from sora_fast.diffusion.losses import training_loss
+from sora_fast.diffusion.losses import counted_loss
 from sora_fast.diffusion.noise import noise_like
 from sora_fast.packing import PackedLayout, RaggedLatents
-from sora_fast.training import checkpoint, files, optim
+from sora_fast.training import checkpoint, optim
 from sora_fast.training.batches import Batch, Batches, Prompts, prefetch
 from sora_fast.training.compiler import cpp_problem
-from sora_fast.training.config import write_config
 from sora_fast.training.data import Source
 from sora_fast.training.distributed import World
-from sora_fast.training.run import CHECKPOINTS, CONFIG, LOG, Networks, RunConfig, check_resumable, create_run
+from sora_fast.training.run import CHECKPOINTS, LOG, Networks, RunConfig, check_resumable, create_run, update_run
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,9 @@ class Trainer:
     Every random number is a function of the seed and of the step or sample that it is for; so a checkpoint needs no
     generator states, and a resumed run continues the loss curve to the bit (on a CPU, limited by steps).
 
-    Where torch.distributed is set up, with gloo for the CPU (see `distributed.workers`), every worker makes a Trainer
-    with the same arguments and calls `fit`; rank 0 alone writes. A step is then of as many packs, and its gradient the
-    mean of theirs.
+    Where torch.distributed is set up, with gloo for the CPU (see `distributed.joined`), every worker makes a Trainer
+    with the same arguments and calls `fit`; rank 0 alone writes. A step is then of as many packs, planned together, and
+    its loss and gradient are those of the mean over all their pixels.
 
     folder: made, with config.json in it; with resume=True it holds a run, which goes on from its newest checkpoint.
     config: of a resumed run, a changed one takes the place of config.json; ValueError if its checkpoints do not fit.
@@ -96,7 +96,7 @@ class Trainer:
         self.world.total(0)
         if self.leads and resume:
             self._log.cut(self.step)
-            write_config(self.folder / CONFIG, config)
+            update_run(self.folder, config)
         elif self.leads:
             create_run(self.folder, config)
 
@@ -127,6 +127,7 @@ class Trainer:
                     self._record(bar, done - previous)
             if self.leads:
                 self.save()
+        self.world.total(0)  # whoever goes on from here finds it saved
         return done >= 1
 
     def _record(self, bar: tqdm, progress: float) -> None:
@@ -188,7 +189,7 @@ class Trainer:
         batches = iter(self.batches)
         if self.device.type == "cuda":
             batches = (batch.pin_memory() for batch in batches)
-        return prefetch(batches)
+        return prefetch(batches, in_step=self.batches.exchanges)
 
     def _train_on(self, batch: Batch, progress: float) -> None:
         """One optimiser step; nothing in it waits for the device."""
@@ -196,10 +197,10 @@ class Trainer:
         batch = batch.to(self.device, non_blocking=True)
         lr = c.lr * self.schedule(self.step, progress)
         optim.set_lr(self.optimizers, lr)
-        loss = self._loss(batch.latents, batch.layout, batch.prompts, *self._draw(batch))
+        loss, pixels = self._loss(batch.latents, batch.layout, batch.prompts, *self._draw(batch))
         loss.backward()
         loss = loss.detach()
-        self.world.average([loss, *(p.grad for p in self.parameters.values() if p.grad is not None)])
+        self.world.mean([loss, *(p.grad for p in self.parameters.values() if p.grad is not None)], pixels)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), c.clip_norm)
         self._updating = True
         for optimizer in self.optimizers:
@@ -232,10 +233,11 @@ class Trainer:
         sigma: Tensor,
         noise: Tensor,
         clean: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """The mean over the pixels that count, and their number."""
         networks, half = self.networks, self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            return training_loss(
+            return counted_loss(
                 networks,
                 latents,
                 layout,

@@ -138,6 +138,14 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert result.returncode == 2 and "no CUDA device" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("out", "complaint"), [("", "'' is no file or folder"), ("/proc/new", "can be written to /proc")]
+)
+def test_where_it_cannot_write_it_does_not_begin(out: str, complaint: str) -> None:
+    result = _call("--dry", "--out", out)
+    assert result.returncode == 2 and complaint in result.stderr
+
+
 @pytest.mark.slow
 def test_dry_walk_measures_every_op(tmp_path: Path) -> None:
     proved = ROOT / "sora_fast" / "ops" / "validated.json"

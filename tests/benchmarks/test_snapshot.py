@@ -102,3 +102,13 @@ def test_there_must_be_one_to_compare_with(file: Path, capsys: pytest.CaptureFix
         with pytest.raises(SystemExit):
             aot.main(["--check", "--snapshot", str(file)])
         assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--json", "/proc/new/a.json"], ["--update", "--snapshot", "/proc/new/a.json"]])
+def test_where_it_cannot_write_it_does_not_begin(
+    file: Path, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(aot, "compile_all", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(SystemExit):
+        aot.main(["--snapshot", str(file), *options])
+    assert "nothing can be written to /proc" in capsys.readouterr().err

@@ -1,3 +1,5 @@
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -5,6 +7,8 @@ import torch
 
 from sora_fast.generation.engine import SAMPLERS, Engine
 from sora_fast.generation.tasks import Request, extend, image_to_video, join, text_to_video
+from sora_fast.training.config import write_config
+from sora_fast.training.run import CONFIG, Networks, read_run
 from tests.training.test_trainer import Gradients, Trainer, tiny
 
 
@@ -74,6 +78,42 @@ def test_guidance_is_each_request_s_own(engine: Engine) -> None:
     assert (stronger - beside).abs().max() > 1e-2
     (other,) = engine.generate([Request("right", 2, 8, 8)], steps=3)
     assert (other - alone).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("dropout", "text", "asked", "said"),
+    [
+        (0.1, True, {"prompt": "left", "guidance": 3.0}, None),
+        (0.0, True, {"prompt": "left", "guidance": 1.0}, None),
+        (0.0, True, {"prompt": "left", "guidance": 3.0}, "with a caption dropout of 0"),
+        (0.1, False, {"prompt": "", "guidance": 1.0}, None),
+        (0.1, False, {"prompt": "left", "guidance": 1.0}, "prompts and guidance are not used"),
+        (0.0, False, {"prompt": "", "guidance": 3.0}, "prompts and guidance are not used"),
+    ],
+)
+def test_what_a_run_was_not_trained_for_is_said_once(
+    dropout: float, text: bool, asked: dict, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny()
+    batch = replace(config.train.batch, caption_dropout=dropout)
+    config = replace(config, train=replace(config.train, batch=batch))
+    if not text:
+        model = replace(config.model, text_dim=None, pooled_dim=None)
+        config = replace(config, model=model, text=None)
+    engine = Engine(Networks(config))
+    for _ in range(2):
+        engine.generate([Request(frames=1, height=8, width=8, **asked)], steps=1)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (said is not None) and all(said in message for message in messages)
+
+
+def test_weights_of_another_model_are_refused(run: Path, tmp_path: Path) -> None:
+    """Not spread over whatever they happen to fit."""
+    shutil.copytree(run, tmp_path / "run")
+    config = read_run(run)
+    write_config(tmp_path / "run" / CONFIG, replace(config, model=replace(config.model, depth=config.model.depth + 1)))
+    with pytest.raises(ValueError, match=r"not of the model that its config\.json describes: model\.blocks"):
+        Engine.load(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "ddim", "dpm++"])

@@ -3,7 +3,7 @@ import itertools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +180,104 @@ def test_averaged_weights_are_taken_first_and_a_training_checkpoint_is_read(
         assert torch.equal(bias, wanted["x_embedder.proj.bias"])
     torch.save({**training, "ema": small}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert torch.equal(dit.load(tmp_path / "old.pt").x_embedder.proj.bias, small["x_embedder.proj.bias"])
+
+
+WRAPPED = ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module."]
+
+
+@pytest.mark.parametrize("inside", ["", "ema", "model"])
+@pytest.mark.parametrize("prefix", WRAPPED)
+def test_names_of_compiled_and_data_parallel_models_are_read(prefix: str, inside: str, tmp_path: Path) -> None:
+    bias = torch.arange(512.0)
+    state = {**hollow("S", 8), "pos_embed": grid_positions(384, GRID, GRID)[None], "final_layer.linear.bias": bias}
+    wrapped = {prefix + name: tensor for name, tensor in state.items()}
+    model = loaded({inside: wrapped} if inside else wrapped, tmp_path / "dit.pt")
+    assert model.config == dit.config("S", 8) and torch.equal(model.final_layer.linear.bias, bias)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.compile, torch.nn.DataParallel, lambda module: torch.compile(torch.nn.DataParallel(module))],
+    ids=["compiled", "data-parallel", "both"],
+)
+@pytest.mark.parametrize("part", ["whole", "blocks"])
+def test_the_wrappers_of_torch_themselves(small: dict[str, Tensor], wrap: Callable, part: str, tmp_path: Path) -> None:
+    """Around the model, and around each block, which puts the word into the middle of a name."""
+    model = loaded(small, tmp_path / "dit.pt")
+    if part == "blocks":
+        model.blocks = torch.nn.ModuleList(map(wrap, model.blocks))
+    state = model.state_dict() if part == "blocks" else wrap(model).state_dict()
+    assert any({"_orig_mod", "module"} & set(name.split(".")) for name in state)
+    (kernel,) = (name for name in state if name.endswith("x_embedder.proj.weight"))
+    state[kernel] = small["x_embedder.proj.weight"]
+    state[kernel.replace("x_embedder.proj.weight", "pos_embed")] = small["pos_embed"]
+    again = loaded(state, tmp_path / "wrapped.pt")
+    assert_same_bits(again.state_dict(), loaded(small, tmp_path / "dit.pt").state_dict())
+
+
+@pytest.mark.parametrize("name", ["A.SAFETENSORS", "A.PT", os.fsdecode(b"\xe9.pt"), os.fsdecode(b"\xe9.safetensors")])
+def test_capitals_and_names_that_are_no_utf8(small: dict[str, Tensor], name: str, tmp_path: Path) -> None:
+    model = loaded(small, tmp_path / "dit.pt")
+    dit.save(model, tmp_path / name)
+    assert_same_bits(dit.load(tmp_path / name).state_dict(), model.state_dict())
+    assert (tmp_path / name).read_bytes().startswith(b"PK") == name.lower().endswith(".pt")
+
+
+def test_two_models_under_one_name_are_not_mixed(small: dict[str, Tensor], tmp_path: Path) -> None:
+    both = {**small, "module.pos_embed": small["pos_embed"]}
+    with pytest.raises(ValueError, match=r"holds pos_embed twice, once as module\.pos_embed"):
+        loaded(both, tmp_path / "dit.pt")
+
+
+@pytest.mark.parametrize(
+    ("rows", "told", "asked", "classes", "null"),
+    [
+        (1001, None, None, 1000, True),
+        (1000, None, None, 1000, False),
+        (1000, None, 999, 999, True),
+        (1001, None, 1001, 1001, False),
+        (11, None, None, 10, True),
+        (11, None, 11, 11, False),
+        (10, 10, None, 10, False),
+        (10, 9, None, 9, True),
+        (1000, 999, None, 999, True),
+        (10, 1000, None, 9, True),
+        (10, 10, 9, 9, True),
+    ],
+)
+def test_how_many_classes_there_are_and_whether_one_is_none(
+    rows: int, told: int | None, asked: int | None, classes: int, null: bool, tmp_path: Path
+) -> None:
+    content = {"ema": hollow(classes=rows - 1)}
+    content["ema"]["pos_embed"] = grid_positions(384, GRID, GRID)[None]
+    if told is not None:
+        content["args"] = argparse.Namespace(num_classes=told)
+    torch.save(content, tmp_path / "dit.pt")
+    found = dit.load(tmp_path / "dit.pt", num_classes=asked).config
+    assert found == dit.config("S", 2, num_classes=classes, null_class=null)
+
+
+def test_classes_that_the_table_cannot_have_are_named(tmp_path: Path) -> None:
+    torch.save(hollow(), tmp_path / "dit.pt")
+    with pytest.raises(
+        ValueError, match="num_classes: 10; the table of labels has 1001 rows, so it must be 1001, or 1000"
+    ):
+        dit.load(tmp_path / "dit.pt", num_classes=10)
+
+
+@torch.no_grad()
+def test_a_table_without_no_class_lends_its_last_class_to_nobody(tmp_path: Path) -> None:
+    model = SoraDiT(dit.config("S", 8, num_classes=1000, null_class=False))
+    dit.save(model, tmp_path / "dit.pt", grid=4)
+    model = dit.load(tmp_path / "dit.pt")
+    assert model.y_embedder.embedding_table.weight.shape[0] == 1000
+    noise, labels = [torch.zeros(4, 1, 8, 8)], torch.tensor([999])
+    for guidance in (4.0, 0.0, torch.tensor([4.0])):
+        with pytest.raises(ValueError, match=r"guidance: .*it must be 1, .* 1000 rows for 1000 classes"):
+            dit.sample(model, noise, labels, steps=1, guidance=guidance)
+    assert dit.sample(model, noise, labels, steps=1)[0].shape == (4, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"labels: \[1000\]; each must lie in 0 … 999"):
+        dit.sample(model, noise, torch.tensor([1000]), steps=1)
 
 
 def test_averaged_positions_are_taken_for_what_they_are(small: dict[str, Tensor], tmp_path: Path) -> None:

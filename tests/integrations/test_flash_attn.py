@@ -38,6 +38,52 @@ def test_self_attention(causal: bool, kv_heads: int) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "window_size", [(0, 0), (3, 0), (3, 2), (0, 3), (-1, 2), (2, -1), (-1, 0), (16, 16), (15, 1), (400, 400), (-1, -1)]
+)
+def test_windows(window_size: tuple[int, int], causal: bool) -> None:
+    """Key j of query i: i − left ≤ j ≤ i + right; the offsets of keys are a tensor of their own."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(30, 2, 8, requires_grad=True) for _ in range(3))
+    left, right = (10**6 if side < 0 else side for side in window_size)
+    place = torch.cat([torch.arange(length) for length in LENGTHS])
+    segment = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    ahead = place[None] - place[:, None]
+    allowed = (ahead >= -left) & (ahead <= (0 if causal else right)) & (segment[None] == segment[:, None])
+    heads = [x[:23].transpose(0, 1) for x in (q, k, v)]
+    results = [
+        F.scaled_dot_product_attention(*heads, attn_mask=allowed).transpose(0, 1),
+        flash_attn_varlen_func(q, k, v, QUERIES, QUERIES.clone(), 17, 17, causal=causal, window_size=window_size)[:23],
+    ]
+    gradient = torch.randn(23, 2, 8)
+    for a, b in zip(*((out, *torch.autograd.grad(out, (q, k, v), gradient)) for out in results), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_offsets_that_may_not_be_read_are_compared_on_the_device() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for module in ("flash_attn", "lines"):
+            monkeypatch.setattr(f"sora_fast.integrations.{module}.may_read", lambda tensor: False)
+        flash_attn_varlen_func(X, X, X, QUERIES, QUERIES.clone(), 17, 17, causal=True)
+        with pytest.raises(RuntimeError, match="cu_seqlens_k differs from cu_seqlens_q"):
+            flash_attn_varlen_func(X, X, X, QUERIES, offsets([5, 1, 16, 1]), 17, 17, causal=True)
+        with pytest.raises(ValueError, match="segments of up to 2000"):  # what the caller says is all there is
+            flash_attn_varlen_func(X, X, X, QUERIES, QUERIES, 2000, 2000, window_size=(3, 3))
+
+
+def test_segments_without_queries_between_equal_ones() -> None:
+    """Their keys lie between those of neighbours that a filter would take for neighbours in memory."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(tokens, 2, 8, requires_grad=True) for tokens in (4, 9, 9))
+    out = flash_attn_varlen_func(q, k, v, offsets([2, 0, 2]), offsets([3, 3, 3]), 2, 3)
+    used = torch.tensor([0, 1, 2, 6, 7, 8])
+    heads = [x.unflatten(0, (2, -1)).transpose(1, 2) for x in (q, k[used], v[used])]
+    results = [out, F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(0, 1)]
+    for a, b in zip(*((x, *torch.autograd.grad(x, (q, k, v), torch.ones_like(x))) for x in results), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_cross_attention_and_its_logsumexp() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(23, 4, 8), torch.randn(145, 4, 8), torch.randn(145, 4, 8)
@@ -58,7 +104,8 @@ def test_tokens_past_the_end_are_padding() -> None:
     assert torch.equal(out[:23], flash_attn_varlen_func(x[:23], x[:23], x[:23], QUERIES, QUERIES, 17, 17))
 
 
-X, TEXT = torch.zeros(23, 2, 8), torch.zeros(145, 2, 8)
+X, TEXT, LONG = (torch.zeros(tokens, 2, 8) for tokens in (23, 145, 1023))
+LINE = offsets([1023])
 
 
 @pytest.mark.parametrize(
@@ -66,11 +113,13 @@ X, TEXT = torch.zeros(23, 2, 8), torch.zeros(145, 2, 8)
     [
         ((X, X, X, QUERIES, QUERIES, 17, 17, 0.1), {}, ValueError, "dropout_p: 0.1; there is none here"),
         (
-            (X, X, X, QUERIES, QUERIES, 17, 17),
+            (X, TEXT, TEXT, QUERIES, KEYS, 17, 140),
             {"window_size": (4, 0)},
             ValueError,
-            "window_size: (4, 0); there is none",
+            "causal, window_size: False, (4, 0), but cu_seqlens_k differs from cu_seqlens_q",
         ),
+        ((X, X, X, QUERIES, QUERIES, 17, 17), {"window_size": (4,)}, ValueError, "window_size: (4,); it must be two"),
+        ((LONG, LONG, LONG, LINE, LINE, 1023, 1023), {"window_size": (4, 0)}, ValueError, "segments of up to 1023"),
         ((X, X, X, QUERIES, QUERIES, 17, 17), {"softcap": 30.0}, ValueError, "softcap: 30.0; there is none here"),
         ((X, X, X, QUERIES, QUERIES, 17, 17), {"block_table": 1}, ValueError, "block_table: 1; there is none here"),
         ((X, X, X, QUERIES, QUERIES, 16, 17), {}, ValueError, "max_seqlen_q: 16, but there is a segment of 17 tokens"),
@@ -83,7 +132,7 @@ X, TEXT = torch.zeros(23, 2, 8), torch.zeros(145, 2, 8)
             (X, TEXT, TEXT, QUERIES, KEYS, 17, 140),
             {"causal": True},
             ValueError,
-            "causal: True, but cu_seqlens_k is not",
+            "causal, window_size: True, (-1, -1), but cu_seqlens_k differs from cu_seqlens_q",
         ),
         ((X, TEXT, TEXT, QUERIES, KEYS[:-1], 17, 9), {}, ValueError, "kv_layout: 3 segments, but the layout has 4"),
         ((X, X.half(), X, QUERIES, QUERIES, 17, 17), {}, TypeError, "k: float16; it must be float32"),

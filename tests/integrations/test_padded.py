@@ -53,6 +53,12 @@ def test_cross_attention(queries: Tensor, keys: Tensor) -> None:
     check(queries, keys, {"query_padding_mask": queries})
 
 
+def test_a_sample_whose_queries_are_all_padding() -> None:
+    queries, keys = torch.ones(3, 2, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool)
+    queries[1] = False
+    check(queries, keys, {"query_padding_mask": queries})
+
+
 @given(masks(2))
 def test_packed_and_back(mask: Tensor) -> None:
     batch, x = PaddedBatch.of(mask), torch.randn(*mask.shape, 3)

@@ -1,4 +1,7 @@
+import itertools
 import json
+import logging
+import shutil
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sora_fast.models.text import ByteTextEncoder, TransformersTextEncoder
+from tests.text_encoders import save_clip, save_t5
 
 PROMPTS = ["a seven moving left", "", "eine große Acht", "a three and a two"]
 
@@ -32,6 +36,46 @@ def test_long_prompts_are_cut_and_too_many_refused():
         encoder.tokenize("abc")
     with pytest.raises(ValueError, match="kernel_size: 4"):
         ByteTextEncoder(8, kernel_size=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "kept"),
+    [("abcdef", 3, "abc"), ("aß", 2, "a"), ("aß", 3, "aß"), ("球球", 5, "球"), ("球", 2, ""), ("a🎈b", 4, "a")],
+)
+def test_no_character_is_cut_in_two(text, limit, kept):
+    assert byte_encoder(max_bytes=limit).tokenize([text])[0].tolist() == [256, *kept.encode()]
+
+
+def test_what_is_cut_is_said_once(caplog):
+    encoder = byte_encoder(max_bytes=20)
+    long, longer = "a red ball rolls down the hill", "eine große Acht, die sehr langsam nach links wandert"
+    with caplog.at_level(logging.WARNING):
+        encoder.tokenize(["", "a" * 20])
+        assert not caplog.messages
+        encoder.tokenize(["short", long])
+        encoder.tokenize([long, "short"])
+        assert caplog.messages == [f"cut to the 20 bytes that the text encoder takes: a text of 30, {long!r}"]
+        encoder.check([long, longer, long])
+    assert len(longer.encode()) == 53
+    assert caplog.messages[1:] == [
+        f"cut to the 20 bytes that the text encoder takes: 3 texts, the longest of 53, '{longer[:39]}…'"
+    ]
+
+
+def test_an_endless_stream_of_long_texts_is_no_endless_log(caplog):
+    encoder = byte_encoder(max_bytes=3)
+    with caplog.at_level(logging.WARNING):
+        for number in range(30):
+            encoder.tokenize([f"number {number}"])
+    assert len(caplog.messages) == 10
+    assert caplog.messages[-1].endswith("what is cut from now on is not named any more")
+    assert sum("from now on" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("prompt", ["a \udcff ball", "\ud83c"])
+def test_what_is_no_text_is_named(prompt):
+    with pytest.raises(ValueError, match=r"prompts: .*\\ud.* holds what is no character"):
+        byte_encoder().tokenize(["good", prompt])
 
 
 @pytest.mark.parametrize("spare", [0, 3])
@@ -88,56 +132,14 @@ def test_one_graph_serves_every_mix_of_prompts():
             torch.testing.assert_close(compiled(*batch).tokens, encoder(*batch).tokens)
 
 
-WORDS = ["a", "seven", "moving", "left", "three", "and", "two", "eine", "große", "Acht"]
-
-
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A CLIP text encoder with random weights and a word for a token, as `save_pretrained` leaves it."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    save_tokenizer(folder, ["<|startoftext|>", "<|endoftext|>"], "<|startoftext|> $A <|endoftext|>", "<|endoftext|>")
-    config = transformers.CLIPTextConfig(
-        vocab_size=13,
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    transformers.CLIPTextModel(config).save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("t5")
-    torch.manual_seed(0)
-    save_tokenizer(folder, ["<pad>", "</s>"], "$A </s>", "<pad>")
-    config = transformers.T5Config(
-        vocab_size=13, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
-    )
-    transformers.T5EncoderModel(config).save_pretrained(folder)
-    return folder
-
-
-def save_tokenizer(folder, special: list[str], template: str, padding: str) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: i for i, word in enumerate([*special, "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[(token, words[token]) for token in special]
-    )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=padding, unk_token="<unk>").save_pretrained(folder)
+    return save_t5(tmp_path_factory.mktemp("t5"))
 
 
 @pytest.mark.parametrize("kind", ["clip", "t5"])
@@ -184,11 +186,42 @@ def test_transformers_encoders_are_frozen(t5_folder):
     assert torch.equal(first.tokens, again.tokens) and not first.tokens.requires_grad
 
 
-def test_long_prompts_are_cut_for_the_library(clip_folder):
+def test_long_prompts_are_cut_for_the_library(clip_folder, caplog):
     encoder = TransformersTextEncoder(clip_folder)
-    ids, layout = encoder.tokenize(["a " * 30])
+    with caplog.at_level(logging.WARNING):
+        encoder.tokenize(["a " * 6])
+        assert not caplog.messages
+        ids, layout = encoder.tokenize(["a " * 30])
+        encoder.tokenize(["a " * 30])
+    # Thirty words, a start and an end.
+    assert caplog.messages == [f"cut to the 8 tokens that the text encoder takes: a text of 32, '{'a ' * 19}a…'"]
     assert layout.capacity == 8 and ids[-1] == 1  # CLIP's positions; the end token stays
     assert TransformersTextEncoder(clip_folder, max_tokens=4).tokenize(["a " * 30])[1].capacity == 4
+
+
+def test_the_fingerprint_is_that_of_what_is_read(clip_folder, tmp_path):
+    moved, large = tmp_path / "moved", 40 << 20
+    shutil.copytree(clip_folder, moved)
+    seen = [TransformersTextEncoder.fingerprint(clip_folder)]
+    assert TransformersTextEncoder.fingerprint(moved) == seen[0]
+    (moved / "README.md").write_text("nothing that is read")
+    assert TransformersTextEncoder.fingerprint(str(moved)) == seen[0]
+
+    weights = load_file(moved / "model.safetensors")
+    name = max(weights, key=lambda name: weights[name].numel())
+    weights[name][-1, -1] += 1e-3
+    tokenizer = (moved / "tokenizer.json").read_text()
+    for change in (
+        lambda: save_file(weights, moved / "model.safetensors", metadata={"format": "pt"}),
+        lambda: (moved / "tokenizer.json").write_text(tokenizer.replace("seven", "eight")),
+        lambda: (moved / "model.safetensors").rename(moved / "model-1-of-1.safetensors"),
+        lambda: (moved / "model.safetensors").write_bytes(bytes(large)),
+        lambda: (moved / "model.safetensors").write_bytes(bytes(large - 1)),
+        lambda: (moved / "model.safetensors").write_bytes(bytes(range(256)) * (large // 256)),
+    ):
+        change()
+        seen.append(TransformersTextEncoder.fingerprint(moved))
+    assert all(one != other for one, other in itertools.combinations(seen, 2))
 
 
 def test_pickled_weights_are_refused(clip_folder, tmp_path):

@@ -2,6 +2,7 @@ import importlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -156,26 +157,47 @@ def ragged(tile_size: int = 16, **options: Any) -> PackedLayout:
 def cases(draw: st.DrawFn) -> Case:
     # Of 16 bits only larger cases: over a handful of numbers the largest error of either side is chance.
     mask = draw(MASKS)
-    return Case(
-        draw(packs(mask=mask, max_grids=3)).layout,
-        mask,
-        heads=draw(st.integers(1, 2)),
-        group=draw(st.sampled_from([1, 1, 2, 3])),
-        head_dim=draw(st.sampled_from([8, 20, 24, 40])),
-        strides=draw(st.sampled_from(["fused", "heads", "channels", "tokens"])),
-        with_lse=draw(st.booleans()),
-        one_pass=draw(st.booleans()),
-    )
+    return Case(draw(packs(mask=mask, max_grids=3)).layout, mask, **draw(FORMS))
+
+
+FORMS = st.fixed_dictionaries(
+    {
+        "heads": st.integers(1, 2),
+        "group": st.sampled_from([1, 1, 2, 3]),
+        "head_dim": st.sampled_from([8, 20, 24, 40]),
+        "strides": st.sampled_from(["fused", "heads", "channels", "tokens"]),
+        "with_lse": st.booleans(),
+        "one_pass": st.booleans(),
+    }
+)
+
+
+@st.composite
+def cross_cases(draw: st.DrawFn) -> Case:
+    """Neighbours of equal lengths most of all, any of which may have nothing on one side or on both."""
+    usual = st.sampled_from([2, 5, 20])
+    lengths = [st.sampled_from([0, size, size, draw(usual)]) for size in (draw(usual), draw(usual))]
+    sides = draw(st.lists(st.tuples(*lengths), max_size=7))
+    layouts = [
+        PackedLayout.from_grids(
+            [(1, 1, length) for length in side],
+            capacity=sum(side) + draw(st.integers(0, 5)),
+            max_segments=max(1, len(sides)),
+            tile_size=16,
+        )
+        for side in zip(*sides, strict=True)
+    ] or [PackedLayout.from_grids([])] * 2
+    return Case(layouts[0], kv_layout=layouts[1], **draw(FORMS))
 
 
 @examples(40)
-@given(case=cases())
+@given(case=cases() | cross_cases())
 def test_random_cases_match_the_oracle_torch(case: Case, device: torch.device) -> None:
     case.check("torch", device)
 
 
 @examples(8)
-@given(case=cases())
+@given(case=cases() | cross_cases())
 def test_random_cases_match_the_oracle_triton(case: Case, device: torch.device) -> None:
     case.check("triton", device)
 
@@ -266,6 +288,15 @@ def test_cross_attention_matches_the_oracle(backend: str, device: torch.device) 
     # Text of another number of tokens, an empty one, one for a video without tokens; tiles of another size.
     text = PackedLayout.from_grids([(n, 1, 1) for n in (3, 0, 5, 37, 1)], capacity=50, max_segments=6, tile_size=32)
     Case(ragged(), kv_layout=text, heads=2, group=2, one_pass=True).check(backend, device)
+
+
+@pytest.mark.parametrize(("backend", "neighbours"), [("torch", 3), ("triton", 2)])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_every_pattern_of_empty_segments(with_lse: bool, backend: str, neighbours: int, device: torch.device) -> None:
+    """Neighbours of equal lengths, of which any may lack its queries, its keys or both, in one pack."""
+    segments = [side for pattern in product(product((0, 2), (0, 3)), repeat=neighbours) for side in pattern]
+    queries, keys = (PackedLayout.from_grids([(1, 1, n) for n in side]) for side in zip(*segments, strict=True))
+    Case(queries, kv_layout=keys, with_lse=with_lse).check(backend, device)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

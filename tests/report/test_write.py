@@ -1,5 +1,6 @@
 """The page, the Markdown and the pictures: complete, self-contained, and with no figure of their own."""
 
+import os
 import re
 from pathlib import Path
 
@@ -102,6 +103,25 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(file), "--out", str(out)]) == 0
     assert capsys.readouterr().out.splitlines()[0] == str(out)
     assert out.exists()
+
+
+@pytest.mark.parametrize("out", ["a/folder.html", "file/new.html", "/proc/new.html"])
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    (tmp_path / "a" / "folder.html").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    assert main(["report", str(tmp_path / "absent.json"), "--out", str(tmp_path / out)]) == 2
+    assert re.search("it is a folder|nothing can be written to", capsys.readouterr().err)
+
+
+def test_names_of_any_bytes_and_capitals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file's name stands in the report, and in what is printed."""
+    file = save(suite(), tmp_path / os.fsdecode(b"caf\xe9.json"))
+    other = save(suite(commit="b" * 40), tmp_path / "b.json")
+    assert main(["report", str(file), str(other), "--out", str(tmp_path / os.fsdecode(b"\xe9.HTML"))]) == 0
+    assert r"\udce9.HTML" in capsys.readouterr().out
+    assert r"caf\udce9.json" in (tmp_path / os.fsdecode(b"\xe9.HTML")).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("case", ["absent", "not JSON", "no page"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sora_fast import media
 from sora_fast.media import write_media
 from sora_fast.training.data import DataConfig, FolderSource
 from tests.media.test_read import absurd_png
@@ -106,6 +107,90 @@ def test_bad_files_are_named_and_skipped(tmp_path: Path, caplog: pytest.LogCaptu
     assert "3" in skipped["number.png"]
     for name, reason in skipped.items():
         assert f"{name}: {reason}" in caplog.text
+
+
+def test_captions_are_found_counted_and_what_is_not_used_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b", "c", "d", "e"):
+        write_media(tmp_path / f"{name}.png", _video(frames=1))
+    (tmp_path / "a.TXT").write_bytes("\ufeffone".encode())
+    (tmp_path / "b.png.txt").write_bytes("\ufefftwo".encode("utf-16-le"))
+    (tmp_path / "c.JSON").write_bytes(b'\xef\xbb\xbf{"caption": "three"}')
+    (tmp_path / "d.txt").write_text("four")
+    (tmp_path / "d.json").write_text('{"caption": "other"}')
+    for number in range(7):
+        (tmp_path / f"stray{number}.txt").write_text("whose?")
+    with caplog.at_level(logging.WARNING):
+        source = _source(tmp_path)
+    assert source.captions == ["one", "two", "three", "four", ""]
+    assert source.summary == "5 files to train on, 4 with a caption and 1 without; 0 skipped"
+    strays = ", ".join(f"{tmp_path}/stray{number}.txt" for number in range(5))
+    assert f"belong to no video or image: {strays} and 2 more" in caplog.text
+    assert f"not used, since another one goes first: {tmp_path}/d.json (d.txt is read)" in caplog.text
+
+
+def test_links_are_followed_and_each_file_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clips, far = tmp_path / "clips", tmp_path / "far"
+    write_media(clips / "a.png", _video(frames=1))
+    write_media(far / "b.png", _video(frames=2)[:, 1:])
+    (far / "b.txt").write_text("from afar")
+    (clips / "again.png").symlink_to(clips / "a.png")
+    (clips / "shared.txt").write_text("a ramp")
+    (clips / "a.txt").symlink_to(clips / "shared.txt")
+    (clips / "link").symlink_to(far)
+    (clips / "loop").symlink_to(clips)
+    (clips / "lost.mp4").symlink_to(tmp_path / "gone.mp4")
+    with caplog.at_level(logging.WARNING):
+        source = _source(clips)
+    assert [path.relative_to(clips).as_posix() for path in source.files] == ["a.png", "link/b.png"]
+    assert source.captions == ["a ramp", "from afar"]
+    assert {path.name for path in source.skipped} == {"again.png", "loop", "lost.mp4"}
+    for path, reason in source.skipped.items():
+        assert f"{path}: {reason}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("files", "fps", "rates", "rate", "said"),
+    [
+        ({"a.png": 1}, None, [None], None, ""),
+        ({"a.mp4": 30, "b.png": 1}, None, [30.0, None], 30.0, "the videos run at 30 frames per second"),
+        (
+            {"a.mp4": 60, "b.mp4": 24, "c.mp4": 24, "d.gif": 10},
+            None,
+            [60.0, 24.0, 24.0, 10.0],
+            24.0,
+            "the videos run at different rates, 2 at 24, 1 at 60, 1 at 10 frames per second",
+        ),
+        ({"a.mp4": 60, "b.mp4": 24}, 12, [12.0, 12.0], 12.0, "the videos run at 12 frames per second"),
+    ],
+)
+def test_the_rate_of_the_videos(
+    files: dict[str, int], fps: float | None, rates: list[float | None], rate: float | None, said: str, tmp_path: Path
+) -> None:
+    for name, of_file in files.items():
+        write_media(tmp_path / name, _video(frames=1 if name.endswith("png") else 6), fps=of_file)
+    source = _source(tmp_path, fps=fps)
+    assert source.rates == pytest.approx(rates)
+    assert source.rate == pytest.approx(rate)
+    assert source.rate_summary == said
+
+
+def test_every_file_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.mp4", "b.png"):
+        write_media(tmp_path / name, _video(frames=1))
+    read: list[str] = []
+
+    def counted(path: Path, **options: object) -> media.Clip:
+        read.append(path.name)
+        return read_clip(path, **options)  # type: ignore[arg-type]
+
+    read_clip = media.read_clip
+    monkeypatch.setattr(media, "read_clip", counted)
+    source = _source(tmp_path)
+    assert source.rate
+    assert len([source[index] for index in (0, 1, 0)]) == 3
+    assert read == ["a.mp4", "b.png"]
 
 
 def test_nothing_usable(tmp_path: Path) -> None:

@@ -1,171 +1,181 @@
-"""Two workers in processes of their own, a few small steps each."""
+"""Several workers in processes of their own, a few small steps each."""
 
+import os
+import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from sora_fast.training.distributed import World, workers
-from sora_fast.training.muon import _shared, orthogonal
-from sora_fast.training.run import LOG, RunConfig
+from sora_fast.diffusion.join import join_latents, join_layouts, join_texts, join_tokens
+from sora_fast.diffusion.losses import counted_loss
+from sora_fast.diffusion.paths import RectifiedFlow
+from sora_fast.media import write_media
+from sora_fast.training.distributed import World, joined, launch
+from sora_fast.training.run import CHECKPOINTS, LOG
 from sora_fast.training.trainer import Trainer, read_log
-from tests.training.test_trainer import Gradients, _assert_same_run, tiny
+from tests.training.test_trainer import _assert_same_run
+from tests.training.together import Measured, config
+
+SCRIPT = str(Path(__file__).with_name("together.py"))
+ROOT = str(Path(__file__).parents[2])
 
 
-def _exchange(folder: Path) -> None:
-    world = World.current()
-    tensors = [torch.full((2, 3), float(world.rank)), torch.tensor(10.0 * world.rank)]
-    world.average(tensors)
-    totals = world.total(world.rank, 1.5)
-    gathered = world.gather(torch.full((2, 1), world.rank))
-    torch.save((tensors, totals, gathered, torch.get_num_threads()), folder / f"{world.rank}.pt")
-
-
-def _fail() -> None:
-    raise ArithmeticError("a worker's own")
-
-
-def _config(steps: int) -> RunConfig:
-    # A rate that does not depend on where the run ends: it ends twice. Two blocks: equal matrices to share out.
-    config = tiny(steps=steps, decay="constant", optimizer="muon")
-    return replace(config, model=replace(config.model, depth=2))
-
-
-def _train(folder: Path, steps: int, resume: bool = False) -> bool:
-    trainer = Trainer(_config(steps), Gradients(), folder / "run", resume=resume)
-    finished = trainer.fit(progress=False)
-    weights = torch.cat([p.detach().flatten() for p in trainer.parameters.values()])
-    torch.save((trainer.step, weights), folder / f"weights{trainer.world.rank}.pt")
-    return finished
-
-
-def _train_on_two(folder: Path, steps: int, resume: bool = False) -> None:
-    folder.mkdir(exist_ok=True)
-    with workers(2, _train, folder, steps, resume):
-        assert _train(folder, steps, resume)
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", ROOT)
 
 
 def test_a_single_worker_exchanges_nothing() -> None:
-    with workers(1, _fail) as world:
-        assert world == World(0, 1) == World.current()
+    with joined() as world:
+        assert world == World(0, 1) == World.current() == world.apart()
         tensor = torch.ones(3)
-        world.average([tensor])
+        world.mean([tensor], torch.tensor(7))
         assert world.total(2, 3) == [2, 3]
         assert world.gather(tensor).tolist() == tensor.tolist() == [1, 1, 1]
+        assert world.joint(world.shared_out(range(3))) == [0, 1, 2]
 
 
 def test_two_workers_exchange(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    with workers(2, _exchange, tmp_path) as world:
-        assert world == World(0, 2)
-        _exchange(tmp_path)
-    assert torch.get_num_threads() == threads
+    before = dict(os.environ)
+    assert launch(2, [SCRIPT, "exchange", str(tmp_path)]) == 0
     for rank in range(2):
-        (matrix, scalar), totals, gathered, share = torch.load(tmp_path / f"{rank}.pt")
-        assert matrix.tolist() == [[0.5] * 3] * 2
-        assert scalar.item() == 5
-        assert totals == [1, 3]
-        assert gathered.tolist() == [[0], [0], [1], [1]]
-        assert share == max(1, threads // 2)
+        results = torch.load(tmp_path / f"{rank}.pt")
+        assert max(results.pop("muon")) < 1e-6
+        assert results == {
+            "mean": [[[0.75] * 3] * 2, 7.5],
+            "nothing": [0, 0],
+            "total": [1, 3],
+            "gather": [[0], [0], [1], [1]],
+            "joint": [0, 1, 4, 9, 16],
+            "apart": [3],
+            "threads": max(1, torch.get_num_threads() // 2),
+        }
     assert World.current() == World()
+    assert dict(os.environ) == before
 
 
-def test_a_failing_worker_takes_the_others_along() -> None:
+def test_a_failing_worker_takes_the_others_along(tmp_path: Path) -> None:
     began = time.monotonic()
-    with pytest.raises(RuntimeError), workers(2, _fail) as world:
-        world.total(1)
+    # Its own code, or that of the other, whose exchange fails.
+    assert launch(2, [SCRIPT, "fail", str(tmp_path)]) in (3, 1)
     assert time.monotonic() - began < 600, "they did not wait out the half hour that gloo would"
-    assert World.current() == World()
 
 
-def _orthogonal(folder: Path) -> None:
-    world, differences = World.current(), []
-    for shape in ((4, 8, 20), (4, 20, 8), (3, 8, 20)):
-        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        differences.append(_shared(world, matrices) - orthogonal(matrices))
-    torch.save(differences, folder / f"{world.rank}.pt")
+def test_launching_nobody_is_an_error() -> None:
+    with pytest.raises(ValueError, match="size: 0"):
+        launch(0, [SCRIPT])
 
 
-def test_workers_share_the_work_of_muon(tmp_path: Path) -> None:
-    with workers(2, _orthogonal, tmp_path):
-        _orthogonal(tmp_path)
-    for rank in range(2):
-        for difference in torch.load(tmp_path / f"{rank}.pt"):
-            torch.testing.assert_close(difference, torch.zeros_like(difference), rtol=0, atol=1e-6)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PYTHONPATH", ROOT)
+        assert launch(2, [SCRIPT, "runs", str(folder)]) == 0
+    return folder
 
 
-def test_without_workers_is_an_error() -> None:
-    with pytest.raises(ValueError, match="size: 0"), workers(0, _fail):
-        pass
-
-
-def test_two_workers_train_one_model(tmp_path: Path) -> None:
-    whole, parts, alone = tmp_path / "whole", tmp_path / "parts", tmp_path / "alone"
-    _train_on_two(whole, steps=4)
-    (steps, one), (_, other) = (torch.load(whole / f"weights{rank}.pt") for rank in range(2))
+def test_workers_agree_and_a_run_in_parts_is_the_same(runs: Path) -> None:
+    (steps, one), (_, other) = (torch.load(runs / "whole" / f"weights{rank}.pt") for rank in range(2))
     assert steps == 4
     assert torch.equal(one, other)
-
-    _train_on_two(parts, steps=2)
-    _train_on_two(parts, steps=4, resume=True)
-    _assert_same_run(whole / "run", parts / "run")
-
-    # Every step goes through twice the packs: those of steps 1 and 2 of a single worker, then 3 and 4.
-    alone.mkdir()
-    _train(alone, steps=8)
-    useful = [row["useful"] for row in read_log(alone / "run" / LOG)]
-    assert [row["useful"] for row in read_log(whole / "run" / LOG)] == torch.tensor(useful).view(4, 2).sum(1).tolist()
+    _assert_same_run(runs / "whole" / "run", runs / "parts" / "run")
 
 
-def test_the_step_is_along_the_mean_of_the_gradients(tmp_path: Path) -> None:
-    losses, gradients = [], []
+@pytest.fixture
+def trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
+    """The two workers before their first step, in one process."""
+    made = []
     for rank in range(2):
-        trainer = Trainer(_config(1), Gradients(), tmp_path / f"alone{rank}")
-        trainer.world = trainer.batches.world = World(rank, 2)
-        batch = next(iter(trainer.batches))
-        loss = trainer._loss(batch.latents, batch.layout, batch.prompts, *trainer._draw(batch))
-        loss.backward()
-        losses.append(loss.detach())
-        gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters.values()]))
-    assert losses[0] != losses[1]
-    _train_on_two(tmp_path, steps=1)
-    (row,) = read_log(tmp_path / "run" / LOG)
-    assert row["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
-    assert row["norm"] == pytest.approx(torch.stack(gradients).mean(0).norm().item(), rel=1e-5)
+        monkeypatch.setattr(World, "current", staticmethod(lambda rank=rank: World(rank, 2)))
+        monkeypatch.setattr(World, "total", lambda self, *numbers: list(numbers))
+        made.append(Trainer(config(1), Measured(), tmp_path / str(rank)))
+    monkeypatch.undo()
+    return made
 
 
-def test_a_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "a b é"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    with workers(2, _exchange, tmp_path):
-        _exchange(tmp_path)
-
-
-def test_a_worker_that_cannot_start_is_an_error(tmp_path: Path) -> None:
-    """In a script without the usual guard the workers run the script again, and fail."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from sora_fast.training.distributed import workers\nwith workers(2, print):\n    print('never here')\n"
+def test_the_step_is_that_of_one_mean_over_all_pixels(runs: Path, trainers: list[Trainer]) -> None:
+    """One process that has both packs in one sequence: its loss and the norm of its gradient are those in the log."""
+    batches = [next(iter(trainer.batches)) for trainer in trainers]
+    sigmas, noises, cleans = zip(
+        *(trainer._draw(batch) for trainer, batch in zip(trainers, batches, strict=True)), strict=True
     )
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1
-    assert "never here" not in result.stdout
-    assert "RuntimeError: workers: 1 of 1 did not start; exit codes [1]" in result.stderr
+    latents = join_latents(*(replace(batch.latents, flat=noise) for batch, noise in zip(batches, noises, strict=True)))
+    layouts = tuple(batch.layout for batch in batches)
+    networks = trainers[0].networks
+    loss, pixels = counted_loss(
+        networks.model,
+        join_latents(*(batch.latents for batch in batches)),
+        join_layouts(*layouts),
+        RectifiedFlow(),
+        torch.cat(sigmas),
+        noise=latents.flat,
+        clean=join_tokens(*cleans, layouts),
+        patch_size=networks.patch_size,
+        text=join_texts(*(networks.text(batch.prompts.ids, batch.prompts.layout) for batch in batches)),
+    )
+    loss.backward()
+    counts = [
+        (trainer._loss(batch.latents, batch.layout, batch.prompts, sigma, noise, clean))[1].item()
+        for trainer, batch, sigma, noise, clean in zip(trainers, batches, sigmas, noises, cleans, strict=True)
+    ]
+    assert pixels == sum(counts) and counts[0] != counts[1]
+    norm = torch.stack([p.grad.norm() for p in trainers[0].parameters.values() if p.grad is not None]).norm()
+    row = read_log(runs / "whole" / "run" / LOG)[0]
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert row["norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
-def test_not_within_another_group(tmp_path: Path) -> None:
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        with pytest.raises(RuntimeError, match="already"), workers(2, _fail):
-            pass
-        assert dist.is_initialized()
-    finally:
-        dist.destroy_process_group()
+def test_samples_are_measured_by_one_worker_each(runs: Path) -> None:
+    made = [Counter(map(int, (runs / "decoded" / f"made{rank}.txt").read_text().split())) for rank in range(2)]
+    total = made[0] + made[1]
+    measured = range(max(total) + 1)
+    assert set(total) == set(measured)
+    # Once to be measured; once more by the worker that trains on it.
+    assert max(total.values()) == 2 and max(max(counter.values()) for counter in made) <= 2
+    trained = sum(total.values()) - len(measured)
+    assert 0 < trained < len(measured)
+    assert abs(sum(made[0].values()) - sum(made[1].values())) < len(measured) / 2
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    ramp = torch.linspace(-1, 1, 24)
+    for index in range(6):
+        write_media(tmp_path / "clips" / f"{index}.gif", ramp.roll(index).expand(1, 1 + index % 3, 16, 24))
+    return tmp_path / "clips"
+
+
+CLI = ["-m", "sora_fast.cli", "train"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *CLI]
+SMALL = "--dim 32 --depth 1 --heads 2 --capacity 128 --grey --no-compile --device cpu"
+
+
+def test_torchrun_trains_one_run(clips: Path, tmp_path: Path) -> None:
+    """Begun by two workers, interrupted, and gone on with by one."""
+    run = tmp_path / "run"
+    arguments = ["--data", str(clips), "--out", str(run), "--steps", "100000", *SMALL.split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*TORCHRUN, *arguments], **pipes) as process:
+        deadline = time.monotonic() + 300
+        while len(read_log(run / LOG)) < 20 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        said, complained = process.communicate(timeout=120)
+    assert "sora-fast: error" not in complained, complained  # torchrun itself says that it was interrupted
+    assert said.count("6 files to train on") == 1
+    assert said.count("Saved at step") == 1
+    steps = [row["step"] for row in read_log(run / LOG)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 20
+    assert max(int(path.name.removeprefix("step-")) for path in (run / CHECKPOINTS).iterdir()) == steps[-1]
+
+    again = [sys.executable, *CLI, "--resume", "--out", str(run), "--steps", str(steps[-1] + 3), "--device", "cpu"]
+    result = subprocess.run(again, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"Done: {steps[-1] + 3} steps" in result.stdout

@@ -1,4 +1,7 @@
-from dataclasses import replace
+import json
+import os
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,9 @@ from sora_fast.training.run import (
     TrainConfig,
     check_resumable,
     create_run,
+    moved,
     read_run,
+    update_run,
 )
 
 MODEL = SoraDiTConfig(dim=32, depth=1, heads=2, in_channels=1, patch_size=(2, 4, 4), text_dim=16, pooled_dim=16)
@@ -50,6 +55,92 @@ def test_how_a_run_is_trained_may_change_and_what_it_is_may_not(tmp_path: Path) 
             check_resumable(tmp_path, replace(SIMPLE, **{name: value}))
     with pytest.raises(ValueError, match=r"^optimizer, seed: changed since"):
         check_resumable(tmp_path, replace(SIMPLE, train=TrainConfig(steps=3, optimizer="muon", seed=4)))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is looked at of a text encoder's folder until it is loaded."""
+    folder = tmp_path_factory.mktemp("text") / "encoder"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "clip_text_model"}')
+    (folder / "model.safetensors").write_bytes(bytes(range(256)))
+    return folder
+
+
+def _with_folders(data: Path | str, text: Path | str) -> RunConfig:
+    return replace(SIMPLE, data=DataConfig(str(data)), text=TextConfig(folder=str(text)))
+
+
+def test_a_run_finds_its_folders_from_anywhere(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(encoder.parent)
+    create_run(tmp_path / "run", _with_folders("clips", encoder.name))
+    monkeypatch.chdir(tmp_path)
+    config = read_run(tmp_path / "run")
+    assert (config.data.folder, config.text.folder) == (str(encoder.parent / "clips"), str(encoder))
+    assert config.text.located() == config.text
+    check_resumable(tmp_path / "run", config)
+    # As a program of one's own would say it again.
+    monkeypatch.chdir(encoder.parent)
+    again = _with_folders("clips", encoder.name)
+    check_resumable(tmp_path / "run", again)
+    update_run(tmp_path / "run", again)
+    assert read_run(tmp_path / "run") == config
+
+
+def test_folders_may_move_if_they_hold_the_same(encoder: Path, tmp_path: Path) -> None:
+    run, here = tmp_path / "run", tmp_path / "here"
+    shutil.copytree(encoder, here)
+    create_run(run, _with_folders(tmp_path / "clips", here))
+    here.rename(tmp_path / "there")
+    config = read_run(run)
+    with pytest.raises(ValueError, match=r"here is not there; .* say where \(--text-encoder FOLDER\)"):
+        check_resumable(run, config)
+    config = moved(config, data=tmp_path / "elsewhere", text_encoder=tmp_path / "there")
+    check_resumable(run, config)
+    update_run(run, config)
+    assert read_run(run).data.folder == str(tmp_path / "elsewhere")
+    assert read_run(run).text.folder == str(tmp_path / "there")
+
+    (tmp_path / "there" / "model.safetensors").write_bytes(bytes(256))
+    for same in (config, replace(config, text=replace(config.text, fingerprint=None))):
+        with pytest.raises(ValueError, match="there holds another text encoder"):
+            check_resumable(run, same)
+    with pytest.raises(ValueError, match="there holds another text encoder"):
+        config.text.build()
+    with pytest.raises(ValueError, match=r"^text: changed since"):
+        check_resumable(run, replace(config, text=TextConfig()))
+
+
+def test_old_runs_get_a_fingerprint_when_they_go_on(
+    encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    create_run(tmp_path, _with_folders(tmp_path, encoder))
+    values = asdict(read_run(tmp_path))
+    assert values["text"].pop("fingerprint")
+    values["text"]["folder"] = os.path.relpath(encoder)
+    (tmp_path / CONFIG).write_text(json.dumps(values))
+    config = read_run(tmp_path)
+    assert config.text.fingerprint is None
+    moved(config, text_encoder="there")
+    assert caplog.messages == ["whether there is the text encoder that the run was begun with was not recorded"]
+    check_resumable(tmp_path, config)
+    update_run(tmp_path, config)
+    assert read_run(tmp_path).text == TextConfig(folder=str(encoder)).located()
+
+
+def test_paths_need_not_be_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9 \xc3\xa9")
+    create_run(folder, replace(SIMPLE, data=DataConfig(str(folder))))
+    assert os.fsencode(read_run(folder).data.folder) == os.fsencode(folder)
+    assert "é" in (folder / CONFIG).read_text()
+
+
+def test_what_a_run_never_had_cannot_move() -> None:
+    with pytest.raises(ValueError, match="data: clips; the run was trained on a source made in Python"):
+        moved(SIMPLE, data="clips")
+    with pytest.raises(ValueError, match="text_encoder: t5; the run has no text encoder from a folder"):
+        moved(SIMPLE, text_encoder="t5")
+    assert moved(SIMPLE) == SIMPLE
 
 
 def test_not_a_run(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ from pathlib import Path
 sys.path[:0] = {path!r}
 import torch
 torch.set_num_threads(1)
-from sora_fast.training import files
+from sora_fast import files
 from tests.training.test_trainer import Gradients, Trainer, tiny
 
 flush, written = files.flush, []
