@@ -90,6 +90,11 @@ def test_png_of_sixteen_bits(tmp_path: Path) -> None:
     assert _levels(tmp_path / "a.png")[0] == pytest.approx(np.rint(SHARES[0] * 255), abs=0.01)
 
 
+def test_a_dark_picture_of_a_known_range_is_dark(tmp_path: Path) -> None:
+    Image.fromarray(np.uint16([[0, 100, 127]])).save(tmp_path / "a.png")
+    assert (read_media(tmp_path / "a.png") == -1).all()
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
