@@ -7,6 +7,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError, features
 
 from sora_fast.media.frames import Frame, UnreadableMedia
 from sora_fast.media.pixels import Unshowable, to_rgb
+from sora_fast.media.whole import check_boxes
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 ANIMATED_FORMATS = ("PNG", "GIF", "WEBP", "AVIF")  # in others a second picture is a thumbnail or the other eye
@@ -66,6 +67,7 @@ def _open_heif(path: Path) -> Image.Image:
         from pillow_heif import HeifImageFile
     except ImportError:
         raise UnreadableMedia(path, "an HEIF image; `pip install pillow-heif` to read it") from None
+    check_boxes(path)
     image = HeifImageFile(path)  # opened without registering a plug-in in Pillow, which is the application's business
     if image.width * image.height > 2 * Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(f"{image.width * image.height} pixels")

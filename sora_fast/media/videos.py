@@ -28,7 +28,8 @@ def video_frames(path: Path) -> Iterator[Frame]:
     """The pictures of the file's first video."""
     try:
         # "file:" keeps a colon in a name from being read as a protocol; the whitelist keeps playlists off the network.
-        options = {"protocol_whitelist": "file"}
+        # A "%d" in a name is a pattern to FFmpeg's reader of images.
+        options = {"protocol_whitelist": "file"} | ({"pattern_type": "none"} if "%" in path.name else {})
         with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
             stream = _picture_stream(path, container)
             frames = _decode(path, container, stream)

@@ -1,4 +1,4 @@
-"""Whether a video is all there: what came, against what its container promises."""
+"""Whether a file is all there: what came, against what its container promises."""
 
 import struct
 from pathlib import Path
@@ -20,6 +20,21 @@ def check_bytes(path: Path, container: InputContainer, stream: av.VideoStream) -
     needed = _stated_bytes(path, container) or indexed
     if needed > path.stat().st_size:
         raise UnreadableMedia(path, f"truncated: {path.stat().st_size} bytes of at least {needed}")
+
+
+def check_boxes(path: Path) -> None:
+    """Compares the size of an HEIF image with that of its outermost boxes: its decoder makes up what is missing."""
+    size, end = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while end + 16 <= size:
+            file.seek(end)
+            length, _, extended = struct.unpack(">I4sQ", file.read(16))
+            length = extended if length == 1 else length
+            if length < 8:  # 0: up to the end of the file, whatever it is
+                return
+            end += length
+    if end > size:
+        raise UnreadableMedia(path, f"truncated: {size} bytes of at least {end}")
 
 
 def check_seconds(path: Path, container: InputContainer, start: float, end: float) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
 
 CORNERS = (
     (200, 40, 40),
@@ -14,7 +13,7 @@ CORNERS = (
     (40, 40, 200),
     (200, 200, 40),
 )  # top left, top right, bottom left, bottom right
-EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+EXACT = 0x2 | 0x40000 | 0x2000  # of swscale: bilinear, accurate rounding, full chroma
 CODEC_OPTIONS = {
     "h264": {"crf": "1"},
     "libx265": {"x265-params": "lossless=1:log-level=none"},

@@ -171,3 +171,11 @@ def test_still_images_have_no_rate(tmp_path: Path, suffix: str, codec: str, form
     for fps in (None, 1000):
         clip = read_clip(path, fps=fps)
         assert clip.fps is None and clip.video.shape == (3, 1, 32, 48)
+
+
+def test_a_name_that_looks_like_a_pattern_stands_for_itself(tmp_path: Path) -> None:
+    for name in ("a001.tga", "a002.tga", "a%03d.tga"):
+        pictures = greys(2)[1:] if "%" in name else greys(1)
+        write_video(tmp_path / "b.tga", pictures, codec="targa", format="bgr24").rename(tmp_path / name)
+    assert _shown(tmp_path / "a%03d.tga") == [2]
+    assert _shown(write_video(tmp_path / "b.mp4", greys(2)).rename(tmp_path / "b%d.mp4")) == [1, 2]
