@@ -53,6 +53,8 @@ def _picture_stream(path: Path, container: InputContainer) -> av.VideoStream:
         raise UnreadableMedia(path, "a text file, not a video or image")
     if not streams:
         raise UnreadableMedia(path, "no video in it (audio only)" if container.streams.audio else "no video in it")
+    if streams[0].codec_context is None:
+        raise UnreadableMedia(path, "FFmpeg has no decoder for it here")
     check_bytes(path, container, streams[0])
     return streams[0]
 

@@ -163,8 +163,11 @@ class _Mp4:
         return float(self.rate)
 
     def write(self, path: Path, frames: Iterable[np.ndarray]) -> None:
+        # What is shown of the stream is counted so many times a second, 1,000 by default: at thousands of frames in one
+        # that cut some off, or all.
+        options = {"movflags": "+faststart", "movie_timescale": str(max(1000, self.rate.numerator))}
         # "file:" keeps a colon in a name from being read as a protocol.
-        with av.open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        with av.open(f"file:{path}", "w", format="mp4", options=options) as container:
             stream = container.add_stream("h264", rate=self.rate, options={"crf": self.QUALITY})
             for index, frame in enumerate(frames):
                 if index == 0:

@@ -96,7 +96,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, schedule: TileSchedule, *, scale: floa
     options = {"block_mask": schedule.to_block_mask(), "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     # A graph that is being compiled takes it as it is, and "meta" only asks for shapes.
     plain = torch.compiler.is_compiling() or q.is_meta
-    attend = flex_attention if plain else _compiled_flex()
+    kind = (q.device, q.dtype, q.shape, k.shape, schedule.mask.causal_tokens, torch.is_grad_enabled())
+    attend = flex_attention if plain else _compiled_flex(*kind)
     out, aux = attend(*batch, **options, return_aux=AuxRequest(lse=True))
     out = without_padding(out[0].transpose(0, 1)[:, :, : v.shape[2]], layout)
     # −∞ is a constant, whatever comes back for it: NaN where two such results were merged by logaddexp.
@@ -105,6 +106,12 @@ def flex(q: Tensor, k: Tensor, v: Tensor, schedule: TileSchedule, *, scale: floa
 
 
 @cache
-def _compiled_flex() -> Callable[..., tuple[Tensor, object]]:
-    """Uncompiled it would make all scores."""
-    return torch.compile(flex_attention)
+def _compiled_flex(*kind: object) -> Callable[..., tuple[Tensor, object]]:
+    """Uncompiled it would make all scores, and so it would be after eight kinds of calls, without a word: Dynamo counts
+    the graphs of a code object. Each kind has one of its own, and an error if one is not enough."""
+
+    def attend(*args: Tensor, **options: object) -> tuple[Tensor, object]:
+        return flex_attention(*args, **options)
+
+    attend.__code__ = attend.__code__.replace()
+    return torch.compile(attend, fullgraph=True, dynamic=False)

@@ -55,7 +55,7 @@ class DataConfig:
     fps: frames per second at which videos are sampled; None takes every frame.
     channels: 3 for RGB, 1 for grey.
     cache_bytes: decoded frames are kept in memory up to this much (2 GiB: a small data set is then decoded
-        only once, and no ordinary machine runs out of memory).
+        only once, by several workers once by each that needs it, and no ordinary machine runs out of memory).
     """
 
     folder: str
@@ -73,7 +73,7 @@ class FolderSource:
     Every file is decoded once at the start. What cannot be used is named in the log, and kept in `skipped` with the
     reason; caption files that belong to nothing are named too. Raises ValueError if the folder is missing or nothing
     in it is usable.
-    rates: frames per second of each file; None for a still.
+    rates: frames per second of each file; None for a still, and for a file that does not say.
     world: the workers that share out the decoding; each keeps the frames that it decoded in its own memory.
     """
 
@@ -111,8 +111,12 @@ class FolderSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        pixels = self._cache.get(self.files[index])
-        video = self._read(self.files[index]).video if pixels is None else pixels.float().div(127.5).sub(1)
+        path = self.files[index]
+        if path in self._cache:
+            video = self._cache[path].float().div(127.5).sub(1)
+        else:
+            video = self._read(path).video
+            self._keep(path, video)
         return Sample(video, self.captions[index])
 
     @property
@@ -169,11 +173,13 @@ class FolderSource:
             return error.reason
         except (OSError, CaptionError) as error:
             return str(error)
-        video = clip.video
+        self._keep(path, clip.video)
+        return _Entry(caption, tuple(clip.video.shape), clip.fps)
+
+    def _keep(self, path: Path, video: Tensor) -> None:
         if self._cached_bytes + video.numel() <= self.config.cache_bytes:
             self._cached_bytes += video.numel()
             self._cache[path] = video.add(1).mul(127.5).round().to(torch.uint8)
-        return _Entry(caption, tuple(video.shape), clip.fps)
 
     def _note(self, path: Path, entry: "_Entry | str") -> None:
         if isinstance(entry, str):

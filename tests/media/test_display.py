@@ -274,3 +274,14 @@ def test_colours_that_swscale_does_not_know_are_refused(tmp_path: Path) -> None:
     path = _plain(tmp_path / "a.mkv", (100, 90, 180), (64, 48), colorspace=8)  # YCgCo
     with pytest.raises(UnreadableMedia, match="colours of a kind that FFmpeg does not convert"):
         read_media(path)
+
+
+def test_the_transfer_that_every_dpx_claims_is_not_believed(tmp_path: Path) -> None:
+    """FFmpeg's encoder writes "linear" whatever is in it; taken for that, it was brighter by 30 levels."""
+    picture = four_corners()
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+    encoder = av.CodecContext.create("dpx", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, "rgb24"
+    encoder.time_base = Fraction(1, 8)
+    (tmp_path / "a.dpx").write_bytes(b"".join(bytes(packet) for packet in (*encoder.encode(frame), *encoder.encode())))
+    assert torch.equal(read_media(tmp_path / "a.dpx"), _as_video([picture]).float())

@@ -31,7 +31,7 @@ def use_flex(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.nn.attention.flex_attention as module
 
     monkeypatch.setattr(on_device, "fits", lambda q, k: q.shape[0] > 0 and k.shape[0] > 0)
-    monkeypatch.setattr(on_device, "_compiled_flex", lambda: module.flex_attention)
+    monkeypatch.setattr(on_device, "_compiled_flex", lambda *kind: module.flex_attention)
     monkeypatch.setattr(module, "_validate_device", lambda *_: None)
     torch._dynamo.reset()  # it traces itself for every shape, and gives up after some
 
@@ -88,6 +88,28 @@ def test_it_compiles_once_for_ragged_batches(on_cpu: None) -> None:
             x = torch.randn(50, 3, 2, 16, requires_grad=True)
             results = [torch.autograd.grad(run(x, layout), x) for run in (compiled, call)]
             torch.testing.assert_close(*results)
+
+
+def test_no_number_of_kinds_is_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo gives up after eight graphs of a code object, and FlexAttention then makes all scores, without a word."""
+    compiled = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(on_device, "fits", lambda q, k: True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    on_device._compiled_flex.cache_clear()
+    with torch.no_grad():
+        for _ in range(2):
+            for heads in range(1, 13):
+                layout = PackedLayout.from_grids([(2, 3, 5)], capacity=40)
+                qkv = [torch.randn(40, heads, 16) for _ in range(3)]
+                packed_attention(*qkv, layout, WINDOW, backend="torch")
+    assert len(compiled) == 12
+    on_device._compiled_flex.cache_clear()
 
 
 @pytest.mark.parametrize("mask", [SpacetimeMask.full(), SpacetimeMask.token_causal()])
