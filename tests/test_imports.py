@@ -16,6 +16,7 @@ PARTS = (
     "schedule",
     "kernels",
     "ops",
+    "proof",
     "nn",
     "models",
     "diffusion",

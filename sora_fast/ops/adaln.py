@@ -47,7 +47,7 @@ def adaln(
     """
     check_modulated({"x": x}, {"shift": shift, "scale": scale}, index)
     check_norm("x", x, norm, weight, bias, eps)
-    if choose("adaln", backend, x.device, offered_rows(x)) == "torch":
+    if choose("adaln", backend, x.device, offered_rows(x), x.dtype) == "torch":
         return plain_adaln(x, shift, scale, index, norm, weight, bias, eps)
     return _adaln(x, shift, scale, contiguous(weight), contiguous(bias), *parts(index), norm, eps)[0]
 

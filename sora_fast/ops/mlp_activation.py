@@ -37,7 +37,7 @@ def mlp_activation(
 
 def adds_bias(x: Tensor, backend: str | None = None) -> bool:
     """True if a kernel runs here: the bias then costs nothing in it, and its gradient no pass of its own."""
-    return choose("mlp_activation", backend, x.device, offered(x)) != "torch"
+    return choose("mlp_activation", backend, x.device, offered(x), x.dtype) != "torch"
 
 
 def _torch(x: Tensor, activation: str) -> Tensor:

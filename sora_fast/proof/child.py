@@ -1,0 +1,80 @@
+"""A process that judges the plans of one op, and may be lost in doing so.
+
+    python -m sora_fast.proof.child JSON
+
+JSON: see `Task`. Prints a line of JSON when it is ready, when it begins a plan, and when it knows what became of it.
+"""
+
+import importlib
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from sora_fast.proof.cases import Plan
+from sora_fast.proof.judge import judge
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a child has to do: the plans `names` of `cases.offered(op, device)`, one after the other.
+
+    cases: the module, sora_fast.proof.cases; tests have their own.
+    """
+
+    op: str
+    device: str
+    names: tuple[str, ...]
+    cases: str = "sora_fast.proof.cases"
+
+    def plans(self) -> list[Plan]:
+        offered = {plan.name: plan for plan in importlib.import_module(self.cases).offered(self.op, self.device)}
+        return [offered[name] for name in self.names]
+
+    def written(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def work(task: Task, say: Any) -> None:
+    """Judge all plans of a task; stops after the first that raises on a GPU, whose state nobody knows then."""
+    device = torch.device(task.device)
+    plans = task.plans()
+    torch.zeros(1, device=device)
+    say({"ready": len(plans)})
+    for plan in plans:
+        say({"begins": plan.name})
+        verdict, reason = _verdict(plan, device)
+        say({"ends": plan.name, "verdict": verdict, "reason": reason})
+        if verdict != "passed" and device.type == "cuda":
+            return
+
+
+def _verdict(plan: Plan, device: torch.device) -> tuple[str, str]:
+    try:
+        torch.manual_seed(0)
+        wrong = [str(measured) for measured in judge(plan.build(device)) if not measured.holds]
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return "unjudged", f"out of memory: {_first_line(error)}"
+    except Exception as error:
+        return "failed", f"{type(error).__name__}: {_first_line(error)}"
+    return ("failed", "; ".join(wrong)) if wrong else ("passed", "")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")[:300]
+
+
+def main() -> None:
+    content = json.loads(sys.argv[1])
+    task = Task(**{**content, "names": tuple(content["names"])})
+    # Whatever else prints goes to standard error.
+    lines = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+    work(task, lambda line: print(json.dumps(line), file=lines, flush=True))
+
+
+if __name__ == "__main__":
+    main()
