@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = (
     "arguments",
     "files",
+    "memory",
     "masks",
     "packing",
     "bounds",
@@ -26,6 +27,7 @@ PARTS = (
     "generation",
     "demo",
     "report",
+    "doctor",
     "cli",
 )
 

@@ -15,8 +15,8 @@ from sora_fast.ops import _records
 log = logging.getLogger(__name__)
 
 BACKENDS = ("torch", "triton", "cuda", "flash_attn", "xformers")
-# What makes a backend known to be right here.
-PROVE = "sora-fast doctor --prove"
+# Why a kernel is not chosen that nobody has found wrong either, and what makes it known to be right.
+UNPROVED, PROVE = "no recorded pass", "sora-fast doctor --prove"
 # Tried in this order when nobody asks for a backend.
 _PREFERENCE = ("cuda", "triton", "torch")
 
@@ -69,8 +69,7 @@ def choose(
     Raises ValueError if the backend asked for cannot run here.
     """
     _check_name(backend, "backend")
-    asked = backend or _forced.get() or os.environ.get("SORA_FAST_BACKEND") or None
-    _check_name(asked, "SORA_FAST_BACKEND")
+    asked = backend or asked_for()
     refused: dict[str, str] = {}
     if asked is not None:
         reason = _unavailable(op, asked, device.type, offered)
@@ -79,17 +78,35 @@ def choose(
         if backend is not None:
             raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
         refused[asked] = reason
-    for name in _PREFERENCE:
-        reason = _unavailable(op, name, device.type, offered) or _unproved(op, name, device, dtype)
-        if reason is None:
-            return _record(op, name, refused)
-        refused[name] = reason
-    raise ValueError(f"backend: none of {offered} can run {op} on {device}: {refused}")
+    chosen, reasons = default(op, device, offered, dtype)
+    if reasons.get("triton", "").startswith(UNPROVED):
+        _remind()
+    return _record(op, chosen, refused | reasons)
 
 
 # A graph keeps the choice made while it was traced: Dynamo must neither trace this bookkeeping nor guard on it. This is
 # all that torch.compiler.assume_constant_result does, which would import the whole of Dynamo first: over a second.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def asked_for() -> str | None:
+    """The backend that the user has set for all ops, if one."""
+    asked = _forced.get() or os.environ.get("SORA_FAST_BACKEND") or None
+    _check_name(asked, "SORA_FAST_BACKEND")
+    return asked
+
+
+def default(
+    op: str, device: torch.device, offered: tuple[str, ...], dtype: torch.dtype | None
+) -> tuple[str, dict[str, str]]:
+    """The backend when nobody asks for one, and why not those before it; arguments and errors as in `choose`."""
+    refused: dict[str, str] = {}
+    for name in _PREFERENCE:
+        reason = _unavailable(op, name, device.type, offered) or _unproved(op, name, device, dtype)
+        if reason is None:
+            return name, refused
+        refused[name] = reason
+    raise ValueError(f"backend: none of {offered} can run {op} on {device}: {refused}")
 
 
 def _record(op: str, backend: str, refused: dict[str, str]) -> str:
@@ -129,9 +146,8 @@ def _unproved(op: str, backend: str, device: torch.device, dtype: torch.dtype | 
         return None
     if record is not None:
         return f"wrong on this machine ({record.reason}); `{PROVE}` looks again"
-    _remind()
     where = f"{_records.dtype_name(dtype)} on {_records.device_class(device)}"
-    return f"no recorded pass of {where}: `{PROVE}` proves it here"
+    return f"{UNPROVED} of {where}: `{PROVE}` proves it here"
 
 
 @cache

@@ -181,6 +181,16 @@ def _cached(machine: Machine, key: tuple[str, str, str]) -> Record | None:
     return record if holds else None
 
 
+def in_cache() -> list[Record]:
+    """All records of the user's cache, those of other machines, versions and sources too."""
+    folder = cache_folder()
+    found = []
+    for file in sorted((folder / "proved").glob("*.json")) if folder else ():
+        with suppress(OSError, ValueError):
+            found.append(Record.read(json.loads(file.read_text(encoding="utf-8"))))
+    return [record for record in found if record is not None]
+
+
 def _file(folder: Path, machine: Machine, key: tuple[str, str, str]) -> Path:
     what = json.dumps([asdict(machine), source_hash(key[0])])
     return folder / "proved" / f"{'-'.join(key)}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
@@ -191,6 +201,15 @@ def _shipped() -> dict[tuple[str, str, str, tuple[str, str, str]], Record]:
     """By what makes the machine code: the kind of device, the compiler, the source. Driver, torch and package may be
     others than where the suite ran: they do not change it."""
     return {(r.machine.device_class, r.machine.triton, r.source, r.key): r for r in read_list(VALIDATED) if r.passed}
+
+
+def shipped_for(machine: Machine) -> int:
+    """How many of the shipped records hold on a machine."""
+    keys = _shipped().keys()
+    return sum(
+        (kind, triton) == (machine.device_class, machine.triton) and source == source_hash(key[0])
+        for kind, triton, source, key in keys
+    )
 
 
 def read_list(file: Path) -> list[Record]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sora_fast import use_backend
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import (
     FactorisedPosition,
@@ -29,6 +28,7 @@ from sora_fast.ops import (
     qk_norm_rope,
     unpatchify,
 )
+from sora_fast.ops._dispatch import use_backend
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
 from sora_fast.proof.calls import Call
 from sora_fast.schedule import TileSchedule

@@ -5,40 +5,21 @@
 JSON: see `Task`. Prints a line of JSON when it is ready, when it begins a plan, and when it knows what became of it.
 """
 
-import importlib
+import faulthandler
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
+from sora_fast.memory import is_out_of_memory
 from sora_fast.proof.cases import Plan
 from sora_fast.proof.judge import judge
+from sora_fast.proof.tasks import Task
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a child has to do: the plans `names` of `cases.offered(op, device)`, one after the other.
-
-    cases: the module, sora_fast.proof.cases; tests have their own.
-    """
-
-    op: str
-    device: str
-    names: tuple[str, ...]
-    cases: str = "sora_fast.proof.cases"
-
-    def plans(self) -> list[Plan]:
-        offered = {plan.name: plan for plan in importlib.import_module(self.cases).offered(self.op, self.device)}
-        return [offered[name] for name in self.names]
-
-    def written(self) -> str:
-        return json.dumps(asdict(self))
-
-
-def work(task: Task, say: Any) -> None:
+def work(task: Task, say: Callable[[dict[str, str | int]], object]) -> None:
     """Judge all plans of a task; stops after the first that raises on a GPU, whose state nobody knows then."""
     device = torch.device(task.device)
     plans = task.plans()
@@ -56,9 +37,9 @@ def _verdict(plan: Plan, device: torch.device) -> tuple[str, str]:
     try:
         torch.manual_seed(0)
         wrong = [str(measured) for measured in judge(plan.build(device)) if not measured.holds]
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return "unjudged", f"out of memory: {_first_line(error)}"
     except Exception as error:
+        if is_out_of_memory(error):
+            return "unjudged", f"out of memory: {_first_line(error)}"
         return "failed", f"{type(error).__name__}: {_first_line(error)}"
     return ("failed", "; ".join(wrong)) if wrong else ("passed", "")
 
@@ -68,8 +49,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def main() -> None:
-    content = json.loads(sys.argv[1])
-    task = Task(**{**content, "names": tuple(content["names"])})
+    task = Task.read(sys.argv[1])
+    # Should nobody be there any more to end it. Not a signal, which a process that waits for a GPU would not see.
+    faulthandler.dump_traceback_later(task.seconds, exit=True)
     # Whatever else prints goes to standard error.
     lines = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)

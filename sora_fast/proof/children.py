@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sora_fast.proof.child import Task
+from sora_fast.proof.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Limits:
     """Seconds that a child may take to start, that a plan may take, and that all may; children at once."""
 
     start: float = 120.0
-    plan: float = 40.0
+    plan: float = 60.0
     total: float = 120.0
     workers: int = 1
 

@@ -1,11 +1,9 @@
 """prove: which kernels are right on this machine, found out in processes of their own and recorded."""
 
-import importlib
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 import torch
@@ -13,12 +11,9 @@ import torch
 from sora_fast.ops import _records
 from sora_fast.ops._records import Machine, Record, dtype_name
 from sora_fast.proof.cases import OPS, Plan
-from sora_fast.proof.child import Task
 from sora_fast.proof.children import Limits, Verdict, child_environment, judged
+from sora_fast.proof.tasks import DEFAULT_CASES, Task, offered
 
-log = logging.getLogger(__name__)
-
-CASES = "sora_fast.proof.cases"
 Progress = Callable[[int, int], None]
 
 
@@ -79,6 +74,10 @@ class Report:
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
+    def only_what_matters(self) -> str:
+        """Without what passed."""
+        return str(replace(self, found=self.having("failed") + self.having("unjudged")))
+
     def _lines(self) -> Iterator[str]:
         yield f"{self.device} ({self.machine.device_class}), {self.seconds:.0f} s"
         for found in self.found:
@@ -128,11 +127,11 @@ def run(
     dtypes: Sequence[torch.dtype] | None = None,
     progress: Progress | None = None,
     limits: Limits | None = None,
-    cases: str = CASES,
+    cases: str = DEFAULT_CASES,
 ) -> Report:
     """As `prove`. dtypes: None: all. limits: None: what suits the device. cases: the module that has them."""
     began = time.monotonic()
-    plans = [plan for op in _checked_ops(ops) for plan in importlib.import_module(cases).offered(op, str(device))]
+    plans = [plan for op in _checked_ops(ops) for plan in offered(op, str(device), cases)]
     plans = [plan for plan in plans if dtypes is None or plan.dtype is None or plan.dtype in dtypes]
     machine, name = Machine.of(device), _name(device)
     if _records.package_version("triton") is None:
@@ -145,19 +144,19 @@ def run(
         if progress is not None:
             progress(done, len(plans))
 
-    environment = child_environment(interpreted=device.type != "cuda")
-    tasks = list(_tasks(plans, str(device), cases))
-    for verdict in judged(tasks, limits or _limits(seconds), environment, count):
+    limits = limits or _limits(seconds)
+    tasks = list(_tasks(plans, Task("", str(device), (), limits.total + 60, cases)))
+    for verdict in judged(tasks, limits, child_environment(interpreted=device.type != "cuda"), count):
         verdicts[verdict.plan] = verdict
     found = tuple(_found(plans, verdicts))
     records = [one.record(machine, name) for one in found if one.verdict != "unjudged"]
     return Report(machine, name, found, time.monotonic() - began, _records.keep(records))
 
 
-def _tasks(plans: Sequence[Plan], device: str, cases: str) -> Iterator[Task]:
+def _tasks(plans: Sequence[Plan], like: Task) -> Iterator[Task]:
     """A child an op, and a family of one that takes long."""
     for key in dict.fromkeys((plan.op, plan.family) for plan in plans):
-        yield Task(key[0], device, tuple(plan.name for plan in plans if (plan.op, plan.family) == key), cases)
+        yield replace(like, op=key[0], names=tuple(plan.name for plan in plans if (plan.op, plan.family) == key))
 
 
 def _found(plans: Sequence[Plan], verdicts: dict[str, Verdict]) -> Iterator[Found]:
