@@ -34,9 +34,9 @@ def judge(trial: Trial) -> list[Measured]:
     Raises what the kernels raise, and ValueError if a result has another dtype or shape.
     """
     with poisoned_scratch():
-        ours = _results(trial.call.on("triton"), trial)
+        ours = results(trial.call.on("triton"), trial)
     plain_call = trial.call.to(torch.device("cpu")).on("torch")
-    plain, truth = _results(plain_call, trial), _results(plain_call.exact(), trial)
+    plain, truth = results(plain_call, trial), results(plain_call.exact(), trial)
     measured = []
     for name, results in ours.items():
         try:
@@ -46,7 +46,8 @@ def judge(trial: Trial) -> list[Measured]:
     return measured
 
 
-def _results(call: Call, trial: Trial) -> dict[str, Tensor]:
+def results(call: Call, trial: Trial) -> dict[str, Tensor]:
+    """The outputs and gradients of a trial's call, or of the same one elsewhere, on the CPU by their names."""
     outputs = call.forward()
     gradients: Tensors = ()
     if call.inputs:

@@ -5,7 +5,7 @@ import torch
 
 from sora_fast.ops._dispatch import explain
 from sora_fast.proof.cases import COMPILED, INTERPRETED, OPS, Plan, offered, plans
-from sora_fast.proof.judge import Measured, judge
+from sora_fast.proof.judge import Measured, judge, results
 
 CPU = torch.device("cpu")
 ALL = [plan for op in OPS for dtype in (torch.float32, torch.float16) for plan in plans(op, dtype, INTERPRETED)]
@@ -36,6 +36,17 @@ def test_a_gpu_is_asked_for_every_dtype_and_family() -> None:
         assert len({plan.name for plan in found}) == len(found)
     labels = [plan.label for plan in offered("packed_attention", "cuda:0")]
     assert all(any(label.startswith(f"D{dim},") for label in labels) for dim in COMPILED.head_dims)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_gpus_cases_can_be_made(op: str) -> None:
+    """As large as they are there, in plain PyTorch, which on a GPU is what the kernels are held to."""
+    for plan in plans(op, torch.bfloat16, COMPILED):
+        trial = plan.build(CPU)
+        call = trial.call.on("torch")
+        plain, truth = results(call, trial), results(call.exact(), trial)
+        assert plain.keys() == truth.keys()
+        assert all(x.isfinite().all() for x in truth.values()), plan.name
 
 
 @pytest.mark.parametrize(("error", "holds"), [(0.0, True), (1.0, True), (1.1, False), (float("nan"), False)])
