@@ -38,9 +38,9 @@ def judge(trial: Trial) -> list[Measured]:
     plain_call = trial.call.to(torch.device("cpu")).on("torch")
     plain, truth = results(plain_call, trial), results(plain_call.exact(), trial)
     measured = []
-    for name, results in ours.items():
+    for name, result in ours.items():
         try:
-            measured.append(Measured(name, *error_and_limit(results, plain[name], truth[name], terms=trial.terms)))
+            measured.append(Measured(name, *error_and_limit(result, plain[name], truth[name], terms=trial.terms)))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return measured
