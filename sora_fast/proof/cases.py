@@ -66,7 +66,7 @@ class Plan:
 class Sizes:
     """How large the cases are. tile_size: of the layouts; several tiles a segment, whichever it is.
 
-    head_dims: one of every shape that attention splits a head into; central: those that are tried with every mask.
+    head_dims: one of every shape that attention splits a head into; central: those that are tried with everything.
     widths: one of every number of columns that a thread of the row kernels may hold.
     """
 
@@ -144,7 +144,8 @@ def _modulated(op: Callable[..., Any], tokens: int, tables: int, normed: bool, s
     for width in sizes.widths:
         yield f"C{width}", partial(build, width=width, norm=None, table=None)
         if normed:
-            yield f"C{width},rms,affine,fp32 tables", partial(build, width=width, norm="rms", table=torch.float32)
+            affine = partial(build, width=width, norm="rms", table=torch.float32)
+            yield f"C{width},rms,affine,fp32 tables", affine, "affine"
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,10 @@ def _norm_rope(sizes: Sizes) -> Family:
         return Trial(call, _idle(layout))
 
     for head_dim in sizes.head_dims:
-        for label, rope in (("", Rope3D()), (",half-split", Rope3D(interleaved=False)), (",scaled", scaled)):
-            yield f"D{head_dim}{label}", partial(build, head_dim=head_dim, rope=rope)
+        yield f"D{head_dim}", partial(build, head_dim=head_dim, rope=Rope3D())
+        for label, rope in (("half-split", Rope3D(interleaved=False)), ("scaled", scaled)):
+            if head_dim in sizes.central:
+                yield f"D{head_dim},{label}", partial(build, head_dim=head_dim, rope=rope), label
 
 
 # Causal masks have a way of their own in raster order; a tiled one serves the windows.

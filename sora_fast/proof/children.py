@@ -97,7 +97,8 @@ class _Child:
         received = os.read(self.output.fileno(), 1 << 16)
         *lines, self._buffer = (self._buffer + received).split(b"\n")
         for line in lines:
-            self._hear(json.loads(line))
+            with suppress(ValueError):  # noise
+                self._hear(json.loads(line))
         if not received:
             self.ended = True
             code = self._exit_code()
