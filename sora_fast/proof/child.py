@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 
@@ -24,6 +25,7 @@ def work(task: Task, say: Callable[[dict[str, str | int]], object]) -> None:
     device = torch.device(task.device)
     plans = task.plans()
     torch.zeros(1, device=device)
+    import_module("sora_fast.kernels._launch")  # and Triton: seconds that are no plan's
     say({"ready": len(plans)})
     for plan in plans:
         say({"begins": plan.name})
