@@ -29,12 +29,12 @@ def fold(partials: Tensor, config: FoldConfig = FoldConfig()) -> Tensor:
     width = sums[0].numel()
     grid = (triton.cdiv(width, config.columns), groups)
     meta = {"ROWS": config.rows, "COLUMNS": config.columns, "GROUP": config.group, "num_warps": config.num_warps}
-    launch(_fold, grid, partials, sums, partials.shape[0], width, **meta)
+    launch(fold_kernel, grid, partials, sums, partials.shape[0], width, **meta)
     return sums[0] if groups == 1 else fold(sums, config)
 
 
 @triton.jit
-def _fold(partials, sums, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+def fold_kernel(partials, sums, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     group = tl.program_id(1)
     held = columns < num_columns

@@ -290,12 +290,12 @@ def fold(
     # table with few rows are few, so each must keep many bytes in flight.
     grid = (triton.cdiv(rows, group), triton.cdiv(width, 64), tables)
     meta = {"WIDTH": width, "CHUNK": CHUNK, "ROWS": group, "BLOCK_S": 32, "BLOCK_C": 64, "num_warps": 4}
-    launch(_fold_rows, grid, offsets, sums, table, table.stride(), weight, bias, rows, **meta)
+    launch(fold_rows_kernel, grid, offsets, sums, table, table.stride(), weight, bias, rows, **meta)
     return sums.tables, _fold.fold(sums.terms) if len(sums.terms) else sums.terms[:, 0]
 
 
 @triton.jit
-def _fold_rows(
+def fold_rows_kernel(
     offsets, sums, scale, scale_strides, weight, bias, rows,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip

@@ -45,7 +45,7 @@ def adaln_forward(
     stats = x.new_empty(1 + centred, tokens, dtype=torch.float32)
     block = RowBlock.forward(width)
     launch(
-        _forward,
+        adaln_forward_kernel,
         (triton.cdiv(tokens, block.tokens),),
         *(x, shift, scale, weight, bias, index, y, stats, tokens),
         *(x.stride(), shift.stride(), scale.stride()),
@@ -80,7 +80,7 @@ def adaln_backward(
     asked = Sums.empty(scale, 2, tokens, affine=not (weight is None and bias is None)) if sums else None
     block = RowBlock.backward(width)
     launch(
-        _backward,
+        adaln_backward_kernel,
         (triton.cdiv(tokens, CHUNK),),
         *(dy, x, scale, weight, bias, stats, index, offsets, order, dx, asked, tokens, rows),
         *(dy.stride(), x.stride(), scale.stride()),
@@ -91,7 +91,7 @@ def adaln_backward(
 
 
 @triton.jit
-def _forward(
+def adaln_forward_kernel(
     x,
     shift,
     scale,
@@ -129,7 +129,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def adaln_backward_kernel(
     dy, x, scale, weight, bias, stats, index, offsets, order, dx, sums, tokens, rows,
     dy_strides, x_strides, scale_strides,
     WIDTH: tl.constexpr, CENTRED: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CHUNK: tl.constexpr,

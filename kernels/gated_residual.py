@@ -14,7 +14,7 @@ def gated_residual_forward(residual: Tensor, branch: Tensor, gate: Tensor, index
     out = residual.new_empty(tokens, width)
     block = RowBlock.pointwise(width)
     launch(
-        _forward,
+        gated_residual_forward_kernel,
         (triton.cdiv(tokens, block.tokens), triton.cdiv(width, block.columns)),
         *(residual, branch, gate, index, out, tokens),
         *(residual.stride(), branch.stride(), gate.stride()),
@@ -39,7 +39,7 @@ def gated_residual_backward(
     sums = Sums.empty(gate, 1, tokens) if tables else None
     block = RowBlock.pointwise_backward(width)
     launch(
-        _backward,
+        gated_residual_backward_kernel,
         (triton.cdiv(tokens, CHUNK), triton.cdiv(width, block.columns)),
         *(d_out, branch, gate, index, offsets, order, d_residual, d_branch, sums, tokens, rows),
         *(d_out.stride(), branch.stride(), gate.stride()),
@@ -50,7 +50,7 @@ def gated_residual_backward(
 
 
 @triton.jit
-def _forward(
+def gated_residual_forward_kernel(
     residual,
     branch,
     gate,
@@ -77,7 +77,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def gated_residual_backward_kernel(
     d_out,
     branch,
     gate,

@@ -47,7 +47,7 @@ def gated_residual_adaln_forward(
     stats = residual.new_empty(1 + centred, tokens, dtype=torch.float32)
     block = RowBlock.forward(width)
     launch(
-        _forward,
+        gated_residual_adaln_forward_kernel,
         (triton.cdiv(tokens, block.tokens),),
         *(residual, branch, gate, shift, scale, weight, bias, index, h, y, stats, tokens),
         *(residual.stride(), branch.stride(), gate.stride(), shift.stride(), scale.stride()),
@@ -87,7 +87,7 @@ def gated_residual_adaln_backward(
     asked = Sums.empty(scale, 3, tokens, affine=not (weight is None and bias is None)) if sums else None
     block = RowBlock.backward(width)
     launch(
-        _backward,
+        gated_residual_adaln_backward_kernel,
         (triton.cdiv(tokens, CHUNK),),
         *(dh, dy, h, branch, gate, scale, weight, bias, stats, index, offsets, order),
         *(d_residual, d_branch, asked, tokens, rows),
@@ -100,7 +100,7 @@ def gated_residual_adaln_backward(
 
 
 @triton.jit
-def _forward(
+def gated_residual_adaln_forward_kernel(
     residual,
     branch,
     gate,
@@ -148,7 +148,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def gated_residual_adaln_backward_kernel(
     dh, dy, h, branch, gate, scale, weight, bias, stats, index, offsets, order,
     d_residual, d_branch, sums, tokens, rows,
     dh_strides, dy_strides, h_strides, branch_strides, gate_strides, scale_strides,

@@ -45,7 +45,7 @@ def scatter_product(
     block = fitted(config.pixels, runs * patches.run_block) // patches.run_block
     grid = (triton.cdiv(runs, block) * triton.cdiv(patches.num_tokens, config.tokens),)
     launch(
-        *(_scatter_product, grid, x, *x.stride(), weight, *weight.stride()),
+        *(linear_unpatchify_kernel, grid, x, *x.stride(), weight, *weight.stride()),
         *(bias, 0 if bias is None else bias.stride(0), flat, capacity, width, *patches.args),
         **patches.meta(flat),
         NUM_PIXELS=num_pixels,
@@ -60,7 +60,7 @@ def scatter_product(
 
 
 @triton.jit
-def _scatter_product(
+def linear_unpatchify_kernel(
     x, x_stride_n, x_stride_c, weight, weight_stride_k, weight_stride_c, bias, bias_stride, flat, capacity, width,
     offsets, shapes, segment_ids, coords, num_tokens,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,

@@ -35,7 +35,7 @@ def mlp_activation_forward(x: Tensor, bias: Tensor | None, *, gated: bool) -> Te
     out = x.new_empty(tokens, width)
     columns = config.columns_for(width)
     launch(
-        *(_forward, (triton.cdiv(tokens, config.tokens), triton.cdiv(width, columns))),
+        *(mlp_activation_forward_kernel, (triton.cdiv(tokens, config.tokens), triton.cdiv(width, columns))),
         *(x, bias, out, tokens, x.stride(), 0 if bias is None else bias.stride(0)),
         **{"WIDTH": width, "GATED": gated, "BLOCK_N": config.tokens, "BLOCK_C": columns},
         num_warps=config.num_warps,
@@ -54,7 +54,7 @@ def mlp_activation_backward(
     partials = torch.empty(chunks, x.shape[1], dtype=torch.float32, device=x.device) if bias_gradient else None
     columns = config.columns_for(width)
     launch(
-        *(_backward, (chunks, triton.cdiv(width, columns)), d_out, x, bias, d_x, partials, tokens),
+        *(mlp_activation_backward_kernel, (chunks, triton.cdiv(width, columns)), d_out, x, bias, d_x, partials, tokens),
         *(d_out.stride(), x.stride(), 0 if bias is None else bias.stride(0)),
         **{"WIDTH": width, "GATED": gated, "BLOCK_N": config.tokens, "BLOCK_C": columns, "CHUNK": config.chunk},
         num_warps=config.num_warps,
@@ -63,7 +63,7 @@ def mlp_activation_backward(
 
 
 @triton.jit
-def _forward(
+def mlp_activation_forward_kernel(
     x, bias, out, tokens, x_strides, bias_stride,
     WIDTH: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def mlp_activation_backward_kernel(
     d_out, x, bias, d_x, partials, tokens, d_out_strides, x_strides, bias_stride,
     WIDTH: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip

@@ -58,7 +58,7 @@ def forward(
     blocks = block_sizes("forward", q.dtype, head.dim, target_arch(q.device)).fitted(*tile_sizes)
     parts = triton.cdiv(tile_sizes[0], blocks.own)
     launch(
-        forward_kernel,
+        packed_attention_forward_kernel,
         (walk.order.shape[0] * parts, num_heads),
         lse,
         *(head.rows(x) for x in (q, k, v, out)),
@@ -77,7 +77,7 @@ def forward(
 
 
 @triton.jit
-def forward_kernel(
+def packed_attention_forward_kernel(
     lse,
     q,
     k,

@@ -107,7 +107,7 @@ def backward(
     return [grad_q, grad_k, grad_v]
 
 
-# Rows of a block of `delta_kernel`, which reads two rows of a head and writes a number. 64 spill 48 bytes a thread at
+# Rows of a block of the delta kernel, which reads two rows of a head and writes a number. 64 spill 48 bytes a thread at
 # head dim 192 on sm_100.
 DELTA_BLOCK = 32
 
@@ -118,7 +118,7 @@ def _launch_grad_query(p: _Problem, delta: Tensor, grad_q: Tensor) -> None:
     blocks = block_sizes("grad_query", p.q.dtype, head.dim, target_arch(p.q.device)).fitted(*p.tile_sizes)
     parts = triton.cdiv(p.tile_sizes[0], blocks.own)
     launch(
-        grad_query_kernel,
+        packed_attention_grad_query_kernel,
         (p.by_query.order.shape[0] * parts, p.q.shape[1]),
         *(p.lse, p.grad_lse, delta),
         *(head.rows(x) for x in (p.q, p.k, p.v, p.out, p.grad_out, grad_q)),
@@ -137,7 +137,7 @@ def _launch_delta(p: _Problem, delta: Tensor) -> None:
     """What the one pass needs beforehand."""
     head = Head.of(p.out, p.out, p.grad_out)
     launch(
-        delta_kernel,
+        packed_attention_delta_kernel,
         (triton.cdiv(p.out.shape[0], DELTA_BLOCK), p.out.shape[1]),
         *(p.grad_lse, delta, head.rows(p.out), head.rows(p.grad_out), p.out.shape[0]),
         HEAD=head,
@@ -157,7 +157,7 @@ def _launch_grad_key_value(
     blocks = block_sizes(name, p.q.dtype, head.dim, target_arch(p.q.device)).fitted(key_tile, query_tile)
     parts = triton.cdiv(key_tile, blocks.own)
     launch(
-        grad_key_value_kernel,
+        packed_attention_grad_key_value_kernel,
         (p.by_key.order.shape[0] * parts, p.k.shape[1]),
         *(p.lse, delta),
         *(head.rows(x) for x in (p.q, p.k, p.v, p.grad_out, grad_k, grad_v)),
@@ -174,7 +174,7 @@ def _launch_grad_key_value(
 
 
 @triton.jit
-def delta_kernel(
+def packed_attention_delta_kernel(
     grad_lse,
     delta,
     out,
@@ -203,7 +203,7 @@ def _row_delta(do0, do1, out, grad_lse, place, start, head, exists, HEAD: tl.con
 
 
 @triton.jit
-def grad_query_kernel(
+def packed_attention_grad_query_kernel(
     lse,
     grad_lse,
     delta,
@@ -327,7 +327,7 @@ def _walk_keys(
 
 
 @triton.jit
-def grad_key_value_kernel(
+def packed_attention_grad_key_value_kernel(
     lse,
     delta,
     q,

@@ -87,7 +87,7 @@ def embed(flat: Tensor, weight: Tensor, bias: Tensor | None, patches: Patches, p
     # One axis: only the first one of a grid is longer than 65,535.
     grid = (triton.cdiv(width, channels) * triton.cdiv(patches.num_tokens, config.tokens),)
     launch(
-        *(_embed, grid, flat, flat.stride(0), flat.numel()),
+        *(patch_embed_kernel, grid, flat, flat.stride(0), flat.numel()),
         *(weight, *weight.stride(), bias, 0 if bias is None else bias.stride(0)),
         *(table, *((0, 0) if table is None else table.stride()), *(position.rows or (0, 0, 0))),
         *(tokens, width, channels, *patches.args),
@@ -115,7 +115,7 @@ def weight_gradient(grad: Tensor, flat: Tensor, patches: Patches, num_pixels: in
     block = fitted(config.features, padded)
     grid = (triton.cdiv(width, config.width), triton.cdiv(padded, block), chunks)
     launch(
-        *(_weight_gradient, grid, grad, *grad.stride(), flat, flat.stride(0), flat.numel()),
+        *(patch_embed_weight_gradient_kernel, grid, grad, *grad.stride(), flat, flat.stride(0), flat.numel()),
         *(partials, width, *patches.args),
         **patches.meta(flat),
         NUM_PIXELS=num_pixels,
@@ -141,7 +141,7 @@ def table_gradient(grad: Tensor, index: Tensor, offsets: Tensor, order: Tensor) 
     sums = _rows.Sums.empty(table, 1, len(index))
     block = _rows.RowBlock.pointwise_backward(width)
     launch(
-        _table_gradient,
+        patch_embed_table_gradient_kernel,
         (triton.cdiv(len(index), _rows.CHUNK), triton.cdiv(width, block.columns)),
         *(grad, index, offsets, order, sums, num_tokens, len(index), len(table), grad.stride()),
         **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": _rows.CHUNK},
@@ -151,7 +151,7 @@ def table_gradient(grad: Tensor, index: Tensor, offsets: Tensor, order: Tensor) 
 
 
 @triton.jit
-def _embed(
+def patch_embed_kernel(
     flat, flat_stride, capacity, weight, weight_stride_c, weight_stride_k, bias, bias_stride,
     table, table_stride_row, table_stride_c, t_rows, h_rows, w_rows, tokens, width, channels,
     offsets, shapes, segment_ids, coords, num_tokens,
@@ -235,7 +235,7 @@ def _table_rows(table, rows, wanted, row_stride, columns, exist):
 
 
 @triton.jit
-def _weight_gradient(
+def patch_embed_weight_gradient_kernel(
     grad, grad_stride_n, grad_stride_c, flat, flat_stride, capacity, partials, width,
     offsets, shapes, segment_ids, coords, num_tokens,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
@@ -267,7 +267,7 @@ def _weight_gradient(
 
 
 @triton.jit
-def _table_gradient(
+def patch_embed_table_gradient_kernel(
     grad, index, offsets, order, sums, num_tokens, places, rows, grad_strides,
     WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip

@@ -145,7 +145,7 @@ def forward(heads: Heads, segment_ids: Tensor, places: Places, rotation: Rotatio
     tensors = (heads.q, heads.k, *_empty(heads))
     shape = Shape.of(*tensors)
     launch(
-        *(_forward, (shape.programs(heads.q),), *map(shape.rows, tensors), *heads.vectors),
+        *(qk_norm_rope_forward_kernel, (shape.programs(heads.q),), *map(shape.rows, tensors), *heads.vectors),
         *(segment_ids, places, *heads.counts),
         **{"SHAPE": shape, "ROTATION": rotation, "EPS": eps, "num_warps": QkNormRopeConfig.num_warps},
     )
@@ -171,7 +171,7 @@ def backward(
     sizes = (shape.programs(heads.q), 2, shape.dim) if weights else (0, shape.dim)
     partials = torch.empty(sizes, dtype=torch.float32, device=heads.q.device)
     launch(
-        *(_backward, (shape.programs(heads.q),), *map(shape.rows, tensors), *heads.vectors),
+        *(qk_norm_rope_backward_kernel, (shape.programs(heads.q),), *map(shape.rows, tensors), *heads.vectors),
         *(partials if weights else None, segment_ids, places, *heads.counts),
         **{"SHAPE": shape, "ROTATION": rotation, "EPS": eps, "num_warps": QkNormRopeConfig.num_warps},
     )
@@ -184,7 +184,7 @@ def _empty(heads: Heads) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _forward(
+def qk_norm_rope_forward_kernel(
     q, k, q_out, k_out, q_weight, q_weight_stride, k_weight, k_weight_stride,
     segment_ids, places, num_tokens, q_heads, k_heads,
     SHAPE: tl.constexpr, ROTATION: tl.constexpr, EPS: tl.constexpr,
@@ -207,7 +207,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def qk_norm_rope_backward_kernel(
     dq, dk, q, k, q_grad, k_grad, q_weight, q_weight_stride, k_weight, k_weight_stride, partials,
     segment_ids, places, num_tokens, q_heads, k_heads,
     SHAPE: tl.constexpr, ROTATION: tl.constexpr, EPS: tl.constexpr,

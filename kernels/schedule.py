@@ -127,7 +127,7 @@ def fill(
         _launch_tiles(keys, queries, key_places, None, by_key, boxes, tile_sizes[1], mask)
     if boxes is None:
         sizes = [side.begin.shape[0] for side in (by_query, by_key)]
-        launch(order_kernel, (max(sizes), 2), by_query, by_key, overflow, *sizes, ROWS=ROWS, num_warps=4)
+        launch(schedule_order_kernel, (max(sizes), 2), by_query, by_key, overflow, *sizes, ROWS=ROWS, num_warps=4)
     else:
         _launch_lists(queries, boxes, by_query, by_key, overflow, max_pairs=max_pairs, causal=causal)
 
@@ -150,7 +150,7 @@ def _launch_tiles(
     """The first launch, for the tiles of one layout; a side of tiles that it has not is None."""
     sizes = own.segment_ids.shape[0], other.segment_ids.shape[0], own.grids.shape[0]
     launch(
-        tile_kernel,
+        schedule_tile_kernel,
         (own.tiles.shape[0] - 1,),
         *(own, other.cu_seqlens, places, by_query, by_key, boxes, *sizes),
         **mask,
@@ -166,13 +166,13 @@ def _launch_lists(
     room = by_query.tiles.shape[0] - count
     shared = (pack.tiles, pack.segment_ids, boxes)
     options = {"CAUSAL": causal, "ROOMY": room >= count * count, "COLUMNS": COLUMNS, "num_warps": 4}
-    launch(count_kernel, (count, 2), *shared, count, segments, **options)
+    launch(schedule_count_kernel, (count, 2), *shared, count, segments, **options)
     numbers = count, segments, room, max_pairs
-    launch(list_kernel, (count, 2), *shared, by_query, by_key, overflow, *numbers, **options, ROWS=ROWS)
+    launch(schedule_list_kernel, (count, 2), *shared, by_query, by_key, overflow, *numbers, **options, ROWS=ROWS)
 
 
 @triton.jit
-def tile_kernel(
+def schedule_tile_kernel(
     own,
     other_cu_seqlens,
     places,
@@ -410,7 +410,7 @@ def _span(tiles, segment_ids, boxes, tile, num_tiles, num_segments):
 
 
 @triton.jit
-def count_kernel(
+def schedule_count_kernel(
     tiles,
     segment_ids,
     boxes,
@@ -443,7 +443,7 @@ def count_kernel(
 
 
 @triton.jit
-def list_kernel(
+def schedule_list_kernel(
     tiles,
     segment_ids,
     boxes,
@@ -557,7 +557,7 @@ def _write_list(
 
 
 @triton.jit
-def order_kernel(by_query, by_key, overflow, num_queries, num_keys, ROWS: tl.constexpr):
+def schedule_order_kernel(by_query, by_key, overflow, num_queries, num_keys, ROWS: tl.constexpr):
     """Of ranges: which tiles are the longest. num_queries, num_keys: of tiles."""
     tile, side = tl.program_id(0), tl.program_id(1)
     tl.store(overflow, tl.full([], 0, tl.int64), mask=(tile == 0) & (side == 0))

@@ -30,14 +30,14 @@ class UnpatchifyConfig:
 def scatter(tokens: Tensor, patches: Patches, capacity: int) -> Tensor:
     """tokens [N, pt·ph·pw·C], rows laid out (pt, ph, pw, C), any strides → flat [capacity]; zeros elsewhere."""
     flat = torch.zeros(capacity, dtype=tokens.dtype, device=tokens.device)
-    _launch(_scatter, tokens, flat, patches)
+    _launch(unpatchify_scatter_kernel, tokens, flat, patches)
     return flat
 
 
 def gather(flat: Tensor, patches: Patches, num_pixels: int) -> Tensor:
     """The transpose of `scatter`: flat [capacity], any stride → [N, num_pixels]; zeros where there is no pixel."""
     tokens = torch.empty(patches.num_tokens, num_pixels, dtype=flat.dtype, device=flat.device)
-    _launch(_gather, tokens, flat, patches)
+    _launch(unpatchify_gather_kernel, tokens, flat, patches)
     return tokens
 
 
@@ -63,7 +63,7 @@ def _launch(kernel: Any, tokens: Tensor, flat: Tensor, patches: Patches) -> None
 
 
 @triton.jit
-def _scatter(
+def unpatchify_scatter_kernel(
     tokens, token_stride, pixel_stride, flat, flat_stride, capacity,
     offsets, shapes, segment_ids, coords, num_tokens,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
@@ -79,7 +79,7 @@ def _scatter(
 
 
 @triton.jit
-def _gather(
+def unpatchify_gather_kernel(
     tokens, token_stride, pixel_stride, flat, flat_stride, capacity,
     offsets, shapes, segment_ids, coords, num_tokens,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,

@@ -68,6 +68,7 @@ def test_what_is_imported_is_declared_and_what_must_be_installed_is_imported() -
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {
         "pillow": "PIL",
+        "pillow-heif": "pillow_heif",
         "scikit-learn": "sklearn",
         "flash-attn": "flash_attn",
     }  # modules that are not called like their packages

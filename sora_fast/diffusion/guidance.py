@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sora_fast.diffusion.join import join_conditioning, join_latents, join_layouts, join_texts
+from sora_fast.diffusion.join import join_conditioning, join_latents, join_layouts, join_rows, join_texts
 from sora_fast.diffusion.pixels import pixel_segments
-from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
+from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents, RowIndex
 
 if TYPE_CHECKING:
     from sora_fast.models.text import PackedText
@@ -46,6 +46,7 @@ class Guided:
         self.model, self.layout, self.channels = model, layout, channels
         self.scale = torch.as_tensor(scale, dtype=torch.float32, device=layout.device).expand(layout.max_segments)
         self.joined = join_layouts(layout, layout)
+        self._rows: tuple[RowIndex, RowIndex] | None = None
         self.inputs: dict[str, object] = {}
         if text is not None:
             self.inputs["text"] = join_texts(text, null_text)
@@ -59,7 +60,7 @@ class Guided:
         output = self.model(
             join_latents(latents, latents),
             self.joined,
-            join_conditioning(conditioning, conditioning, (layout, layout)),
+            join_conditioning(conditioning, conditioning, (layout, layout), rows=self._joined_rows(conditioning.rows)),
             **self.inputs,
         )
         segments, size = layout.max_segments, output.flat.shape[0] // 2
@@ -67,6 +68,12 @@ class Guided:
         second = (torch.arange(size, device=offsets.device) + offsets[-1]).clamp(max=2 * size - 1)
         with_condition = RaggedLatents(output.flat[:size], offsets, output.shapes[:segments])
         return with_condition.with_flat(self._guide(with_condition, output.flat[second]))
+
+    def _joined_rows(self, rows: RowIndex) -> RowIndex:
+        """Made anew only for other rows: in sampling they are the same at every step."""
+        if self._rows is None or self._rows[0] is not rows:
+            self._rows = rows, join_rows(rows, rows, (self.layout, self.layout))
+        return self._rows[1]
 
     def _guide(self, output: RaggedLatents, without: Tensor) -> Tensor:
         segment = pixel_segments(output).clamp(max=output.max_segments - 1)

@@ -42,20 +42,28 @@ def join_latents(first: RaggedLatents, second: RaggedLatents) -> RaggedLatents:
     return RaggedLatents(flat, _join_offsets(first.offsets, second.offsets), torch.cat([first.shapes, second.shapes]))
 
 
-def join_conditioning(
-    first: Conditioning, second: Conditioning, layouts: tuple[PackedLayout, PackedLayout]
-) -> Conditioning:
+def join_rows(first: RowIndex, second: RowIndex, layouts: tuple[PackedLayout, PackedLayout]) -> RowIndex:
     """The first's rows, then the second's, for `join_layouts(*layouts)`."""
-    rows = first.rows.num_rows
-    shifted = torch.where(second.index >= 0, second.index + rows, -1)
+    shifted = torch.where(second.index >= 0, second.index + first.num_rows, -1)
     index = join_tokens(first.index, shifted, layouts, fill=-1)
+    return RowIndex.from_index(index, first.num_rows + second.num_rows)
+
+
+def join_conditioning(
+    first: Conditioning,
+    second: Conditioning,
+    layouts: tuple[PackedLayout, PackedLayout],
+    *,
+    rows: RowIndex | None = None,
+) -> Conditioning:
+    """The first's rows, then the second's, for `join_layouts(*layouts)`. rows: what `join_rows` gave for them."""
     return replace(
         first,
         sigma=torch.cat([first.sigma, second.sigma]),
         segment=torch.cat(
             [first.segment, torch.where(second.segment >= 0, second.segment + layouts[0].max_segments, -1)]
         ),
-        rows=RowIndex.from_index(index, rows + second.rows.num_rows),
+        rows=join_rows(first.rows, second.rows, layouts) if rows is None else rows,
     )
 
 

@@ -193,13 +193,14 @@ def sample(
 
     def predict(x: Tensor, sigma: Tensor) -> Prediction:
         x = torch.where(fixed, known, x)
-        output = model(work.with_flat(x), layout, Conditioning.with_clean(sigma, clean, layout))
+        output = model(work.with_flat(x), layout, Conditioning.with_clean(sigma, clean, layout, rows=rows))
         prediction, variance = split_output(output, work, path)
         denoised, noise_in_x = path.denoise(x, prediction.to(dtype), to_pixels(sigma))
         return Prediction(denoised, noise_in_x, None if variance is None else variance.to(dtype))
 
     problem = Problem(path, predict, to_pixels, lambda: noise_like(work, generator))
     sigmas = path.sigmas(steps, layout, start=start, spacing=sampler.spacing)
+    rows = Conditioning.with_clean(sigmas[0], clean, layout).rows  # the same in every step
     x = work.flat if start == 1 else path.add_noise(known, work.flat, to_pixels(sigmas[0]))
     memory = None
     for done in range(steps):

@@ -7,13 +7,13 @@ from functools import cache
 import av
 import numpy as np
 from av.sidedata.sidedata import SideDataContainer, Type
-from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation
+from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc
 from PIL import Image, ImageFilter
 
 from sora_fast.media.pixels import Unshowable, on_black
 
 # Of swscale's ways to make RGB from more than 8 bits the default is not exact: white comes as 253.
-EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+EXACT = 0x2 | 0x40000 | 0x2000  # bilinear, accurate rounding, full chroma; PyAV 17 has no names for the latter two
 
 UNTAGGED = {2, 3}  # "unspecified" and "reserved"
 # Brought to BT.709, as which all other videos are taken. PQ and HLG are high dynamic range.
@@ -68,6 +68,8 @@ def _to_bt709(primaries: int, transfer: int) -> ImageFilter.Color3DLUT:
     frame = av.VideoFrame.from_ndarray(grid, format="rgb24")
     frame.color_primaries, frame.color_trc = primaries, transfer
     shown = frame.to_ndarray(format="rgb48le", dst_color_primaries=ColorPrimaries.BT709, dst_color_trc=ColorTrc.BT709)
+    if np.abs(shown / 257 - grid).max() < 2:  # older ones only write down what they should convert
+        raise Unshowable("wide gamut or high dynamic range, which needs PyAV 18")
     return ImageFilter.Color3DLUT(GRID, (shown / 65535).ravel().tolist())
 
 

@@ -7,10 +7,12 @@ from PIL import Image, ImageSequence, UnidentifiedImageError, features
 
 from sora_fast.media.frames import Frame, UnreadableMedia
 from sora_fast.media.pixels import Unshowable, to_rgb
+from sora_fast.media.whole import check_boxes
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 ANIMATED_FORMATS = ("PNG", "GIF", "WEBP", "AVIF")  # in others a second picture is a thumbnail or the other eye
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"mif2"}  # still images; sequences are FFmpeg's
+MOTION_JPEG = (".mjpeg", ".mjpg")  # one JPEG after the other, of which Pillow sees the first
 TIFF = (b"II*\0", b"MM\0*")
 
 DEFAULT_SECONDS = 0.1  # what browsers show a frame for that asks for no time at all
@@ -36,6 +38,8 @@ def _open(path: Path) -> Image.Image | None:
         return Image.open(path, formats=("AVIF",))
     if brands and brands[0] in HEIF_BRANDS:
         return _open_heif(path)
+    if path.suffix.lower() in MOTION_JPEG:
+        return None
     try:
         return Image.open(path, formats=FORMATS)
     except UnidentifiedImageError:
@@ -63,6 +67,7 @@ def _open_heif(path: Path) -> Image.Image:
         from pillow_heif import HeifImageFile
     except ImportError:
         raise UnreadableMedia(path, "an HEIF image; `pip install pillow-heif` to read it") from None
+    check_boxes(path)
     image = HeifImageFile(path)  # opened without registering a plug-in in Pillow, which is the application's business
     if image.width * image.height > 2 * Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(f"{image.width * image.height} pixels")

@@ -21,6 +21,7 @@ class Unshowable(ValueError):
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, 8 bits a channel, in sRGB, turned upright; what is transparent lies on black.
 
+    Colours come from an ICC profile; without one they are taken as sRGB (PNG's gAMA and cHRM are not looked at).
     Raises Unshowable for numbers (32 bits, floating point) of which nothing says what black and white are.
     """
     image.load()
@@ -43,7 +44,7 @@ def _eight_bits(upright: Image.Image, original: Image.Image) -> tuple[Image.Imag
     """Grey of 8 bits, which Pillow would clip instead of scaling, and the opacity, if a value stands for none."""
     values = np.asarray(upright)
     shares = _floats(values) if upright.mode == "F" else _integers(values, original)
-    if values.max() > 0 and shares.max() * 255 < 0.5:
+    if values.dtype.itemsize == 4 and values.max() > 0 and shares.max() * 255 < 0.5:  # surely of a smaller range
         raise Unshowable(f"values of up to {values.max():g} only, far too dark for the range of their format")
     if _tag(original, PHOTOMETRIC) == WHITE_IS_ZERO:
         shares = 1 - shares

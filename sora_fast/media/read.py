@@ -54,7 +54,11 @@ def read_clip(
     max_side: int | None = None,
     channels: int = 3,
 ) -> Clip:
-    """Reads any video or image that PyAV or Pillow reads.
+    """Reads any video or image that PyAV or Pillow reads, as a good player would show it.
+
+    Upright, mirrored where the file says so; on black where it is transparent; with square pixels (videos; the height
+    stays); in sRGB, whatever its matrix, range, primaries, transfer or ICC profile; in 8 bits a channel, scaled by the
+    format's own maximum; grids of tiles whole. The README has a table of it.
 
     Args:
         max_frames: stop after that many frames; None reads all.
@@ -66,7 +70,8 @@ def read_clip(
     Raises:
         UnreadableMedia: an empty, corrupt, truncated or audio-only file, whatever is no video or image at all, and
             whatever else a decoder fails on, memory included.
-            Frames behind the last one asked for are not decoded, hence not checked.
+            Also numbers of which nothing says what white is. Frames behind the last one asked for are not decoded
+            (of Matroska and FLV, one is), hence not checked.
         FileNotFoundError, ValueError: no such file; an option out of range.
     """
     path = Path(path)

@@ -3,17 +3,19 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, pairwise
+from math import inf
 from pathlib import Path
 
 import av
 from av.container import InputContainer
+from av.format import Flags
 from av.stream import Disposition
 from PIL import Image
 
 from sora_fast.media.display import to_image
 from sora_fast.media.frames import DEFAULT_RATE, Frame, UnreadableMedia
 from sora_fast.media.pixels import Unshowable
-from sora_fast.media.whole import MATROSKA, check_bytes, check_seconds, promised_seconds
+from sora_fast.media.whole import MATROSKA, check_bytes, check_seconds, promised_end
 
 # Of these, only the file says when its last frame ends.
 NO_DURATIONS = (MATROSKA, "flv")
@@ -26,7 +28,8 @@ def video_frames(path: Path) -> Iterator[Frame]:
     """The pictures of the file's first video."""
     try:
         # "file:" keeps a colon in a name from being read as a protocol; the whitelist keeps playlists off the network.
-        options = {"protocol_whitelist": "file"}
+        # A "%d" in a name is a pattern to FFmpeg's reader of images.
+        options = {"protocol_whitelist": "file"} | ({"pattern_type": "none"} if "%" in path.name else {})
         with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
             stream = _picture_stream(path, container)
             frames = _decode(path, container, stream)
@@ -56,29 +59,31 @@ def _picture_stream(path: Path, container: InputContainer) -> av.VideoStream:
 
 def _decode(path: Path, container: InputContainer, stream: av.VideoStream) -> Iterator[Frame]:
     decode, rate = _decoder(path, stream), _rate(container, stream)
-    count, end = 0, 0.0
+    step = 1 / (rate or DEFAULT_RATE)
+    count, first, last = 0, inf, -inf
     for packet in container.demux():  # all streams: the container's duration is that of the longest
         if packet.pts is not None:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            first = min(first, float(packet.pts * packet.time_base))
+            last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream.index != stream.index:  # stream_index says nothing in the packets that flush
             continue
         for frame in decode(packet):
             if frame.is_corrupt or packet.is_corrupt:
                 raise UnreadableMedia(path, f"corrupt or truncated video: frame {count} is damaged")
-            timed = container.start_time is not None and frame.time is not None
-            start = frame.time if timed else count / (rate or DEFAULT_RATE)
-            seconds = frame.duration * frame.time_base if timed and frame.duration else 1 / (rate or DEFAULT_RATE)
+            start = count * step if frame.time is None else frame.time
+            seconds = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else step
             image = to_image(frame, stream.sample_aspect_ratio)
-            yield Frame(image, start, None if rate is None else start + float(seconds), rate)
+            yield Frame(image, start, None if rate is None else start + seconds, rate)
             count += 1
-    check_seconds(path, container, end)
+    if first < inf:
+        check_seconds(path, container, first, last)
 
 
 def _rate(container: InputContainer, stream: av.VideoStream) -> float | None:
     """Frames per second by the header; None for still images, and for raw streams that say nothing."""
     if container.format.name == "image2" or container.format.name.endswith("_pipe"):
         return None
-    if container.start_time is None:  # a raw stream, for which FFmpeg would invent a rate
+    if container.format.flags & Flags.no_timestamps.value:  # a raw stream, for which FFmpeg would invent a rate
         rate = stream.codec_context.framerate
     else:
         rate = stream.average_rate or stream.guessed_rate
@@ -101,6 +106,9 @@ def _decoder(path: Path, stream: av.VideoStream) -> Callable[[av.Packet], list[a
 
 def _lengthened(frames: Iterator[Frame], container: InputContainer) -> Iterator[Frame]:
     """The last frame stays until the file ends, if there is no sound that might last longer."""
-    end = promised_seconds(container)[1] if len(container.streams) == 1 else 0.0
+    first = None
     for frame, following in pairwise(chain(frames, (None,))):
-        yield replace(frame, end=max(frame.end, end)) if following is None and frame.end is not None else frame
+        first = frame if first is None else first
+        if following is None and frame.end is not None and len(container.streams) == 1:
+            frame = replace(frame, end=max(frame.end, promised_end(container, first.start)))
+        yield frame

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sora_fast.masks import SpacetimeMask
 from sora_fast.models.text import PackedText
 from sora_fast.nn import BlockContext, DiTBlock, FinalLayer, LabelEmbedder, PatchEmbed3D, TimestepEmbedder
+from sora_fast.nn.patch import autocast_dtype
 from sora_fast.nn.positions import FactorisedTables, FractionalPosition, SinCosPosition, SpacetimeSinCosPosition
 from sora_fast.ops.adaln import adaln
 from sora_fast.ops.qk_norm_rope import Rope3D
@@ -140,7 +141,7 @@ class SoraDiT(nn.Module):
 
     def _own(self, latents: RaggedLatents, text: PackedText | None) -> tuple[RaggedLatents, PackedText | None]:
         """Both in the weights' dtype; under autocast as they are, since there each layer casts for itself."""
-        if torch.is_autocast_enabled(latents.flat.device.type):
+        if autocast_dtype(latents.flat.device.type) is not None:
             return latents, text
         dtype = self.x_embedder.proj.weight.dtype
         if text is not None:

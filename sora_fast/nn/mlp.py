@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sora_fast.nn.normed import Normed, is_plain, linear, product
-from sora_fast.ops.mlp_activation import adds_bias, mlp_activation
+from sora_fast.ops.mlp_activation import backend_for, mlp_activation
 
 
 class Mlp(nn.Module):
@@ -25,13 +25,15 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor | Normed) -> Tensor:
         """[N, C] → [N, C]"""
-        hidden, bias = _product(self.fc1, x)
+        # Chosen once: a backward pass, which may run in a thread of its own, knows nothing of `use_backend`.
+        backend = backend_for(x.h if isinstance(x, Normed) else x)
+        hidden, bias = _product(self.fc1, x, backend)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._rest, hidden, bias, use_reentrant=False, preserve_rng_state=False)
-        return self._rest(hidden, bias)
+            return checkpoint(self._rest, hidden, bias, backend, use_reentrant=False, preserve_rng_state=False)
+        return self._rest(hidden, bias, backend)
 
-    def _rest(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
-        return self.fc2(mlp_activation(hidden, bias, self.activation))
+    def _rest(self, hidden: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+        return self.fc2(mlp_activation(hidden, bias, self.activation, backend=backend))
 
 
 class SwiGLU(Mlp):
@@ -46,9 +48,9 @@ class SwiGLU(Mlp):
         super().__init__(dim, -(-2 * hidden // 24) * 8, recompute=recompute)
 
 
-def _product(module: nn.Module, x: Tensor | Normed) -> tuple[Tensor, Tensor | None]:
+def _product(module: nn.Module, x: Tensor | Normed, backend: str) -> tuple[Tensor, Tensor | None]:
     """What `module` makes of x, and the bias that is still to be added: it is left to the activation's kernel where
     that runs."""
-    if is_plain(module) and module.bias is not None and adds_bias(x.h if isinstance(x, Normed) else x):
+    if is_plain(module) and module.bias is not None and backend != "torch":
         return product(x, module.weight, None), module.bias
     return linear(module, x), None

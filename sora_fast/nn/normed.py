@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sora_fast.nn.patch import autocast
 from sora_fast.ops._modulation import parts
-from sora_fast.ops.adaln import adaln
+from sora_fast.ops.adaln import adaln, backend_for
 from sora_fast.packing import RowIndex
 
 
@@ -33,7 +33,8 @@ def product(h: Tensor | Normed, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear, of which `linear` is made."""
     if isinstance(h, Tensor):
         return F.linear(h, weight, bias)
-    return _Product.apply(*autocast(h.h, weight, bias), h.x, h.shift, h.scale, *parts(h.rows))
+    # Chosen now: a backward pass, which may run in a thread of its own, knows nothing of `use_backend`.
+    return _Product.apply(*autocast(h.h, weight, bias), backend_for(h.x), h.x, h.shift, h.scale, *parts(h.rows))
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -49,9 +50,18 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, shift: Tensor, scale: Tensor, *rows: Tensor
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        backend: str,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        *rows: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(weight, x, shift, scale, *rows)
+        ctx.backend = backend
         return F.linear(h, weight, bias)
 
     @staticmethod
@@ -61,7 +71,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_h = grad @ weight
         if ctx.needs_input_grad[1]:
-            d_weight = grad.T @ adaln(x, shift, scale, RowIndex(*rows)).to(grad.dtype)
+            d_weight = grad.T @ adaln(x, shift, scale, RowIndex(*rows), backend=ctx.backend).to(grad.dtype)
         if ctx.needs_input_grad[2]:
             d_bias = grad.sum(dim=0)
-        return d_h, d_weight, d_bias, *[None] * 6
+        return d_h, d_weight, d_bias, *[None] * 7

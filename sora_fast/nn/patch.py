@@ -32,7 +32,12 @@ class PatchEmbed3D(nn.Module):
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """As nn.Linear would be given them: the ops on patches are products, but not on autocast's list of such."""
     device = next((tensor.device.type for tensor in tensors if tensor is not None), "cpu")
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+    dtype = autocast_dtype(device)
+    return tensors if dtype is None else tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast computes in there; None where it is off, or is none, as on "meta"."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)

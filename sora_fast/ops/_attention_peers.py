@@ -1,6 +1,7 @@
 """Packed attention by flash-attn and xformers, where one of them is installed and asked for by name."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def offered(
     if lse or q.dtype not in _DTYPES or q.shape[2] > _MAX_HEAD_DIM or schedule.mask not in _MASKS:
         return ()
     # What xformers gives to a query without a key, or in what order it sums, it does not say.
-    told = not cross and not _ordered(deterministic) and q.shape[1] == k.shape[1]
+    told = not cross and not ordered(deterministic) and q.shape[1] == k.shape[1]
     return ("flash_attn", "xformers") if told else ("flash_attn",)
 
 
@@ -32,17 +33,22 @@ def flash_attn(
     """By `flash_attn.flash_attn_varlen_func`; never waits for the device."""
     from flash_attn import flash_attn_varlen_func
 
-    layout, keys = schedule.layout, schedule.kv_layout
+    options = {"softmax_scale": scale, "deterministic": ordered(deterministic)}
+    return by_lengths(partial(flash_attn_varlen_func, **options), q, k, v, schedule)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # The longest lengths size its launch only, and the capacities bound them.
-        sizes = (layout.cu_seqlens, keys.cu_seqlens, layout.capacity, keys.capacity)
-        options = {"causal": schedule.mask.causal_tokens, "deterministic": _ordered(deterministic)}
-        return flash_attn_varlen_func(q, k, v, *sizes, softmax_scale=scale, **options)
+
+def by_lengths(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, schedule: TileSchedule) -> Tensor:
+    """By a function of flash-attn's kind: attend(q, k, v, cu_seqlens of both, longest of both, causal=)."""
+    layout, keys = schedule.layout, schedule.kv_layout
+    # The longest lengths size its launch only, and the capacities bound them.
+    sizes = (layout.cu_seqlens, keys.cu_seqlens, layout.capacity, keys.capacity)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, *sizes, causal=schedule.mask.causal_tokens)
 
     # It neither reads nor writes past the last segment: what stands there is not zero, nor are its gradients.
-    q, k, v = (_without_padding(x, own) for x, own in ((q, layout), (k, keys), (v, keys)))
-    return _without_padding(_in_raster_order(attend, q, k, v, schedule), layout)
+    q, k, v = (without_padding(x, own) for x, own in ((q, layout), (k, keys), (v, keys)))
+    return without_padding(_in_raster_order(run, q, k, v, schedule), layout)
 
 
 def xformers(
@@ -61,14 +67,16 @@ def xformers(
         out = memory_efficient_attention(*used, attn_bias=bias, scale=scale)[0]
         return torch.cat([out, out.new_zeros(q.shape[0] - out.shape[0], *q.shape[1:])])
 
-    return _in_raster_order(attend, q, k, v, schedule) if lengths else _without_padding(q, schedule.layout)
+    return _in_raster_order(attend, q, k, v, schedule) if lengths else without_padding(q, schedule.layout)
 
 
-def _ordered(deterministic: bool | None) -> bool:
+def ordered(deterministic: bool | None) -> bool:
+    """Whether gradients must be the same bits in every run."""
     return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
 
 
-def _without_padding(x: Tensor, layout: PackedLayout) -> Tensor:
+def without_padding(x: Tensor, layout: PackedLayout) -> Tensor:
+    """[N, H, D] with zeros past the last segment, whatever stands there."""
     return torch.where((layout.segment_ids >= 0)[:, None, None], x, 0)
 
 

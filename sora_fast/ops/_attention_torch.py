@@ -1,8 +1,8 @@
-"""Packed attention in plain PyTorch: the main path on a CPU, the reference everywhere.
+"""Packed attention in plain PyTorch: the torch backend on a CPU.
 
 The pack is cut into blocks: queries that lie together, and the keys that they meet. Every block is one call of dense
-attention; no matrix over the pack is ever built. The layout's numbers are read on the host, so on a GPU this waits for
-the device.
+attention; no matrix over the pack is ever built. The layout's numbers are read on the host, which on a GPU would wait
+for the device: there PyTorch's own kernels do the work (_attention_device.py), but in fp64.
 """
 
 import math

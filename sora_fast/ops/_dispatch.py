@@ -36,7 +36,9 @@ class _Record:
 def use_backend(backend: str | None) -> Iterator[None]:
     """Run every op inside on `backend` where the op has it; None returns to the automatic choice.
 
-    A compiled graph keeps the backend that it was compiled with.
+    A compiled graph keeps the backend that it was compiled with, and a module that recomputes the one of its forward
+    pass. What you recompute yourself (torch.utils.checkpoint) may run in a backward pass's own thread, which this does
+    not reach: enter it inside the function that is recomputed.
     """
     _check_name(backend, "backend")
     token = _forced.set(backend)

@@ -47,9 +47,14 @@ def adaln(
     """
     check_modulated({"x": x}, {"shift": shift, "scale": scale}, index)
     check_norm("x", x, norm, weight, bias, eps)
-    if choose("adaln", backend, x.device, offered_rows(x), x.dtype) == "torch":
+    if backend_for(x, backend) == "torch":
         return plain_adaln(x, shift, scale, index, norm, weight, bias, eps)
     return _adaln(x, shift, scale, contiguous(weight), contiguous(bias), *parts(index), norm, eps)[0]
+
+
+def backend_for(x: Tensor, backend: str | None = None) -> str:
+    """Which backend runs here."""
+    return choose("adaln", backend, x.device, offered_rows(x), x.dtype)
 
 
 def plain_adaln(

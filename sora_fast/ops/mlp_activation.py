@@ -30,14 +30,15 @@ def mlp_activation(
     Raises TypeError or ValueError for arguments that do not fit together.
     """
     _check(x, bias, activation)
-    if not adds_bias(x, backend):
+    if backend_for(x, backend) == "torch":
         return _torch(x if bias is None else x + bias.to(x.dtype), activation)
     return _mlp_activation(x, bias, activation == "swiglu")
 
 
-def adds_bias(x: Tensor, backend: str | None = None) -> bool:
-    """True if a kernel runs here: the bias then costs nothing in it, and its gradient no pass of its own."""
-    return choose("mlp_activation", backend, x.device, offered(x), x.dtype) != "torch"
+def backend_for(x: Tensor, backend: str | None = None) -> str:
+    """Which backend runs here. In a kernel the bias costs nothing, and its gradient no pass of its own; in "torch" a
+    matrix product adds it for less."""
+    return choose("mlp_activation", backend, x.device, offered(x), x.dtype)
 
 
 def _torch(x: Tensor, activation: str) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sora_fast.masks import SpacetimeMask
+from sora_fast.ops import _attention_device as on_device
 from sora_fast.ops import _attention_peers as peers
 from sora_fast.ops import _attention_torch as plain
 from sora_fast.ops._checks import FLOAT_DTYPES, KERNEL_DTYPES, check_device, check_dtype, check_shape, may_read
@@ -45,7 +46,8 @@ def packed_attention(
     scale: default D^−½. return_lse: also the natural logsumexp of the scores, [N, H], differentiable.
     deterministic: whether gradients must be the same bits in every run; None: what
         torch.are_deterministic_algorithms_enabled() says. False lets the triton backend's backward pass add up in any
-        order where that is known to be faster. Results, and the torch backend's gradients, always are the same bits.
+        order where that is known to be faster, and the torch backend's on a GPU where flash-attn's kernel does.
+        Results, and the torch backend's gradients on a CPU, always are the same bits.
 
     Returns [N, H, D] in q's dtype. A query without a key gives zeros and −inf; padding likewise, with zero gradients,
     whatever stands in it. Raises TypeError or ValueError for arguments that do not fit together.
@@ -61,6 +63,8 @@ def packed_attention(
     chosen = choose("packed_attention", backend, q.device, (*_offered(q), *others), q.dtype)
     if chosen in others:
         return getattr(peers, chosen)(q, k, v, schedule, scale=scale, deterministic=deterministic)
+    if chosen == "torch" and on_device.fits(q, k):
+        return on_device.attention(q, k, v, schedule, scale=scale, lse=return_lse, deterministic=deterministic)
     op = _plain_attention if chosen == "torch" else _triton_attention
     tile_sizes = [schedule.layout.tile_size, schedule.kv_layout.tile_size]
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)

@@ -67,19 +67,23 @@ class Conditioning(TensorBundle):
         return Conditioning(sigma.float(), _segments(layout), rows)
 
     @staticmethod
-    def with_clean(sigma: Tensor, clean: Tensor, layout: PackedLayout) -> "Conditioning":
+    def with_clean(
+        sigma: Tensor, clean: Tensor, layout: PackedLayout, *, rows: RowIndex | None = None
+    ) -> "Conditioning":
         """Some tokens kept clean; M = 2S: row s is segment s at sigma[s], row S + s is segment s at 0.
 
-        sigma: [S]; clean: [N] bool, True where the token is given clean.
+        sigma: [S]; clean: [N] bool, True where the token is given clean. rows: those of an earlier call with the same
+        clean tokens and layout, which spare a sort.
         """
         _check("sigma", sigma, (layout.max_segments,), layout)
         _check("clean", clean, (layout.capacity,), layout)
         if clean.dtype != torch.bool:
             raise TypeError(f"clean: {clean.dtype}; it must be bool")
         segments, ids = layout.max_segments, layout.segment_ids
-        index = torch.where(clean & (ids >= 0), ids + segments, ids)
+        if rows is None:
+            rows = RowIndex.from_index(torch.where(clean & (ids >= 0), ids + segments, ids), 2 * segments)
         levels = torch.cat([sigma.float(), torch.zeros_like(sigma, dtype=torch.float32)])
-        return Conditioning(levels, _segments(layout).repeat(2), RowIndex.from_index(index, 2 * segments))
+        return Conditioning(levels, _segments(layout).repeat(2), rows)
 
     @staticmethod
     def per_frame(sigma: Tensor, layout: PackedLayout) -> "Conditioning":

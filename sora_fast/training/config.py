@@ -13,9 +13,7 @@ Config = TypeVar("Config")
 
 def write_config(path: Path, config: Any) -> None:
     """Write a dataclass as indented JSON, in place of what is there."""
-    text = json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n"
-    # Bytes of a path that are no UTF-8 are lone surrogates in Python, which JSON writes as \udc80 to \udcff.
-    files.write_text(path, text.encode(errors="backslashreplace").decode())
+    files.write_text(path, json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_config(path: Path, cls: type[Config]) -> Config:

@@ -5,7 +5,7 @@ from sora_fast.diffusion import Guided, Heun, RectifiedFlow, clean_frames, noise
 from sora_fast.diffusion.pixels import token_to_pixels
 from sora_fast.models.text import PackedText
 from sora_fast.ops.segment_mean import segment_mean
-from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
+from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents, RowIndex
 from tests.diffusion.stand_ins import PATCH, layout_of, pixel_sigma
 
 SHAPES = [(4, 2, 3, 4), (4, 1, 2, 2), (4, 3, 2, 3)]
@@ -130,3 +130,25 @@ def test_errors_name_the_argument():
     other = layout_of([torch.zeros(shape) for shape in SHAPES], capacity=20, max_segments=4)
     with pytest.raises(ValueError, match="layout: not the one"):
         guided(latents, other, conditioning)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_tokens_are_sorted_by_row_once_for_all_steps(guided, monkeypatch):
+    latents, layout, _ = setting()
+    denoiser = Guided(model, layout, scale=2.0, labels=LABELS, null_labels=NULL_LABELS) if guided else model
+    sort, sorts = RowIndex.from_index, []
+    monkeypatch.setattr(RowIndex, "from_index", staticmethod(lambda *given: sorts.append(given) or sort(*given)))
+    for steps in (2, 5):
+        sorts.clear()
+        sample(denoiser, latents, layout, RectifiedFlow(), Heun(), steps=steps, patch_size=PATCH)
+        assert len(sorts) == 1 + guided
+
+
+def test_other_rows_are_joined_anew():
+    latents, layout, conditioning = setting()
+    other = Conditioning.with_clean(conditioning.sigma[:4], layout.segment_ids < 0, layout)
+    used = Guided(model, layout, scale=2.0, labels=LABELS, null_labels=NULL_LABELS)
+    used(latents, layout, conditioning)
+    fresh = Guided(model, layout, scale=2.0, labels=LABELS, null_labels=NULL_LABELS)
+    results = [guided(latents, layout, other).flat[:200] for guided in (used, fresh)]
+    assert torch.equal(*results) and not torch.equal(results[0], used(latents, layout, conditioning).flat[:200])

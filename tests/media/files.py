@@ -1,12 +1,11 @@
 """Pictures and files that the tests of reading share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
 
 CORNERS = (
     (200, 40, 40),
@@ -14,12 +13,14 @@ CORNERS = (
     (40, 40, 200),
     (200, 200, 40),
 )  # top left, top right, bottom left, bottom right
-EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+EXACT = 0x2 | 0x40000 | 0x2000  # of swscale: bilinear, accurate rounding, full chroma
 CODEC_OPTIONS = {
     "h264": {"crf": "1"},
     "libx265": {"x265-params": "lossless=1:log-level=none"},
     "libvpx": {"auto-alt-ref": "0"},  # which transparency needs
 }
+
+KINDS = {"flt": np.float32, "s16": np.int16, "s32": np.int32}  # of samples of sound
 
 # Orientation of EXIF → how the stored picture, (H, W, 3), is to be seen. By the text of the standard: which side of the
 # stored picture is the top and which the left of the scene.
@@ -77,15 +78,16 @@ def add_pictures(
     rate: Fraction | int = 8,
     start: float = 0,
     durations: Sequence[float] | None = None,
+    b_frames: int = 0,
     **tags: object,
-):
+) -> Callable[[], None]:
     """Adds a stream now, and returns what writes it: all streams have to be there before the first packet."""
     pictures = list(pictures)
     height, width = pictures[0].shape[:2]
     stream = container.add_stream(codec, rate=rate, options=CODEC_OPTIONS.get(codec, {}))
     stream.width, stream.height, stream.pix_fmt = width, height, format
-    if codec in ("h264", "mpeg2video", "mpeg4"):
-        stream.codec_context.max_b_frames = 0
+    if codec == "h264":
+        stream.codec_context.max_b_frames = b_frames
     for name, value in tags.items():
         setattr(stream, name, value)
 
@@ -107,18 +109,19 @@ def add_pictures(
     return write
 
 
-def add_sound(container: av.container.OutputContainer, codec: str = "aac", seconds: float = 1.0):
+def add_sound(container: av.container.OutputContainer, codec: str = "aac", seconds: float = 1.0) -> Callable[[], None]:
     """Silence, in a stream of its own; returns what writes it."""
-    stream = container.add_stream(codec, rate=44100)
+    rate = 48000 if codec == "libopus" else 44100
+    stream = container.add_stream(codec, rate=rate)
     stream.layout = "mono"
 
     def write() -> None:
         size = stream.codec_context.frame_size or 1024
         kind = stream.format.name
-        for start in range(0, int(seconds * 44100), size):
-            samples = np.zeros((1, size), np.float32 if "flt" in kind else np.int16)
+        for start in range(0, int(seconds * rate), size):
+            samples = np.zeros((1, size), KINDS[kind.rstrip("p")])
             frame = av.AudioFrame.from_ndarray(samples, format=kind, layout="mono")
-            frame.sample_rate, frame.pts, frame.time_base = 44100, start, Fraction(1, 44100)
+            frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 

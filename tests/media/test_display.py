@@ -224,12 +224,23 @@ def test_matrix_and_range_of_the_colours(
     assert _levels(path) == pytest.approx(_rgb(levels, *matrix, full), abs=2.5)
 
 
+needs_pyav_18 = pytest.mark.skipif(av.__version__ < "18", reason="older PyAV does not convert wide gamut")
+
+
+@pytest.mark.skipif(av.__version__ >= "18", reason="newer PyAV converts it")
+def test_wide_gamut_is_refused_where_it_cannot_be_converted(tmp_path: Path) -> None:
+    path = _plain(tmp_path / "a.mkv", (500, 480, 580), (64, 48), bits=10, color_primaries=ColorPrimaries.BT2020)
+    with pytest.raises(UnreadableMedia, match="which needs PyAV 18"):
+        read_media(path)
+
+
 def _from_bt2020(r: float, g: float, b: float) -> list[float]:
     """BT.2020's light as BT.709's; the matrix of BT.2087."""
     matrix = [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]]
     return (np.array(matrix) @ [r, g, b]).clip(0, 1).tolist()
 
 
+@needs_pyav_18
 def test_wide_gamut_becomes_bt709(tmp_path: Path) -> None:
     tags = {"colorspace": 9, "color_primaries": ColorPrimaries.BT2020, "color_trc": ColorTrc.BT2020_10}
     levels = (500, 480, 580)
@@ -246,6 +257,7 @@ def _pq(nits: float) -> int:
     return round(64 + 876 * share)
 
 
+@needs_pyav_18
 def test_high_dynamic_range_is_brought_down(tmp_path: Path) -> None:
     tags = {"colorspace": 9, "color_primaries": ColorPrimaries.BT2020, "color_trc": ColorTrc.SMPTE2084}
     shown = [

@@ -90,6 +90,11 @@ def test_png_of_sixteen_bits(tmp_path: Path) -> None:
     assert _levels(tmp_path / "a.png")[0] == pytest.approx(np.rint(SHARES[0] * 255), abs=0.01)
 
 
+def test_a_dark_picture_of_a_known_range_is_dark(tmp_path: Path) -> None:
+    Image.fromarray(np.uint16([[0, 100, 127]])).save(tmp_path / "a.png")
+    assert (read_media(tmp_path / "a.png") == -1).all()
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
@@ -118,7 +123,8 @@ def test_every_mode_shows_its_colours(tmp_path: Path, mode: str) -> None:
         image, expected = grey.convert(mode), (128, 128, 128)
     else:
         image, expected = red.convert(mode, palette=Image.Palette.ADAPTIVE), (200, 40, 40)
-    image.save(path := tmp_path / ("a.png" if mode in ("P", "LA", "RGBA", "1") else "a.tif"))
+    suffix = {"CMYK": "tif", "LAB": "tif", "YCbCr": "jpg"}.get(mode, "png")
+    image.save(path := tmp_path / f"a.{suffix}")
     shown = (read_media(path)[:, 0, 1, 1] + 1) * 127.5
     assert shown.tolist() == pytest.approx(expected, abs=2.1)
 

@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 
 from sora_fast import use_backend
 from sora_fast.nn import BlockContext, DiTBlock, FinalLayer, PatchEmbed3D
-from sora_fast.ops import Rope3D, adaln
+from sora_fast.ops import Rope3D, _dispatch, adaln
 from sora_fast.packing import PackedLayout, RaggedLatents, RowIndex
 from sora_fast.schedule import TileSchedule
 from tests.tracing import Computed
@@ -121,6 +122,42 @@ def test_what_is_normed_is_not_kept_and_the_gradients_are_the_same(
     branches = 3 if "context_dim" in options else 2
     # The first residual is the last block's to keep, which is not here.
     assert kept[0] - kept[1] == (branches - 1) * start.nbytes
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("elsewhere", [True, False])
+@pytest.mark.parametrize(
+    "options", [{"mlp_recompute": True}, {"mlp": "swiglu", "mlp_recompute": True}, {"norm_recompute": True}]
+)
+def test_what_is_recomputed_runs_where_the_forward_pass_did(
+    options: dict[str, Any], elsewhere: bool, backend: str, device: torch.device
+) -> None:
+    """A GPU's backward pass runs in a thread of its own, to which `use_backend` does not reach."""
+    torch.manual_seed(0)
+    layout = PackedLayout.from_grids([(2, 2, 3)], tile_size=16).to(device)
+    rows = RowIndex.from_index(layout.segment_ids, 1)
+    shared = BlockContext(layout, TileSchedule.build(layout), rows)
+    block = DiTBlock(32, 2, **options).to(device)
+    tables = torch.randn(8, 1, 32, device=device, requires_grad=True)
+    start = torch.randn(layout.capacity, 32, device=device, requires_grad=True)
+    leaves = [start, tables, *(weight for name, weight in block.named_parameters() if "adaLN" not in name)]
+    *modulation, shift, scale = tables.unbind(0)
+
+    def forward() -> torch.Tensor:
+        return torch.stack(block(start, adaln(start, *modulation[:2], rows), modulation, (shift, scale), shared))
+
+    with use_backend(backend):
+        expected = torch.autograd.grad(forward().square().sum(), leaves)
+        loss = forward().square().sum()
+    before = {key: record.count for key, record in _dispatch._calls.items()}
+    if elsewhere:
+        with ThreadPoolExecutor() as pool:
+            actual = pool.submit(torch.autograd.grad, loss, leaves).result()
+    else:
+        actual = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    chosen = {key for key, record in _dispatch._calls.items() if record.count != before.get(key, 0)}
+    assert chosen == {("mlp_activation" if "mlp_recompute" in options else "adaln", backend)}
 
 
 @pytest.mark.parametrize(
