@@ -4,9 +4,9 @@ The same cases are compiled ahead of time (benchmarks/aot.py) and timed on a GPU
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +35,8 @@ from sora_fast.ops import (
     unpatchify,
 )
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents, RowIndex
+from sora_fast.proof.calls import Call
+from sora_fast.proof.cases import schedule
 from sora_fast.schedule import TileSchedule
 
 # A latent of 16 channels in patches of 1×2×2, as the Sora-like models with a modern video autoencoder have it.
@@ -96,41 +98,17 @@ class Setting:
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
-    """One call `op(*args, **options)`; gradients are asked for every floating-point tensor among `args`, and for the
-    pixels of ragged latents and the tables of positions that require one.
+class Case(Call):
+    """A call that is measured.
 
-    label: tells the case from the op's others. bytes_moved, flops: (forward, backward), the least that any
-    implementation must do; zeros where that is not what limits the op. share: the truth is computed for one head in
-    so many, which has nothing to do with the others; 1: for everything.
+    bytes_moved, flops: (forward, backward), the least that any implementation must do; zeros where that is not what
+    limits the op. share: the truth is computed for one head in so many, which has nothing to do with the others; 1:
+    for everything.
     """
 
-    op: Callable[..., Any]
-    label: str
-    args: tuple[Any, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
     bytes_moved: tuple[int, int] = (0, 0)
     flops: tuple[int, int] = (0, 0)
     share: int = 1
-
-    def __post_init__(self) -> None:
-        for argument in self.args:
-            if isinstance(argument, Tensor) and argument.is_floating_point():
-                argument.requires_grad_()
-
-    @property
-    def name(self) -> str:
-        return f"{self.op.__name__}[{self.label}]"
-
-    @property
-    def device(self) -> torch.device:
-        return next(argument.device for argument in (*self.inputs, *self.args) if hasattr(argument, "device"))
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """The tensors that gradients are asked for."""
-        tensors = [tensor for argument in self.args for tensor in _held(argument)]
-        return tuple(t for t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad)
 
     def part(self, x: Tensor) -> Tensor:
         """What the truth is computed of, of an argument, an output or a gradient."""
@@ -138,32 +116,14 @@ class Case:
 
     def exact(self) -> "Case":
         """The same work on the same numbers in fp64, on a part of the heads if `share` says so."""
-        args = (self.part(a) if isinstance(a, Tensor) else a for a in self.args)
-        return replace(self, args=tuple(map(_widened, args)), share=1)
+        args = tuple(self.part(a) if isinstance(a, Tensor) else a for a in self.args)
+        return Call.exact(replace(self, args=args, share=1))
 
     def has_kernels(self) -> bool:
         """True if the op launches Triton kernels here."""
         with recording((9, 0)) as recorder, use_backend("triton"):
             self.forward()
         return bool(recorder.launches)
-
-    def forward(self) -> tuple[Tensor, ...]:
-        """The outputs."""
-        result = self.op(*self.args, **self.options)
-        if isinstance(result, RaggedLatents):
-            return (result.flat,)
-        return result if isinstance(result, tuple) else (result,)
-
-    def backward(self, outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Gradients of the inputs; may be called many times for the same outputs."""
-        if not self.inputs:
-            return ()
-        return torch.autograd.grad(outputs, self.inputs, gradients, retain_graph=True)
-
-    def step(self) -> tuple[Tensor, ...]:
-        """Forward and backward; the outputs stand in for their gradients."""
-        outputs = self.forward()
-        return self.backward(outputs, outputs)
 
 
 class OnePassCase(Case):
@@ -177,22 +137,6 @@ class OnePassCase(Case):
 def one_pass_backward() -> AbstractContextManager[Any]:
     """Inside, attention's backward pass takes the one-pass form, unless it must be deterministic."""
     return patch.dict(ONE_PASS, dict.fromkeys(ONE_PASS, 256))
-
-
-def _held(argument: Any) -> tuple[Any, ...]:
-    if isinstance(argument, RaggedLatents):
-        return (argument.flat,)
-    return argument.tables if isinstance(argument, FactorisedPosition) else (argument,)
-
-
-def _widened(argument: Any) -> Any:
-    if isinstance(argument, Tensor) and argument.is_floating_point():
-        return argument.detach().double().requires_grad_(argument.requires_grad)
-    if isinstance(argument, RaggedLatents):
-        return argument.with_flat(_widened(argument.flat))
-    if isinstance(argument, FactorisedPosition):
-        return FactorisedPosition(*map(_widened, argument.tables))
-    return argument
 
 
 def all_cases(setting: Setting) -> Iterator[Case]:
@@ -265,13 +209,6 @@ MASKS = {
     "token_causal": SpacetimeMask.token_causal(),
     "window": SpacetimeMask.window(2, 6, 6),
 }
-
-
-def schedule(layout: PackedLayout, mask: SpacetimeMask) -> tuple[Tensor, ...]:
-    """What is found for a batch, all of it integers; there is no gradient."""
-    built = TileSchedule.build(layout, mask)
-    sides = [(side.begin, side.end, side.order) for side in (built.by_query, built.by_key)]
-    return (built.query_low, built.query_high, built.key_place, *sides[0], *sides[1])
 
 
 def schedule_cases(s: Setting) -> Iterator[Case]:

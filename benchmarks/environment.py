@@ -4,13 +4,13 @@ import platform
 import subprocess
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from benchmarks._checkout import ROOT
 from benchmarks.timing import Timing, time_variants
+from sora_fast.ops._records import package_version
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of what computes."""
-    return {"torch": torch.__version__, "triton": _version("triton"), "cuda": torch.version.cuda}
+    return {"torch": torch.__version__, "triton": package_version("triton"), "cuda": torch.version.cuda}
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,6 @@ def _commit() -> str:
     head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return f"{head}+changes" if head and changed else head or "unknown"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _output(*command: str) -> str:

@@ -114,15 +114,16 @@ def stopping_after(seconds: float) -> Iterator[None]:
 def run(folder: Path, scope: Scope, *, commit: str | None = None) -> int:
     """The whole suite; 0 if nothing went wrong, even if there was not time for everything."""
     from benchmarks.environment import Ceilings, environment
-    from benchmarks.suite import Suite
-    from sora_fast.ops._dispatch import device_class
+    from benchmarks.suite import DRY, Suite
+    from sora_fast.ops._records import Machine
 
     end = time.monotonic() + scope.seconds - min(_RESERVE, 0.1 * scope.seconds)
     folder.mkdir(parents=True, exist_ok=True)
     record = environment(commit)
     print(json.dumps(record, indent=1), flush=True)
-    kind = "dry" if scope.dry else device_class(scope.device)
-    suite = Suite(folder, kind, record, Ceilings.measure(scope.device))
+    machine = Machine.of(scope.device)
+    machine = replace(machine, device_class=DRY) if scope.dry else machine
+    suite = Suite(folder, machine, record, Ceilings.measure(scope.device))
     try:
         with stopping_after(end - time.monotonic()):
             suite.expected = _expected(scope)

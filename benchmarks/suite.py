@@ -6,12 +6,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks._checkout import ROOT
 from benchmarks.environment import Ceilings
 from benchmarks.gpu_tests import Counts
 from benchmarks.rows import OURS, Row, absent, failed, table
+from sora_fast.ops import _records
+from sora_fast.ops._checks import KERNEL_DTYPES
+from sora_fast.ops._records import VALIDATED, Machine, Record, dtype_name, source_hash
 
-VALIDATED = ROOT / "sora_fast" / "ops" / "validated.json"
+# In place of a device class, where nothing is proved.
+DRY = "dry"
 _OUT_OF_TIME = "not run: out of time"
 Name = tuple[str, str]
 
@@ -20,12 +23,12 @@ Name = tuple[str, str]
 class Suite:
     """Everything that one call finds out, and where it is written, after every step.
 
-    kind: the device class that validated.json gets a record of; "dry" touches nothing outside `folder`.
+    machine: that validated.json gets records of; of the device class `DRY` it touches nothing outside `folder`.
     cases: rows of the cases that validate an op, which are `expected` (op, case). compared: rows beside the peers.
     """
 
     folder: Path
-    kind: str
+    machine: Machine
     record: dict[str, Any]
     ceilings: Ceilings
     expected: list[Name] = field(default_factory=list)
@@ -57,22 +60,22 @@ class Suite:
 
     def save_validated(self) -> None:
         """Replace the records of this kind of device, of the ops that were looked at, and keep all others."""
-        known = json.loads(VALIDATED.read_text()) if VALIDATED.exists() else {}
         looked_at = {op for op, _ in self.expected}
-        kept = {op: record for op, record in known.get(self.kind, {}).items() if op not in looked_at}
-        merged = {**known, self.kind: {**kept, **self.validated()}}
-        text = json.dumps(merged, indent=1, sort_keys=True) + "\n"
+        known = _records.read_list(VALIDATED)
+        kept = [r for r in known if r.machine.device_class != self.machine.device_class or r.op not in looked_at]
+        text = _records.written([*kept, *self.validated()])
         _write(self.folder / "validated.json", text)
-        if self.kind != "dry":
+        if self.machine.device_class != DRY:
             _write(VALIDATED, text)
 
-    def validated(self) -> dict[str, dict[str, Any]]:
+    def validated(self) -> list[Record]:
         """Nothing, if memcheck found anything: it does not say in which op."""
         if self.sanitizer["errors"]:
-            return {}
+            return []
         # What is compared may be larger than the cases, and its numbers count as much where there are any.
         larger = [row for row in self.compared if row.errors]
-        return validate(self.tests, [*_whole(self.cases, self.expected), *larger], self.record)
+        rows = [*_whole(self.cases, self.expected), *larger]
+        return validate(self.tests, rows, self.record, self.machine)
 
     def summary(self) -> str:
         """For the terminal; short, and the table comes last."""
@@ -94,7 +97,7 @@ class Suite:
         yield f"sanitizer: {self.sanitizer['errors']} errors ({self.sanitizer['note']})"
 
     def _of_cases(self) -> Iterator[str]:
-        yield f"validated: {', '.join(self.validated()) or 'none'}"
+        yield f"validated: {', '.join(dict.fromkeys(record.op for record in self.validated())) or 'none'}"
         for op in dict.fromkeys(row.op for row in self.cases):
             rows = [row for row in self.cases if row.op == op]
             times = [row.times for row in rows if "triton" in row.rounds]
@@ -117,21 +120,27 @@ def _is_wrong(row: Row) -> bool:
     return bool(row.failure) or not all(row.agrees(name) for name in row.rounds if name in OURS)
 
 
-def validate(tests: dict[str, Counts], rows: Sequence[Row], record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{op: {backend: record}} for every op whose tests passed and whose cases all ran and agreed with fp64.
+def validate(
+    tests: dict[str, Counts], rows: Sequence[Row], environment: dict[str, Any], machine: Machine
+) -> list[Record]:
+    """A record a dtype of every op and backend whose tests passed and whose cases all ran and agreed with fp64.
 
-    The tests are small; the cases are as large as real batches, where a wrong offset or an overflow would show.
+    The tests are small, and of all dtypes; the cases are as large as real batches, where a wrong offset or an overflow
+    would show.
     """
-    kept = {name: record[name] for name in ("commit", "torch", "triton", "date", "device")}
-    validated: dict[str, dict[str, Any]] = {}
+    records = []
     for op in dict.fromkeys(row.op for row in rows):
         counts, cases = tests.get(op, Counts()), [row for row in rows if row.op == op]
         if counts.failed or not counts.passed or not counts.complete or any(row.failure for row in cases):
             continue
         for backend in sorted(cases[0].rounds.keys() & OURS.keys() - {"torch"}):
             if all(row.agrees(backend) for row in cases):
-                validated.setdefault(op, {})[backend] = {**kept, "tests_passed": counts.passed}
-    return validated
+                note = f"benchmarks.gpu_suite at {environment['commit']}, {counts.passed} tests passed"
+                same = {"op": op, "backend": backend, "machine": machine, "source": source_hash(op), "note": note}
+                same |= {"device": environment["device"], "date": environment["date"]}
+                dtypes = (None,) if op == "schedule" else KERNEL_DTYPES
+                records += [Record(dtype=dtype_name(d), passed=True, cases=len(cases), **same) for d in dtypes]
+    return records
 
 
 def _whole(rows: Sequence[Row], names: Sequence[Name]) -> list[Row]:

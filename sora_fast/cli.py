@@ -1,4 +1,4 @@
-"""The command line: `sora-fast demo`, `sora-fast train`, `sora-fast sample`, `sora-fast report`.
+"""The command line: `sora-fast demo`, `train`, `sample`, `report` and `doctor`.
 
 Heavy imports happen inside the commands, so that --help and --version answer at once.
 """
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from sora_fast.generation.tasks import Request
     from sora_fast.media import Clip
+    from sora_fast.proof import Report
     from sora_fast.training.batches import BatchConfig
     from sora_fast.training.data import FolderSource
     from sora_fast.training.distributed import World
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BAD_INPUT, INTERRUPTED = 2, 130
+WRONG, BAD_INPUT, INTERRUPTED = 1, 2, 130
 # Static sizes of a batch that cost time even where they are not used: enough for small images, not for the worst case.
 MOST_SEGMENTS, MOST_TEXT = 256, 8192
 # What `train` is asked for where it is not said.
@@ -91,7 +92,7 @@ Make a video (or, with --frames 1, an image) with a trained model.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run a command; returns the exit code: 0, 1 for a kernel found wrong, 2 for bad input, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if isinstance(sys.stdout, io.TextIOWrapper):  # escapes what the terminal cannot show, as standard error does
@@ -113,17 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, FloatingPointError) as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        from sora_fast.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         advice = {"train": "a smaller --capacity or model", "sample": "a smaller --size or fewer --frames"}
         return _fail(f"out of memory ({str(error).strip()}); {advice.get(argv[0], 'less at once')} may fit")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """On a CPU PyTorch raises a plain RuntimeError."""
-    import torch
-
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _fail(message: str) -> int:
@@ -140,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_sample(commands)
     _add_report(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -271,6 +268,21 @@ def _add_report(commands: "argparse._SubParsersAction") -> None:
         help="JSON of benchmarks.gpu_suite or pytest --benchmark-json; later files are compared with the first",
     )
     add("--out", type=_path, default=Path("report.html"), help="page to write (default: %(default)s)")
+
+
+def _add_doctor(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what runs here, and why; prove the kernels on this GPU",
+        description="Show versions, devices, the backend that every op runs on by default, and why.",
+    )
+    parser.set_defaults(command=_doctor)
+    add = parser.add_argument
+    add("--prove", action="store_true", help="first hold the kernels to fp64 here, and record what is right")
+    add("--minutes", type=_POSITIVE, default=2.0, help="that proving may take (default: %(default)g)")
+    add("--ops", nargs="+", metavar="OP", help="prove these alone (default: all that have kernels)")
+    add("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    add("--json", action="store_true", help="print JSON")
 
 
 def _options(names: Sequence[str]) -> str:
@@ -563,6 +575,36 @@ def _report(a: argparse.Namespace) -> int:
 
     print(*write_report(a.results, a.out), sep="\n")
     return 0
+
+
+def _doctor(a: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from sora_fast.doctor import examine
+
+    device = _device(a.device)
+    proof = _proof(a, device) if a.prove else None
+    found = examine(device)
+    if a.json:
+        print(json.dumps(found.json() | {"proof": proof and asdict(proof)}, indent=1))
+    else:
+        print(*filter(None, (proof, found)), sep="\n\n")
+    return WRONG if proof is not None and proof.having("failed") else 0
+
+
+def _proof(a: argparse.Namespace, device: str) -> "Report":
+    from tqdm import tqdm
+
+    from sora_fast.proof import prove
+
+    with tqdm(desc="proving", unit=" cases", leave=False) as bar:
+
+        def progress(done: int, cases: int) -> None:
+            bar.total = cases
+            bar.update(done - bar.n)
+
+        return prove(a.ops, minutes=a.minutes, device=device, progress=progress)
 
 
 def _given(file: Path, config: "RunConfig") -> "Clip":

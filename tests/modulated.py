@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sora_fast.packing import RowIndex
-from tests.helpers import assert_within_rule, far_apart, poison_empty
+from sora_fast.proof.rule import poisoned_scratch
+from tests.helpers import assert_within_rule, far_apart
 
 PATTERNS = ("sorted", "interleaved", "random", "single row", "row a token", "unused rows", "all padding")
 LAYOUTS = ("contiguous", "sliced", "permuted")
@@ -196,8 +196,7 @@ def _compare(
         )
 
     rows = RowIndex.from_index(index, case.table_rows).to(device) if csr else index.to(device)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        poison_empty(monkeypatch)
+    with poisoned_scratch():
         actual = outputs_and_gradients(
             lambda *t: op(*t, rows, backend=backend), [t.to(device) for t in inputs], [t.to(device) for t in d_outputs]
         )

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = (
     "arguments",
     "files",
+    "memory",
     "masks",
     "packing",
     "bounds",
@@ -16,6 +17,7 @@ PARTS = (
     "schedule",
     "kernels",
     "ops",
+    "proof",
     "nn",
     "models",
     "diffusion",
@@ -25,6 +27,7 @@ PARTS = (
     "generation",
     "demo",
     "report",
+    "doctor",
     "cli",
 )
 

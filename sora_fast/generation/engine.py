@@ -23,7 +23,9 @@ from sora_fast.diffusion.samplers import (
 from sora_fast.generation.tasks import Request, pack_requests
 from sora_fast.models import PackedText
 from sora_fast.packing import PackedLayout
+from sora_fast.proof import prove_at_start
 from sora_fast.training import checkpoint
+from sora_fast.training.distributed import local_rank
 from sora_fast.training.run import CHECKPOINTS, Networks, moved, read_run
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class Engine:
 
     def __init__(self, networks: Networks, *, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
+        prove_at_start(self.device, networks.config.dtypes, leads=local_rank() == 0)
         self.networks = networks.to(self.device).eval().requires_grad_(False)
         self._said: set[str] = set()
 

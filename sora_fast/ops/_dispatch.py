@@ -1,17 +1,22 @@
 """Which backend runs an op: asked for, set by the user, or the best that is proved on this device."""
 
-import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
+from sora_fast.ops import _records
+
+log = logging.getLogger(__name__)
+
 BACKENDS = ("torch", "triton", "cuda", "flash_attn", "xformers")
+# Why a kernel is not chosen that nobody has found wrong either, and what makes it known to be right.
+UNPROVED, PROVE = "no recorded pass", "sora-fast doctor --prove"
 # Tried in this order when nobody asks for a backend.
 _PREFERENCE = ("cuda", "triton", "torch")
 
@@ -52,15 +57,21 @@ def explain() -> str:
     return "\n".join(lines) or "no op has been called"
 
 
-def choose(op: str, backend: str | None, device: torch.device, offered: tuple[str, ...] = ("torch", "triton")) -> str:
+def choose(
+    op: str,
+    backend: str | None,
+    device: torch.device,
+    offered: tuple[str, ...] = ("torch", "triton"),
+    dtype: torch.dtype | None = None,
+) -> str:
     """The backend to run `op` with on tensors of `device`.
 
-    backend: what the caller asked for (None: automatic); offered: what the op has for such tensors.
+    backend: what the caller asked for (None: automatic); offered: what the op has for such tensors. dtype: theirs, for
+        which a kernel must be proved; None, of an op that computes with integers only.
     Raises ValueError if the backend asked for cannot run here.
     """
     _check_name(backend, "backend")
-    asked = backend or _forced.get() or os.environ.get("SORA_FAST_BACKEND") or None
-    _check_name(asked, "SORA_FAST_BACKEND")
+    asked = backend or asked_for()
     refused: dict[str, str] = {}
     if asked is not None:
         reason = _unavailable(op, asked, device.type, offered)
@@ -69,17 +80,35 @@ def choose(op: str, backend: str | None, device: torch.device, offered: tuple[st
         if backend is not None:
             raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
         refused[asked] = reason
-    for name in _PREFERENCE:
-        reason = _unavailable(op, name, device.type, offered) or _unproved(op, name, device)
-        if reason is None:
-            return _record(op, name, refused)
-        refused[name] = reason
-    raise ValueError(f"backend: none of {offered} can run {op} on {device}: {refused}")
+    chosen, reasons = default(op, device, offered, dtype)
+    if reasons.get("triton", "").startswith(UNPROVED):
+        _remind()
+    return _record(op, chosen, refused | reasons)
 
 
 # A graph keeps the choice made while it was traced: Dynamo must neither trace this bookkeeping nor guard on it. This is
 # all that torch.compiler.assume_constant_result does, which would import the whole of Dynamo first: over a second.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def asked_for() -> str | None:
+    """The backend that the user has set for all ops, if one."""
+    asked = _forced.get() or os.environ.get("SORA_FAST_BACKEND") or None
+    _check_name(asked, "SORA_FAST_BACKEND")
+    return asked
+
+
+def default(
+    op: str, device: torch.device, offered: tuple[str, ...], dtype: torch.dtype | None
+) -> tuple[str, dict[str, str]]:
+    """The backend when nobody asks for one, and why not those before it; arguments and errors as in `choose`."""
+    refused: dict[str, str] = {}
+    for name in _PREFERENCE:
+        reason = _unavailable(op, name, device.type, offered) or _unproved(op, name, device, dtype)
+        if reason is None:
+            return name, refused
+        refused[name] = reason
+    raise ValueError(f"backend: none of {offered} can run {op} on {device}: {refused}")
 
 
 def _record(op: str, backend: str, refused: dict[str, str]) -> str:
@@ -109,31 +138,27 @@ def _unavailable(op: str, backend: str, device_type: str, offered: tuple[str, ..
     return None
 
 
-def _unproved(op: str, backend: str, device: torch.device) -> str | None:
+def _unproved(op: str, backend: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
     if backend == "torch":
         return None
     if device.type != "cuda":
         return "the interpreter is for tests: ask for it by name"
-    kind = device_class(device)
-    if backend in validated().get(kind, {}).get(op, {}):
+    record = _records.find(op, backend, dtype, device)
+    if record is not None and record.passed:
         return None
-    return f"no recorded pass on {kind}: opt-in (validated.json, written by benchmarks.gpu_suite)"
+    if record is not None:
+        return f"wrong on this machine ({record.reason}); `{PROVE}` looks again"
+    where = f"{_records.dtype_name(dtype)} on {_records.device_class(device)}"
+    return f"{UNPROVED} of {where}: `{PROVE}` proves it here"
+
+
+@cache
+def _remind() -> None:
+    """Once, to users of single ops, whom nobody else tells; of several workers, by one."""
+    if os.environ.get("SORA_FAST_PROVE") != "0" and os.environ.get("RANK", "0") == "0":
+        log.warning("plain PyTorch runs in place of faster kernels, which are not proved on this GPU yet: `%s`", PROVE)
 
 
 def interpreting() -> bool:
     """True if Triton kernels run in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
-@cache
-def device_class(device: torch.device) -> str:
-    """The kind of GPU that `device` is, as validated.json names it: sm_90 for an H100 or H200."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
-@cache
-def validated() -> dict[str, dict[str, dict[str, object]]]:
-    """{device class: {op: {backend: record}}}, from the file that the GPU suite writes."""
-    file = Path(__file__).with_name("validated.json")
-    return json.loads(file.read_text()) if file.exists() else {}

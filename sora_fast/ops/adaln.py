@@ -54,7 +54,7 @@ def adaln(
 
 def backend_for(x: Tensor, backend: str | None = None) -> str:
     """Which backend runs here."""
-    return choose("adaln", backend, x.device, offered_rows(x))
+    return choose("adaln", backend, x.device, offered_rows(x), x.dtype)
 
 
 def plain_adaln(

@@ -34,7 +34,7 @@ def gated_residual(
     whatever stands there. Raises TypeError or ValueError for arguments that do not fit together.
     """
     check_modulated({"residual": residual, "branch": branch}, {"gate": gate}, index)
-    if choose("gated_residual", backend, residual.device, offered(residual)) == "torch":
+    if choose("gated_residual", backend, residual.device, offered(residual), residual.dtype) == "torch":
         return plain_gated_residual(residual, branch, gate, index)
     return _gated_residual(residual, branch, gate, *parts(index))
 

@@ -47,7 +47,7 @@ def gated_residual_adaln(
     tables = {"gate": gate, "shift": shift, "scale": scale}
     check_modulated({"residual": residual, "branch": branch}, tables, index)
     check_norm("residual", residual, norm, weight, bias, eps)
-    if choose("gated_residual_adaln", backend, residual.device, offered_rows(residual)) == "torch":
+    if choose("gated_residual_adaln", backend, residual.device, offered_rows(residual), residual.dtype) == "torch":
         h = plain_gated_residual(residual, branch, gate, index)
         return h, plain_adaln(h, shift, scale, index, norm, weight, bias, eps)
     affine = contiguous(weight), contiguous(bias)

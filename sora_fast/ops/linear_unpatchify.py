@@ -35,7 +35,7 @@ def linear_unpatchify(
     check_patch_size(patch_size)
     _check(x, weight, bias, layout)
     channels = channels_of("weight rows", weight.shape[0], patch_size)
-    if choose("linear_unpatchify", backend, x.device, offered(x)) == "torch":
+    if choose("linear_unpatchify", backend, x.device, offered(x), x.dtype) == "torch":
         rows = _patches_torch.linear(x, weight, bias, layout)
         return unpatchify(rows, layout, patch_size, shapes, capacity=capacity, backend=backend)
     offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity)

@@ -38,7 +38,7 @@ def mlp_activation(
 def backend_for(x: Tensor, backend: str | None = None) -> str:
     """Which backend runs here. In a kernel the bias costs nothing, and its gradient no pass of its own; in "torch" a
     matrix product adds it for less."""
-    return choose("mlp_activation", backend, x.device, offered(x))
+    return choose("mlp_activation", backend, x.device, offered(x), x.dtype)
 
 
 def _torch(x: Tensor, activation: str) -> Tensor:

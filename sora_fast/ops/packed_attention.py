@@ -60,7 +60,7 @@ def packed_attention(
     schedule = mask if isinstance(mask, TileSchedule) else TileSchedule.build(layout, mask, kv_layout=kv_layout)
     cross = kv_layout is not None
     others = peers.offered(q, k, schedule, cross=cross, lse=return_lse, deterministic=deterministic)
-    chosen = choose("packed_attention", backend, q.device, (*_offered(q), *others))
+    chosen = choose("packed_attention", backend, q.device, (*_offered(q), *others), q.dtype)
     if chosen in others:
         return getattr(peers, chosen)(q, k, v, schedule, scale=scale, deterministic=deterministic)
     if chosen == "torch" and on_device.fits(q, k):

@@ -84,7 +84,7 @@ def patch_embed(
     _check_weights(latents, weight, bias, patch_size)
     check_device("weight", weight, "the layout", layout.device)
     _check_position(position, weight, layout)
-    if choose("patch_embed", backend, weight.device, offered(weight)) == "torch":
+    if choose("patch_embed", backend, weight.device, offered(weight), weight.dtype) == "torch":
         return _torch(latents, weight, bias, layout, patch_size, position)
     places = geometry(latents.offsets, latents.shapes, layout, patch_size)
     return _patch_embed(latents.flat, weight, bias, *_joined(position), *places)

@@ -119,7 +119,7 @@ def qk_norm_rope(
     check_eps(eps)
     rotation = _rotation(rope, q.shape[2])
     grids = layout.grids if any(rotation.extent) else None
-    if choose("qk_norm_rope", backend, q.device, offered(q)) == "torch":
+    if choose("qk_norm_rope", backend, q.device, offered(q), q.dtype) == "torch":
         places = (layout.segment_ids, layout.coords, layout.grids, segment_scale)
         turns = None if rope is None else _turns(*places, *rotation)
         shared = (layout.segment_ids, turns, rotation.interleaved, eps)

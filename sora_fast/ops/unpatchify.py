@@ -39,7 +39,7 @@ def unpatchify(
     check_device("tokens", tokens, "the layout", layout.device)
     channels = channels_of("tokens columns", tokens.shape[1], patch_size)
     offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity)
-    if choose("unpatchify", backend, tokens.device, offered(tokens)) == "torch":
+    if choose("unpatchify", backend, tokens.device, offered(tokens), tokens.dtype) == "torch":
         flat = _patches_torch.put(tokens, offsets, shapes, layout, patch_size, capacity)
     else:
         flat = _unpatchify(tokens, *geometry(offsets, shapes, layout, patch_size), capacity)

@@ -135,6 +135,12 @@ class RunConfig:
     fps: float = 8.0
     data_fps: float | None = None
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """That the ops compute in, the main one first."""
+        half = self.train.precision == "bfloat16"
+        return (torch.bfloat16, torch.float32) if half else (torch.float32,)
+
     def __post_init__(self) -> None:
         ddpm = isinstance(self.path, DDPM)
         if self.model.discrete_time != ddpm:

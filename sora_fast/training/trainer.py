@@ -20,11 +20,12 @@ from sora_fast.diffusion.clean import clean_frames, random_clean_ends
 from sora_fast.diffusion.losses import counted_loss
 from sora_fast.diffusion.noise import noise_like
 from sora_fast.packing import PackedLayout, RaggedLatents
+from sora_fast.proof import prove_at_start
 from sora_fast.training import checkpoint, optim
 from sora_fast.training.batches import Batch, Batches, Prompts, prefetch
 from sora_fast.training.compiler import cpp_problem
 from sora_fast.training.data import Source
-from sora_fast.training.distributed import World
+from sora_fast.training.distributed import World, local_rank
 from sora_fast.training.run import CHECKPOINTS, LOG, Networks, RunConfig, check_resumable, create_run, update_run
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class Trainer:
         self.leads = self.world.rank == 0
         if resume:
             check_resumable(self.folder, config)
+        leads = local_rank() == 0  # of its machine: each may have GPUs of its own
+        prove_at_start(self.device, config.dtypes, leads=leads, wait=lambda: self.world.total(0))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             self.networks = Networks(config).to(self.device)

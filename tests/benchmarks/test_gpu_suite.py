@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,12 @@ from benchmarks.environment import Ceilings
 from benchmarks.gpu_suite import Stopped, stopping_after
 from benchmarks.gpu_tests import Counts
 from benchmarks.rows import Row, absent, failed, table
-from benchmarks.suite import Suite, validate
+from benchmarks.suite import DRY, Suite, validate
+from sora_fast.ops._records import Machine, Record, read_list, written
 from sora_fast.report import read_result
 
 RECORD = {"commit": "c0ffee", "torch": "2.13", "triton": "3.7.1", "date": "2026-01-01", "device": "some GPU"}
+MACHINE = Machine("sm_90", "580.1", "2.13", "3.7.1", "0.1.0")
 FAST, SLOW = [0.9, 1.0, 1.1], [1.9, 2.0, 2.1]
 
 
@@ -29,13 +31,28 @@ def _row(op: str = "adaln", *, error: float = 1e-3, failure: str = "", **rounds:
     return row
 
 
+def _passed(device_class: str, op: str) -> Record:
+    machine = replace(MACHINE, device_class=device_class)
+    return Record(op, "triton", "bfloat16", machine, source="0123", passed=True, cases=1)
+
+
 def _suite(folder: Path, **options: object) -> Suite:
-    return Suite(folder, "dry", RECORD, Ceilings(2000.0, 1.0), **options)
+    return Suite(folder, replace(MACHINE, device_class=DRY), RECORD, Ceilings(2000.0, 1.0), **options)
 
 
 def test_a_backend_is_validated_if_tests_passed_and_results_agree() -> None:
-    validated = validate({"adaln": Counts(passed=7, skipped=1)}, [_row(), _row()], RECORD)
-    assert validated == {"adaln": {"triton": {**RECORD, "tests_passed": 7}}}
+    validated = validate({"adaln": Counts(passed=7, skipped=1)}, [_row(), _row()], RECORD, MACHINE)
+    assert [record.key for record in validated] == [
+        ("adaln", "triton", dtype) for dtype in ("float16", "bfloat16", "float32")
+    ]
+    assert {(record.machine, record.passed, record.cases) for record in validated} == {(MACHINE, True, 2)}
+    assert {(record.device, record.date) for record in validated} == {("some GPU", "2026-01-01")}
+    assert "c0ffee, 7 tests passed" in validated[0].note
+
+
+def test_an_op_of_integers_has_no_dtype() -> None:
+    (record,) = validate({"schedule": Counts(passed=7)}, [_row("schedule")], RECORD, MACHINE)
+    assert record.dtype == "any"
 
 
 @pytest.mark.parametrize(
@@ -51,29 +68,29 @@ def test_a_backend_is_validated_if_tests_passed_and_results_agree() -> None:
     ],
 )
 def test_otherwise_it_is_not(counts: Counts, rows: list[Row]) -> None:
-    assert validate({"adaln": counts}, rows, RECORD) == {}
+    assert validate({"adaln": counts}, rows, RECORD, MACHINE) == []
 
 
 def test_an_op_without_tests_is_not_validated() -> None:
-    assert validate({}, [_row()], RECORD) == {}
+    assert validate({}, [_row()], RECORD, MACHINE) == []
 
 
 def test_cut_off_it_validates_what_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And keeps the records of the ops that it did not look at, and of other devices."""
     repository = tmp_path / "repository.json"
-    repository.write_text(json.dumps({"sm_80": {"x": 1}, "sm_90": {"patch_embed": {"triton": 2}, "adaln": 3}}))
+    before = [("sm_80", "adaln"), ("sm_90", "patch_embed"), ("sm_90", "adaln"), ("sm_90", "unpatchify")]
+    repository.write_text(written([_passed(*name) for name in before]))
     monkeypatch.setattr(suites, "VALIDATED", repository)
     suite = _suite(tmp_path, expected=[("adaln", "C64"), ("unpatchify", "K64"), ("unpatchify", "K32")])
-    suite.kind = "sm_90"
+    suite.machine = MACHINE
     suite.tests = {"adaln": Counts(passed=7), "unpatchify": Counts(passed=7)}
     suite.cases = [_row("adaln"), Row(**{**asdict(_row("unpatchify")), "case": "K64"})]
     suite.save_validated()
-    found = json.loads(repository.read_text())
-    assert found["sm_80"] == {"x": 1} and found["sm_90"].keys() == {"patch_embed", "adaln"}
-    assert found["sm_90"]["adaln"]["triton"]["tests_passed"] == 7
+    found = {(r.machine.device_class, r.op): r for r in read_list(repository)}
+    assert found.keys() == set(before[:3]) and "7 tests passed" in found["sm_90", "adaln"].note
     suite.sanitizer = {"errors": 1, "note": ""}
     suite.save_validated()
-    assert json.loads(repository.read_text())["sm_90"] == {"patch_embed": {"triton": 2}}, "memcheck found something"
+    assert read_list(repository) == [_passed(*name) for name in before[:2]], "memcheck found something"
 
 
 def test_what_is_saved_is_what_the_report_reads(tmp_path: Path) -> None:
@@ -172,6 +189,6 @@ def test_dry_walk_measures_every_op(tmp_path: Path) -> None:
     assert 0 <= max(errors) < 1e-5, "fp32 against fp64"
     peers = next(row for row in suite["rows"] if row["tokens"])
     assert peers["times"].keys() == {"triton", "torch", "SDPA"} and "flash-attn" in peers["absent"]
-    assert json.loads((tmp_path / "validated.json").read_text())["dry"] == {}, "nothing ran on a GPU"
+    assert DRY not in {r.machine.device_class for r in read_list(tmp_path / "validated.json")}, "nothing ran on a GPU"
     assert result.stdout.rstrip().splitlines()[-1].startswith("packed_attention"), "the table comes last"
     assert (proved.read_bytes() if proved.exists() else None) == before

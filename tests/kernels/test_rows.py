@@ -1,11 +1,10 @@
-import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import poison_empty
+from sora_fast.proof.rule import poisoned_scratch
 
 
-def test_fold_finishes_what_chunks_have_left(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fold_finishes_what_chunks_have_left(device: torch.device) -> None:
     from sora_fast.kernels._rows import CHUNK, Sums, fold
 
     lengths = torch.zeros(300, dtype=torch.int32)
@@ -15,8 +14,8 @@ def test_fold_finishes_what_chunks_have_left(device: torch.device, monkeypatch: 
     lengths[13] = -lengths.sum() % CHUNK
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     table = torch.zeros(300, 5, device=device)
-    poison_empty(monkeypatch)
-    sums = Sums.empty(table, 2, int(offsets[-1]))
+    with poisoned_scratch():
+        sums = Sums.empty(table, 2, int(offsets[-1]))
     expected = torch.zeros(2, 300, 5)
     for row, (begin, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         for chunk in range(begin // CHUNK, -(-end // CHUNK) if end > begin else 0):
@@ -24,7 +23,8 @@ def test_fold_finishes_what_chunks_have_left(device: torch.device, monkeypatch: 
             part = torch.randint(-100, 100, (2, 5)).float()
             expected[:, row] += part
             _place(sums, row, chunk, cut=begin // CHUNK != (end - 1) // CHUNK, inside=begin < chunk * CHUNK)[:] = part
-    tables, affine = fold(sums, offsets.to(device), table)
+    with poisoned_scratch():
+        tables, affine = fold(sums, offsets.to(device), table)
     assert torch.equal(tables.cpu(), expected)
     assert affine.shape == (0, 5)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sora_fast import explain, use_backend
-from sora_fast.ops import _dispatch, adaln
+from sora_fast.ops import _dispatch, _records, adaln
 from sora_fast.ops._dispatch import choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -11,7 +11,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_calls", {})
-    monkeypatch.delenv("SORA_FAST_BACKEND", raising=False)
+    _dispatch._remind.cache_clear()
+    for variable in ("SORA_FAST_BACKEND", "SORA_FAST_PROVE", "RANK"):
+        monkeypatch.delenv(variable, raising=False)
 
 
 def test_plain_pytorch_is_the_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,14 +22,59 @@ def test_plain_pytorch_is_the_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -
     assert "not triton: the interpreter is for tests" in explain()
 
 
-def test_a_kernel_without_a_recorded_pass_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "device_class", lambda device: "sm_90")
-    monkeypatch.setattr(_dispatch, "validated", lambda: {})
-    assert choose("adaln", None, CUDA) == "torch"
-    assert "not triton: no recorded pass on sm_90" in explain()
-    monkeypatch.setattr(_dispatch, "validated", lambda: {"sm_90": {"adaln": {"triton": {}}}})
-    assert choose("adaln", None, CUDA) == "triton"
-    assert choose("gated_residual", None, CUDA) == "torch"
+def _proved(monkeypatch: pytest.MonkeyPatch, *names: tuple[str, torch.dtype | None], passed: bool = True) -> None:
+    """On a GPU that is not there, records of these alone."""
+    monkeypatch.setattr(_records, "device_class", lambda device: "sm_90")
+    machine = _records.Machine("sm_90", "580", "2.13", "3.7.1", "0.1.0")
+
+    def find(op: str, backend: str, dtype: torch.dtype | None, device: torch.device) -> _records.Record | None:
+        options = {"source": "", "cases": 1, "passed": passed, "reason": "" if passed else "error 1.0"}
+        found = (op, dtype) in names and backend == "triton"
+        return _records.Record(op, backend, str(dtype), machine, **options) if found else None
+
+    monkeypatch.setattr(_records, "find", find)
+
+
+def test_a_kernel_without_a_recorded_pass_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _proved(monkeypatch)
+    assert chosen("adaln", torch.bfloat16) == "torch"
+    assert "not triton: no recorded pass of bfloat16 on sm_90: `sora-fast doctor --prove` proves it here" in explain()
+    assert chosen("gated_residual", torch.bfloat16) == "torch"
+    (warning,) = caplog.messages
+    assert "`sora-fast doctor --prove`" in warning
+
+
+def test_a_kernel_is_chosen_for_the_dtypes_that_it_is_proved_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    _proved(monkeypatch, ("adaln", torch.bfloat16), ("schedule", None))
+    assert chosen("adaln", torch.bfloat16) == "triton"
+    assert chosen("adaln", torch.float16) == "torch"
+    assert chosen("gated_residual", torch.bfloat16) == "torch"
+    assert chosen("schedule", None) == "triton"
+
+
+def test_a_kernel_that_was_wrong_here_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _proved(monkeypatch, ("adaln", torch.bfloat16), passed=False)
+    assert chosen("adaln", torch.bfloat16) == "torch"
+    assert "not triton: wrong on this machine (error 1.0)" in explain()
+    assert not caplog.messages, "who proved it has been told"
+
+
+@pytest.mark.parametrize(("variable", "value"), [("SORA_FAST_PROVE", "0"), ("RANK", "1")])
+def test_who_wants_no_proof_is_not_reminded(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _proved(monkeypatch)
+    monkeypatch.setenv(variable, value)
+    assert chosen("adaln", torch.bfloat16) == "torch"
+    assert not caplog.messages
+
+
+def chosen(op: str, dtype: torch.dtype | None) -> str:
+    return choose(op, None, CUDA, dtype=dtype)
 
 
 def test_who_asks_for_a_backend_gets_it_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from sora_fast.ops.linear_unpatchify import _linear_unpatchify, linear_unpatchify
 from sora_fast.ops.unpatchify import unpatchify
 from sora_fast.packing import PackedLayout, RaggedLatents
-from tests.helpers import assert_within_rule, examples, poison_empty
+from sora_fast.proof.rule import poisoned_scratch
+from tests.helpers import assert_within_rule, examples
 from tests.modulated import no_recompilation
 from tests.ragged import DTYPES, RaggedCase, ragged_cases
 
@@ -63,8 +64,7 @@ class Inputs:
 def check(inputs: Inputs, backend: str, device: torch.device) -> None:
     """Values and gradients obey the error rule, with NaN in padding and in scratch; what no token writes is zero."""
     case = inputs.case
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        poison_empty(monkeypatch)
+    with poisoned_scratch():
         x = inputs.leaves["x"].masked_fill(inputs.padding[:, None], NAN)
         actual = inputs.run(inputs.op(device, backend), case.dtype, device=device, x=x)
     plain, oracle = (inputs.run(inputs.formula, dtype) for dtype in (case.dtype, torch.float64))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sora_fast.ops.mlp_activation import _mlp_activation, _mlp_activation_backward, mlp_activation
-from tests.helpers import assert_within_rule, examples, far_apart, poison_empty
+from sora_fast.proof.rule import poisoned_scratch
+from tests.helpers import assert_within_rule, examples, far_apart
 from tests.modulated import no_recompilation
 from tests.ragged import DTYPES
 
@@ -78,8 +79,7 @@ def run(op: Any, leaves: list[Tensor], d_out: Tensor) -> list[Tensor]:
 def check(case: Case, backend: str, device: torch.device) -> None:
     leaves, d_out = case.tensors()
     given = [leaf.to(device) for leaf in leaves]
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        poison_empty(monkeypatch)
+    with poisoned_scratch():
         actual = run(
             lambda x, bias=None: mlp_activation(x, bias, case.activation, backend=backend), given, d_out.to(device)
         )

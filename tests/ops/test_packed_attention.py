@@ -19,8 +19,10 @@ from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import _attention_torch as plain
 from sora_fast.ops.packed_attention import packed_attention
 from sora_fast.packing import PackedLayout
+from sora_fast.proof.cases import slopes
+from sora_fast.proof.rule import poisoned_scratch
 from sora_fast.schedule import TileSchedule
-from tests.helpers import assert_within_rule, examples, poison_empty
+from tests.helpers import assert_within_rule, examples
 from tests.layouts import MASKS, packs
 from tests.modulated import no_recompilation
 from tests.tracing import LargestTensor, check_unasked
@@ -109,14 +111,9 @@ class Case:
         return [out.detach(), *torch.autograd.grad(loss, (q, k, v)), lse.detach()]
 
     def slopes(self) -> float:
-        """Size of the terms that a gradient of q or k is summed from: (dO·V − delta)·K·scale. The difference is 0 for a
-        query with a single key, to the bit in PyTorch's softmax, and to a rounding where delta is dO·O."""
-        (q, k, v), grad_out, _ = self.inputs()
-        q, k, v, grad_out = (x.nan_to_num(0).double() for x in (q, k, v, grad_out))
-        if not (q.numel() and k.numel()):
-            return 1.0
-        longest = (grad_out.norm(dim=2).max() * v.norm(dim=2).max()).item()
-        return max(1.0, longest * max(q.abs().max().item(), k.abs().max().item()) * self.head_dim**-0.5)
+        """Size of the terms that a gradient of q or k is summed from."""
+        qkv, grad_out, _ = self.inputs()
+        return slopes(*qkv, grad_out)
 
     def check(
         self, backend: str, device: torch.device, schedule: TileSchedule | None = None, *, poison: bool = True
@@ -125,9 +122,7 @@ class Case:
 
         poison: fresh memory is NaN; Dynamo, which FlexAttention takes, cannot trace that.
         """
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            if poison:
-                poison_empty(monkeypatch)
+        with poisoned_scratch() if poison else nullcontext():
             *actual, lse = (x.cpu() for x in self.results(backend, device, mask=schedule))
         *expected, plain_lse = self.dense(self.dtype)
         *oracle, exact_lse = self.dense(torch.float64)

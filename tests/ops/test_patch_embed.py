@@ -23,7 +23,8 @@ from sora_fast.ops.patch_embed import (
 )
 from sora_fast.ops.unpatchify import unpatchify
 from sora_fast.packing import PackedLayout, RaggedLatents
-from tests.helpers import assert_within_rule, examples, far_apart, poison_empty
+from sora_fast.proof.rule import poisoned_scratch
+from tests.helpers import assert_within_rule, examples, far_apart
 from tests.modulated import no_recompilation
 from tests.ragged import DTYPES, RaggedCase, pad, ragged_cases
 
@@ -98,8 +99,7 @@ def check(case: RaggedCase, width: int, position: str, backend: str, device: tor
     nan = float("nan")
     flat = inputs.leaves["flat"].masked_fill(case.unread(), nan)
     d_tokens = inputs.d_tokens.masked_fill(padding[:, None], nan)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        poison_empty(monkeypatch)
+    with poisoned_scratch():
         actual = inputs.run(inputs.op(device, backend), case.dtype, d_tokens, device=device, flat=flat)
     plain = inputs.run(inputs.formula, case.dtype, inputs.d_tokens)
     oracle = inputs.run(inputs.formula, torch.float64, inputs.d_tokens)
@@ -344,8 +344,7 @@ def test_gradients_of_no_tokens_are_zeros(backend: str, capacity: int, device: t
         torch.randn(*shape, device=device, requires_grad=True) for shape in ((8, 4), (8,), (3, 8), (3, 8), (3, 8))
     )
     leaves = [latents.flat, weight, bias, *tables]
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        poison_empty(monkeypatch)
+    with poisoned_scratch():
         tokens = patch_embed(latents, weight, bias, layout, (1, 2, 2), FactorisedPosition(*tables), backend=backend)
         grads = torch.autograd.grad(tokens, leaves, torch.full_like(tokens, float("nan")))
     assert not tokens.any() and not any(grad.any() for grad in grads)

@@ -16,7 +16,7 @@ from sora_fast.ops._patches_torch import (
     put,
     scattered,
 )
-from tests.helpers import poison_empty
+from sora_fast.proof.rule import poisoned_scratch
 from tests.ragged import RaggedCase, ragged_cases
 
 
@@ -79,8 +79,7 @@ def test_padding_is_not_multiplied() -> None:
         used = [t[~padding[:, 0]] for t in (x, grad)]
         exact = [used[0] @ weight.T + bias, used[1] @ weight, used[1].T @ used[0], used[1].sum(0)]
     spoiled = [t.masked_fill(padding, float("nan")) for t in (x, grad)]
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        poison_empty(monkeypatch)
+    with poisoned_scratch():
         out, d_x, d_weight, d_bias = products(spoiled[0], weight, bias, case, spoiled[1])
     for got, expected in ((out, exact[0]), (d_x, exact[1])):
         torch.testing.assert_close(got[~padding[:, 0]], expected)

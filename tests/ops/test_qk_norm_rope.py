@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sora_fast.ops.qk_norm_rope import Rope3D, _qk_norm_rope, _qk_norm_rope_backward, _rotation, qk_norm_rope
 from sora_fast.packing import PackedLayout
-from tests.helpers import assert_within_rule, examples, far_apart, poison_empty
+from sora_fast.proof.rule import poisoned_scratch
+from tests.helpers import assert_within_rule, examples, far_apart
 from tests.layouts import Pack, packs
 from tests.modulated import no_recompilation
 from tests.ragged import DTYPES
@@ -130,8 +131,7 @@ class Inputs:
 
 
 def check(inputs: Inputs, backend: str, device: torch.device) -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        poison_empty(monkeypatch)
+    with poisoned_scratch():
         actual = inputs.run_op(device, backend)
     plain, oracle = inputs.run_formula(inputs.dtype), inputs.run_formula(torch.float64)
     padding = inputs.layout.segment_ids < 0

@@ -12,8 +12,9 @@ from sora_fast.kernels import schedule as kernels
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import _schedule as module
 from sora_fast.packing import PackedLayout
+from sora_fast.proof.rule import poisoned_scratch
 from sora_fast.schedule import TileSchedule
-from tests.helpers import examples, poison_empty
+from tests.helpers import examples
 from tests.layouts import MASKS, packs
 from tests.modulated import no_recompilation
 from tests.test_schedule import assert_same, cleared
@@ -24,8 +25,7 @@ GRIDS = [(2, 3, 5), (0, 2, 2), (1, 1, 1), (3, 4, 2)]
 
 def both(layout: PackedLayout, mask: SpacetimeMask | None, device: torch.device, **options: Any) -> list[TileSchedule]:
     """What the kernels give, and what PyTorch does."""
-    with use_backend("triton"), pytest.MonkeyPatch.context() as monkeypatch:
-        poison_empty(monkeypatch)
+    with use_backend("triton"), poisoned_scratch():
         filled = TileSchedule.build(layout.to(device), mask, **options).to("cpu")
     with use_backend("torch"):
         return [filled, TileSchedule.build(layout, mask, **options)]

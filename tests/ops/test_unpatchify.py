@@ -9,7 +9,7 @@ from torch import Tensor
 from sora_fast.ops.patch_embed import patch_embed
 from sora_fast.ops.unpatchify import _unpatchify, _unpatchify_backward, unpatchify
 from sora_fast.packing import PackedLayout, RaggedLatents
-from tests.helpers import poison_empty
+from sora_fast.proof.rule import poisoned_scratch
 from tests.modulated import no_recompilation
 from tests.ragged import RaggedCase, ragged_cases
 
@@ -40,8 +40,7 @@ def check(case: RaggedCase, backend: str, device: torch.device, channels: int | 
     exact = oracle(clean, case)
     garbage = torch.where((layout.segment_ids >= 0)[:, None], tokens.detach(), float("nan"))
     given = garbage.to(device).requires_grad_()
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        poison_empty(monkeypatch)
+    with poisoned_scratch():
         videos = unpatchify(
             given, layout.to(device), case.patch_size, latents.shapes.to(device), capacity=elements, backend=backend
         )
