@@ -16,8 +16,8 @@ from sora_fast.media.pixels import Unshowable, on_black
 EXACT = 0x2 | 0x40000 | 0x2000  # bilinear, accurate rounding, full chroma; PyAV 17 has no names for the latter two
 
 UNTAGGED = {2, 3}  # "unspecified" and "reserved"
-# Brought to BT.709, as which all other videos are taken. PQ and HLG are high dynamic range. Not "linear": FFmpeg 5 wrote
-# that into every DPX, whatever was in it.
+# Brought to BT.709, as which all other videos are taken. PQ and HLG are high dynamic range. Not "linear": FFmpeg 5
+# wrote that into every DPX, whatever was in it.
 OTHER_TRANSFERS = {ColorTrc.SMPTE2084, ColorTrc.SMPTE428, ColorTrc.ARIB_STD_B67}
 OTHER_PRIMARIES = {
     ColorPrimaries.BT2020,
