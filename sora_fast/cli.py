@@ -615,15 +615,5 @@ def _given(file: Path, config: "RunConfig") -> "Clip":
     return read_clip(file, channels=config.model.in_channels, **limits)
 
 
-def _end(code: int) -> None:
-    """One of several workers ends at once: where the interpreter takes its leave in order, one in some ten was aborted
-    ("terminate called without an active exception", gloo, torch 2.13), and took the others along."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    _end(main())
+    sys.exit(main())

@@ -6,13 +6,13 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from sora_fast.models.codecs import Codec
+from sora_fast.models.codecs import Codec, LatentSpec
 from sora_fast.models.text import TextEncoder
 from sora_fast.packing import PackedLayout, RaggedLatents, token_grid
 from sora_fast.packing._bundle import TensorBundle
@@ -108,7 +108,7 @@ class Batches:
         self._measurers = World() if hasattr(source, "shape") else self.world.apart()
         self._lengths: dict[int, int] = {}
         # The packs of all workers are planned by each: for 1,024 of them this is a third of the time.
-        self._tokens = lru_cache(maxsize=1 << 16)(self._count_tokens)
+        self._tokens = lru_cache(maxsize=1 << 16)(partial(_count_tokens, codec.spec, patch_size))
         self.position = 0
         self._fingerprint: str | None = getattr(source, "fingerprint", None)
         self._epoch: tuple[int, np.ndarray] | None = None
@@ -193,9 +193,6 @@ class Batches:
         shape = getattr(self.source, "shape", lambda index: self.source[index].video.shape)
         return self._measurers.joint([self._tokens(tuple(shape(index))) for index in indices])
 
-    def _count_tokens(self, shape: tuple[int, ...]) -> int:
-        return math.prod(token_grid(self.codec.spec.latent_shape(*shape[1:]), self.patch_size))
-
     def _index(self, position: int) -> int:
         """The sample at a position of the stream."""
         if not hasattr(self.source, "__len__"):
@@ -236,6 +233,10 @@ class Batches:
                 f"all {len(self.source)} samples are longer than the capacity of {self.config.capacity} tokens; "
                 "raise the capacity, or make the samples smaller"
             )
+
+
+def _count_tokens(spec: LatentSpec, patch_size: tuple[int, int, int], shape: tuple[int, ...]) -> int:
+    return math.prod(token_grid(spec.latent_shape(*shape[1:]), patch_size))
 
 
 def prefetch(items: Iterator[Item], depth: int = 2, *, in_step: bool = False) -> Iterator[Item]:

@@ -106,6 +106,10 @@ def joined(device: torch.device | str = "cpu") -> Iterator[World]:
     if dist.is_initialized() or not launched():
         yield World.current()
         return
+    # Its functions hold, as a default, the group that is there when they are first imported, which an optimizer does. A
+    # group that is held keeps its threads when it is destroyed, and these abort the process while the interpreter ends.
+    import torch.distributed.nn.functional
+
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
