@@ -11,7 +11,7 @@ import torch
 from av.video.reformatter import ColorPrimaries, ColorTrc
 from PIL import Image
 
-from sora_fast.media import UnreadableMedia, read_media
+from sora_fast.media import UnreadableMedia, display, read_media
 from tests.media.files import UPRIGHT, four_corners, write_video
 
 ONE = 1 << 16
@@ -227,9 +227,23 @@ def test_matrix_and_range_of_the_colours(
 needs_pyav_18 = pytest.mark.skipif(av.__version__ < "18", reason="older PyAV does not convert wide gamut")
 
 
-@pytest.mark.skipif(av.__version__ >= "18", reason="newer PyAV converts it")
-def test_wide_gamut_is_refused_where_it_cannot_be_converted(tmp_path: Path) -> None:
+class _OlderFrame:
+    """PyAV before 18: told to convert, it writes down the new tags and leaves the numbers."""
+
+    @staticmethod
+    def from_ndarray(levels: np.ndarray, format: str) -> "_OlderFrame":
+        frame = _OlderFrame()
+        frame.levels = levels
+        return frame
+
+    def to_ndarray(self, **_: object) -> np.ndarray:
+        return self.levels.astype(np.uint16) * 257
+
+
+def test_wide_gamut_is_refused_where_it_cannot_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _plain(tmp_path / "a.mkv", (500, 480, 580), (64, 48), bits=10, color_primaries=ColorPrimaries.BT2020)
+    monkeypatch.setattr(av, "VideoFrame", _OlderFrame)
+    monkeypatch.setattr(display, "_to_bt709", display._to_bt709.__wrapped__)  # which keeps what it made
     with pytest.raises(UnreadableMedia, match="which needs PyAV 18"):
         read_media(path)
 
