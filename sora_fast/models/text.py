@@ -200,8 +200,10 @@ class TransformersTextEncoder(nn.Module):
         self, prompts: Sequence[str], *, capacity: int | None = None, max_segments: int | None = None
     ) -> tuple[Tensor, PackedLayout]:
         """(ids [capacity] int32, layout); see TextEncoder. ValueError if the prompts do not fit."""
-        self.check(prompts)
-        return _pack(self._ids(prompts, truncation=True, max_length=self.max_tokens), capacity, max_segments)
+        rows = self._ids(_checked_prompts(prompts), truncation=True, max_length=self.max_tokens)
+        # Only full rows may have been cut: the others are not tokenized a second time.
+        self.check([prompt for prompt, row in zip(prompts, rows, strict=True) if len(row) == self.max_tokens])
+        return _pack(rows, capacity, max_segments)
 
     def check(self, prompts: Sequence[str]) -> None:
         """See TextEncoder."""
