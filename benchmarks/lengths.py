@@ -28,3 +28,13 @@ def uniform(count: int, *, seed: int = 0) -> list[int]:
 def few_sizes(count: int, *, seed: int = 0) -> list[int]:
     """A data set cut to seven standard shapes: gaps that nothing fits exactly."""
     return np.random.default_rng(seed).choice([64, 256, 1024, 1560, 3600, 7800, 16_000], count).tolist()
+
+
+class Shapes:
+    """An endless source of nothing but shapes, over and over: with patches of 1×4×4, a token a frame."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+
+    def shape(self, index: int) -> tuple[int, int, int, int]:
+        return 1, self.lengths[index % len(self.lengths)], 4, 4

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.lengths import few_sizes, image_video_mix, log_uniform, uniform
+from benchmarks.lengths import Shapes, few_sizes, image_video_mix, log_uniform, uniform
 from sora_fast.models.codecs import IdentityCodec
 from sora_fast.packing.packer import PackRules, StreamingPacker, balance, pack_offline
 from sora_fast.training.batches import BatchConfig, Batches
@@ -53,20 +53,10 @@ def test_streaming(benchmark: Any, draw: Draw) -> None:
     _note_quality(benchmark, benchmark(stream), lengths)
 
 
-class Lengths:
-    """A source of nothing but shapes: a token a frame."""
-
-    def __init__(self, draw: Draw) -> None:
-        self.lengths = draw(20_000)
-
-    def shape(self, index: int) -> tuple[int, int, int, int]:
-        return 1, self.lengths[index % len(self.lengths)], 4, 4
-
-
 @pytest.mark.parametrize("workers", [8, 64, 1024])
 def test_a_step_of_many_workers(benchmark: Any, workers: int) -> None:
     """What each of them does for the packs of all. To be read as a mean: one step in eleven or so plans the others."""
-    source = Lengths(image_video_mix)
+    source = Shapes(image_video_mix(20_000))
     config = BatchConfig(RULES.capacity, max_segments=1000)
     options = {"patch_size": (1, 4, 4), "codec": IdentityCodec(1), "world": World(0, workers)}
     batches = Batches(source, config, **options)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.lengths import image_video_mix
+from benchmarks.lengths import Shapes, image_video_mix
 from sora_fast.models.codecs import IdentityCodec
 from sora_fast.models.text import ByteTextEncoder
 from sora_fast.packing import token_grid
@@ -76,19 +76,9 @@ def _of_workers(size: int, source: _Stream, **options: object) -> list[Batches]:
     return [_batches(source, world=World(rank, size), **options) for rank in range(size)]
 
 
-class _Lengths:
-    """Nothing but shapes: a token a frame."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        self.lengths = lengths
-
-    def shape(self, index: int) -> tuple[int, ...]:
-        return 1, self.lengths[index % len(self.lengths)], 4, 4
-
-
 def test_packs_are_planned_over_all_workers_together() -> None:
     """Every sample once, and the packs of a step of almost the same cost, which they are not if dealt in turn."""
-    source, options = _Lengths(image_video_mix(20_000)), {"capacity": 32_768, "max_segments": 1000, "look_ahead": 128}
+    source, options = Shapes(image_video_mix(20_000)), {"capacity": 32_768, "max_segments": 1000, "look_ahead": 128}
     workers = _of_workers(8, source, **options)
     together = [[batches.next_packs() for _ in range(30)] for batches in workers]
     assert all(packs == together[0] for packs in together), "they agree without a word"
@@ -110,7 +100,7 @@ def test_packs_are_planned_over_all_workers_together() -> None:
 def test_planning_for_a_thousand_workers_is_quick() -> None:
     """Processor time; the benchmark has it at a tenth of the bound."""
     batches = _batches(
-        _Lengths(image_video_mix(20_000)), world=World(0, 1024), capacity=32_768, max_segments=1000, look_ahead=128
+        Shapes(image_video_mix(20_000)), world=World(0, 1024), capacity=32_768, max_segments=1000, look_ahead=128
     )
     start = time.process_time()
     for _ in range(11):
