@@ -123,9 +123,7 @@ def _dot_precision(dtype: torch.dtype) -> str:
 def _pointers(x, token, head, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr):
     """[ROWS, WIDTH]: to the columns from FIRST on of the rows from `token` on."""
     start = x.data + (token.to(tl.int64) * x.token_stride + head.to(tl.int64) * x.head_stride) * HEAD.unit
-    # No head is negative, which the compiler cannot know: it would else keep the rows' offsets of every tensor in
-    # registers from one block of a persistent program to the next.
-    rows = tl.arange(0, ROWS) + tl.minimum(head, 0)
+    rows = tl.arange(0, ROWS)
     cols = FIRST + tl.arange(0, WIDTH)
     if HEAD.wide:
         rows, cols = rows.to(tl.int64), cols.to(tl.int64)

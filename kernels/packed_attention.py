@@ -126,7 +126,7 @@ def packed_attention_forward_kernel(
     keys = Keys(k, v, Block(k_main, k_rest), Block(v_main, v_rest))
     _clear_padding(lse, out, walk, num_tokens, num_heads, num_tiles, HEAD, BLOCKING)
     slots = count_slots(walk, num_tiles, BLOCKING)
-    for step in range(0, tl.cdiv(slots * num_heads, tl.num_programs(0))):
+    for step in tl.range(0, tl.cdiv(slots * num_heads, tl.num_programs(0)), disable_licm=True):
         item = item_of(step)
         if item < slots * num_heads:
             slot, head = slot_and_head(item, slots, num_heads)

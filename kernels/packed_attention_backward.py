@@ -280,7 +280,7 @@ def packed_attention_grad_query_kernel(
 
     keys = Keys(k, v, Block(k_main, k_rest), Block(v_main, v_rest))
     slots = count_slots(walk, num_tiles, BLOCKING)
-    for step in range(0, tl.cdiv(slots * num_heads, tl.num_programs(0))):
+    for step in tl.range(0, tl.cdiv(slots * num_heads, tl.num_programs(0)), disable_licm=True):
         item = item_of(step)
         if item < slots * num_heads:
             slot, head = slot_and_head(item, slots, num_heads)
@@ -401,7 +401,7 @@ def packed_attention_grad_key_value_kernel(
 
     queries = Queries(q, grad_out, Block(q_main, q_rest), Block(do_main, do_rest), lse, delta, query_sums, num_queries)
     slots = count_slots(walk, num_tiles, BLOCKING)
-    for step in range(0, tl.cdiv(slots * num_heads, tl.num_programs(0))):
+    for step in tl.range(0, tl.cdiv(slots * num_heads, tl.num_programs(0)), disable_licm=True):
         item = item_of(step)
         if item < slots * num_heads:
             slot, head = slot_and_head(item, slots, num_heads)
