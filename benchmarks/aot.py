@@ -106,7 +106,9 @@ def _table(rows: Sequence[Row]) -> str:
     lines = aligned(columns, [[str(getattr(row, name)) for name in columns] for row in rows], left=2).splitlines()
     notes = ["", *(f"  ← {row.problem}" if row.problem else "" for row in rows)]
     kernels = "\n".join(text + note for text, note in zip(lines, notes, strict=True))
-    loops = ((f"{row.kernel} {row.target} {place}", loop) for row in rows for place, loop in enumerate(row.loops, 1))
+    loops = (
+        (f"{row.kernel} {row.target} {place}", loop) for row in rows for place, loop in enumerate(row.loops or (), 1)
+    )
     return f"{kernels}\n\n{table(loops)}"
 
 

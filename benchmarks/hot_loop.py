@@ -94,7 +94,7 @@ def _read(code: Code, warps: int, rates: Rates) -> Loop:
         instructions=len(always),
         sometimes=len(code.sometimes),
         flops=flops,
-        products=Counter(f"{i.op} {product.shape}" if product else i.op for i, product in products),
+        products=dict(Counter(f"{i.op} {product.shape}" if product else i.op for i, product in products)),
         waits=sum(i.name.startswith("WARPGROUP.DEPBAR") for i in always),
         barriers=ops["BAR"],
         loaded=_moved(always, _LOADS),
