@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from benchmarks import _checkout, cubin
 from benchmarks.hot_loop import aligned, read_loops, table
 from benchmarks.snapshot import FILE, SHARED_LIMIT, Row, Selection, Snapshot
+from benchmarks.ttir import loop_flops
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,8 @@ def compile_launch(launch: Launch, target: str) -> Row:
     compiled = triton.compile(source, target=gpu, options=options.__dict__)
     text = cubin.disassemble(compiled.asm["cubin"])
     # Not metadata's number of warps: of a specialised kernel that counts those that only load, too.
-    loops = tuple(read_loops(text, warps=options.num_warps, target=target))
+    asked = loop_flops(compiled.asm["ttir"])
+    loops = tuple(read_loops(text, warps=options.num_warps, target=target, asked=asked))
     return Row(launch.name, target, shared_bytes=compiled.metadata.shared, loops=loops, **asdict(cubin.inspect(text)))
 
 

@@ -4,12 +4,16 @@
 
 FILE: a cubin, or what `cuobjdump -sass` prints of one. Of a kernel with matrix instructions, each innermost loop that
 holds some is read, in the order of the code (of packed attention: first the blocks that are met entirely, then those
-that must be asked). Of any other, the loop that moves most of global memory or, without a loop, all of it.
+that must be asked). Of any other, the loop that loads and stores most of global memory or, without one, all of it.
 
 The bound is the share of the peak rate that is left if every pipe works without a gap and all of them at once: the
-matrix instructions' work at the peak, over the cycles of the pipe that needs most. A kernel may well stay below it,
-because it waits; it cannot be above it. Instructions on paths that an iteration may leave out are counted apart and
-take no part in the bound. Warps are all taken to run the loop: of a specialised kernel, give those of its consumers.
+work that the source asks for at the peak, over the cycles of the pipe that needs most. A kernel may well stay below it,
+because it waits; it cannot be above it, as far as the rates are right. Instructions on paths that an iteration may
+leave out are counted apart and take no part in the bound. All warps are taken to run the loop: of a specialised kernel,
+give those of its consumers.
+
+What the source asks for stands in Triton's .ttir, which its cache keeps beside a cubin. Without it, the work is what
+the matrix instructions do: more than was asked for where warps do the same twice.
 """
 
 import argparse
@@ -23,6 +27,7 @@ from pathlib import Path
 from benchmarks import _checkout, cubin
 from benchmarks.pipes import MATRIX_OPS, RATES, Product, Rates, access_bytes, cycles
 from benchmarks.sass import Code, Flow, Instruction, functions
+from benchmarks.ttir import loop_flops
 
 _LOADS = frozenset({"LDG", "LDGSTS"})
 _STORES = frozenset({"ATOMG", "RED", "REDG", "STG"})
@@ -32,16 +37,19 @@ _STORES = frozenset({"ATOMG", "RED", "REDG", "STG"})
 class Loop:
     """One iteration of a loop; all counts are a warp's, but for flops and cycles: those of a block.
 
-    products: matrix instructions, "HGMMA 64x128x16" → how many. waits: for matrix instructions under way. barriers: of
-    the block. loaded, stored: bytes of global memory a thread. in_flight: most bytes that a thread has asked for before
-    it needs the first of them. cycles: pipe → what it needs at least. bound: share of the peak rate, None if the kernel
-    has no products or their rate is not known; binding: the pipe that sets it.
+    flops: that the source asks for. done: how often the matrix instructions do them; more than 1 where warps do the
+    same twice or the compiler has unrolled the loop; None if that is not known. products: matrix instructions,
+    "HGMMA 64x128x16" → how many. waits: for matrix instructions under way. barriers: of the block. loaded, stored:
+    bytes of global memory a thread. in_flight: most bytes that a thread has asked for before it needs the first of
+    them. cycles: pipe → what it needs at least. bound: share of the peak rate, None if the loop has no products or
+    their rate is not known; binding: the pipe that sets it.
     """
 
     warps: int
     instructions: int
     sometimes: int
     flops: int
+    done: float | None
     products: Mapping[str, int]
     waits: int
     barriers: int
@@ -64,14 +72,19 @@ class Loop:
         return min((int(shape.split("x")[1]) for shape in self.products if "x" in shape), default=None)
 
 
-def read_loops(text: str, *, warps: int, target: str) -> list[Loop]:
-    """text: from `cuobjdump -sass`; warps: of a block; target: "sm_90". Raises ValueError if it holds no code."""
+def read_loops(text: str, *, warps: int, target: str, asked: Sequence[int] = ()) -> list[Loop]:
+    """text: from `cuobjdump -sass`; warps: of a block; target: "sm_90"; asked: `ttir.loop_flops` of the same kernel.
+
+    Raises ValueError if `text` holds no code.
+    """
     if target not in RATES:
         raise ValueError(f"target is {target!r}; rates are known for {', '.join(RATES)}")
     found = [loop for code in functions(text) for loop in _hot(Flow(code))]
     if not found:
         raise ValueError(f"text holds no instructions; give what `cuobjdump -sass` prints\n{text[:2000]}")
-    return [_read(code, warps, RATES[target]) for code in found]
+    # As many loops as in the source, and in its order; else the compiler has merged, split or unrolled some away.
+    flops = asked if len(asked) == len(found) else [None] * len(found)
+    return [_read(code, warps, RATES[target], work) for code, work in zip(found, flops, strict=True)]
 
 
 def _hot(flow: Flow) -> Iterator[Code]:
@@ -79,22 +92,27 @@ def _hot(flow: Flow) -> Iterator[Code]:
     if loops:
         yield from loops
         return
-    yield max(flow.innermost(_LOADS | _STORES), key=lambda code: _moved(code.always), default=flow.whole())
+    yield max(flow.innermost(_LOADS), key=lambda code: _moved(code.always), default=flow.whole(_LOADS))
 
 
-def _read(code: Code, warps: int, rates: Rates) -> Loop:
+def _read(code: Code, warps: int, rates: Rates, asked: int | None) -> Loop:
     always = code.always
     ops = Counter(i.op for i in always)
-    products = [(i, Product.of(i)) for i in always if i.op in MATRIX_OPS]
-    flops = sum(product.flops * warps // product.warps for _, product in products if product)
+    matrix = [(i, Product.of(i)) for i in always if i.op in MATRIX_OPS]
+    known = all(product for _, product in matrix)
+    computed = sum(product.flops * warps // product.warps for _, product in matrix if product)
+    flops = asked or computed
     least = cycles(always, warps=warps, rates=rates)
-    binding = max(least, key=least.__getitem__) if flops and "tensor" in least else ""
+    if asked and "tensor" not in least:
+        least["tensor"] = asked / rates.flops
+    binding = max(least, key=least.__getitem__) if "tensor" in least and flops else ""
     return Loop(
         warps=warps,
         instructions=len(always),
         sometimes=len(code.sometimes),
         flops=flops,
-        products=dict(Counter(f"{i.op} {product.shape}" if product else i.op for i, product in products)),
+        done=round(computed / asked, 2) if asked and known else None,
+        products=dict(Counter(f"{i.op} {product.shape}" if product else i.op for i, product in matrix)),
         waits=sum(i.name.startswith("WARPGROUP.DEPBAR") for i in always),
         barriers=ops["BAR"],
         loaded=_moved(always, _LOADS),
@@ -126,7 +144,7 @@ def _in_flight(instructions: Sequence[Instruction]) -> int:
 
 
 _PIPES = ("tensor", "shared", "mufu", "fp32", "alu", "lsu", "issue")
-_PRODUCTS = ("hot loop", "products", "binding", "bound", "instr", "/MFLOP", "waits", "barriers", *_PIPES)
+_PRODUCTS = ("hot loop", "products", "binding", "bound", "done", "instr", "/MFLOP", "waits", "barriers", *_PIPES)
 _BYTES = ("loop over memory", "instr", "barriers", "B loaded", "B stored", "B in flight")
 
 
@@ -147,8 +165,9 @@ def _products_line(name: str, loop: Loop) -> tuple[str, ...]:
     shapes = " ".join(f"{count}×{shape}" for shape, count in loop.products.items()).replace("×HGMMA ", "×")
     bound = "not modelled" if loop.bound is None else f"{loop.bound:.0%}"
     rate = "" if loop.per_megaflop is None else f"{loop.per_megaflop:.0f}"
-    pipes = (str(loop.cycles.get(pipe, "")) for pipe in _PIPES)
-    return name, shapes, loop.binding, bound, _count(loop), rate, str(loop.waits), str(loop.barriers), *pipes
+    done = "?" if loop.done is None else f"×{loop.done:g}"
+    pipes = (str(loop.cycles.get(pipe, "?")) for pipe in _PIPES)
+    return name, shapes, loop.binding, bound, done, _count(loop), rate, str(loop.waits), str(loop.barriers), *pipes
 
 
 def _bytes_line(name: str, loop: Loop) -> tuple[str, ...]:
@@ -172,9 +191,11 @@ def aligned(head: Sequence[str], lines: Iterable[Sequence[str]], *, left: int) -
     )
 
 
-def _text(file: Path) -> str:
+def _loops(file: Path, warps: int, target: str) -> list[Loop]:
     content = file.read_bytes()
-    return cubin.disassemble(content) if content.startswith(b"\x7fELF") else content.decode()
+    text = cubin.disassemble(content) if content.startswith(b"\x7fELF") else content.decode()
+    source = file.with_suffix(".ttir")
+    return read_loops(text, warps=warps, target=target, asked=loop_flops(source.read_text()) if source.exists() else ())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     read = []
     for file in options.files:
-        loops = read_loops(_text(file), warps=options.warps, target=options.target)
+        loops = _loops(file, options.warps, options.target)
         read += [(f"{file.stem} {place}", loop) for place, loop in enumerate(loops, 1)]
     print(table(read))
     return 0

@@ -1,7 +1,7 @@
 """The machine code of a kernel as cuobjdump prints it: its instructions, and the loops that they form."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -83,24 +83,26 @@ class Flow:
         self._graph = graph.subgraph(networkx.descendants(graph, self._entry) | {self._entry})
         self._above = dict(networkx.immediate_dominators(self._graph, self._entry))
 
-    def whole(self) -> Code:
-        """The function from its start to its end."""
+    def whole(self, ops: frozenset[str]) -> Code:
+        """The function from its start to its end. What runs always: as for `innermost`."""
         ends = [block for block in self._graph if not self._graph.out_degree(block)]
-        return self._code(set(self._graph), ends, set())
+        return self._code(set(self._graph), ends, self._holding(ops))
 
-    def innermost(self, ops: Iterable[str]) -> Iterator[Code]:
+    def innermost(self, ops: frozenset[str]) -> Iterator[Code]:
         """Loops with an instruction of `ops` and without such a loop within, in the order of their addresses.
 
         What runs always is what every way through the loop passes. Where that holds none of `ops` (a test of the tile
         stands around them), it is joined by them and by what the loop passes on the way to them.
         """
-        wanted = {block for block in self._graph if any(i.op in ops for i in self._blocks[block])}
+        wanted = self._holding(ops)
         loops = {header: body for header, body in self._loops().items() if body & wanted}
         for header, body in sorted(loops.items()):
-            if any(other != header and other in body for other in loops):
-                continue
-            latches = [block for block in self._graph.predecessors(header) if block in body]
-            yield self._code(body, latches, body & wanted)
+            if not any(other != header and other in body for other in loops):
+                latches = [block for block in self._graph.predecessors(header) if block in body]
+                yield self._code(body, latches, body & wanted)
+
+    def _holding(self, ops: frozenset[str]) -> set[int]:
+        return {block for block in self._graph if any(i.op in ops for i in self._blocks[block])}
 
     def _loops(self) -> dict[int, set[int]]:
         """Header → blocks of its natural loop."""
@@ -115,7 +117,6 @@ class Flow:
                 if block not in body:
                     body.add(block)
                     ahead += self._graph.predecessors(block)
-        # The branch to itself behind a function's end is no loop: nothing leads there.
         return loops
 
     def _dominators(self, block: int) -> set[int]:
@@ -127,7 +128,7 @@ class Flow:
         return found
 
     def _code(self, body: set[int], ends: Sequence[int], wanted: set[int]) -> Code:
-        always = set.intersection(*map(self._dominators, ends)) if ends else set()
+        always = set.intersection(*map(self._dominators, ends)) if ends else {self._entry}
         if not always & wanted:
             always = always.union(*map(self._dominators, wanted))
         always &= body
