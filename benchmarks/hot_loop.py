@@ -12,6 +12,12 @@ because it waits; it cannot be above it, as far as the rates are right. Instruct
 leave out are counted apart and take no part in the bound. All warps are taken to run the loop: of a specialised kernel,
 give those of its consumers.
 
+That leaves open whether the work can overlap. `alone` is the share of the peak that one warpgroup reaches with a
+multiprocessor to itself, where only its own waits keep its products and the rest of its work apart: about 60% for a
+loop in the manner of FlashAttention-2, which leaves the gaps to the other warpgroups, and nearly all of it where, as in
+FlashAttention-3, the exponentials run beside the next products. With n warpgroups on a multiprocessor no more than
+n times that can be reached.
+
 What the source asks for stands in Triton's .ttir, which its cache keeps beside a cubin. Without it, the work is what
 the matrix instructions do: more than was asked for where warps do the same twice.
 """
@@ -27,6 +33,7 @@ from pathlib import Path
 from benchmarks import _checkout, cubin
 from benchmarks.pipes import MATRIX_OPS, RATES, Product, Rates, access_bytes, cycles
 from benchmarks.sass import Code, Flow, Instruction, functions
+from benchmarks.timeline import cycles_alone
 from benchmarks.ttir import loop_flops
 
 _LOADS = frozenset({"LDG", "LDGSTS"})
@@ -42,7 +49,8 @@ class Loop:
     "HGMMA 64x128x16" → how many. waits: for matrix instructions under way. barriers: of the block. loaded, stored:
     bytes of global memory a thread. in_flight: most bytes that a thread has asked for before it needs the first of
     them. cycles: pipe → what it needs at least. bound: share of the peak rate, None if the loop has no products or
-    their rate is not known; binding: the pipe that sets it.
+    their rate is not known; binding: the pipe that sets it. alone: the share that one warpgroup by itself reaches at
+    most; None if not all products are Hopper's.
     """
 
     warps: int
@@ -59,6 +67,7 @@ class Loop:
     cycles: Mapping[str, int]
     bound: float | None
     binding: str
+    alone: float | None
 
     @property
     def per_megaflop(self) -> float | None:
@@ -97,7 +106,6 @@ def _hot(flow: Flow) -> Iterator[Code]:
 
 def _read(code: Code, warps: int, rates: Rates, asked: int | None) -> Loop:
     always = code.always
-    ops = Counter(i.op for i in always)
     matrix = [(i, Product.of(i)) for i in always if i.op in MATRIX_OPS]
     known = all(product for _, product in matrix)
     computed = sum(product.flops * warps // product.warps for _, product in matrix if product)
@@ -105,6 +113,7 @@ def _read(code: Code, warps: int, rates: Rates, asked: int | None) -> Loop:
     least = cycles(always, warps=warps, rates=rates)
     if asked and "tensor" not in least:
         least["tensor"] = asked / rates.flops
+    alone = cycles_alone(always, rates)
     binding = max(least, key=least.__getitem__) if "tensor" in least and flops else ""
     return Loop(
         warps=warps,
@@ -114,13 +123,14 @@ def _read(code: Code, warps: int, rates: Rates, asked: int | None) -> Loop:
         done=round(computed / asked, 2) if asked and known else None,
         products=dict(Counter(f"{i.op} {product.shape}" if product else i.op for i, product in matrix)),
         waits=sum(i.name.startswith("WARPGROUP.DEPBAR") for i in always),
-        barriers=ops["BAR"],
+        barriers=sum(i.op == "BAR" and not i.name.startswith("BAR.ARV") for i in always),
         loaded=_moved(always, _LOADS),
         stored=_moved(always, _STORES),
         in_flight=_in_flight(always),
         cycles={pipe: round(value) for pipe, value in least.items()},
         bound=round(flops / rates.flops / least[binding], 3) if binding else None,
         binding=binding,
+        alone=round(flops * 4 / warps / rates.flops / alone, 3) if alone else None,
     )
 
 
@@ -144,7 +154,19 @@ def _in_flight(instructions: Sequence[Instruction]) -> int:
 
 
 _PIPES = ("tensor", "shared", "mufu", "fp32", "alu", "lsu", "issue")
-_PRODUCTS = ("hot loop", "products", "binding", "bound", "done", "instr", "/MFLOP", "waits", "barriers", *_PIPES)
+_PRODUCTS = (
+    "hot loop",
+    "products",
+    "binding",
+    "bound",
+    "alone",
+    "done",
+    "instr",
+    "/MFLOP",
+    "waits",
+    "barriers",
+    *_PIPES,
+)
 _BYTES = ("loop over memory", "instr", "barriers", "B loaded", "B stored", "B in flight")
 
 
@@ -165,9 +187,11 @@ def _products_line(name: str, loop: Loop) -> tuple[str, ...]:
     shapes = " ".join(f"{count}×{shape}" for shape, count in loop.products.items()).replace("×HGMMA ", "×")
     bound = "not modelled" if loop.bound is None else f"{loop.bound:.0%}"
     rate = "" if loop.per_megaflop is None else f"{loop.per_megaflop:.0f}"
+    alone = "" if loop.alone is None else f"{loop.alone:.0%}"
     done = "?" if loop.done is None else f"×{loop.done:g}"
     pipes = (str(loop.cycles.get(pipe, "?")) for pipe in _PIPES)
-    return name, shapes, loop.binding, bound, done, _count(loop), rate, str(loop.waits), str(loop.barriers), *pipes
+    known = (name, shapes, loop.binding, bound, alone, done)
+    return *known, _count(loop), rate, str(loop.waits), str(loop.barriers), *pipes
 
 
 def _bytes_line(name: str, loop: Loop) -> tuple[str, ...]:
