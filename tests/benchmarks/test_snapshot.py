@@ -10,6 +10,7 @@ import pytest
 from benchmarks import aot
 from benchmarks.hot_loop import Loop
 from benchmarks.snapshot import SHARED_LIMIT, Row, Selection, Snapshot
+from sora_fast.report.loops import hot_loops
 
 ALL = Selection(tuple(SHARED_LIMIT))
 PRODUCTS, CYCLES = {"HGMMA 64x64x16": 8}, {"tensor": 1024, "mufu": 544}
@@ -73,6 +74,13 @@ def test_a_row_is_a_line_and_the_order_is_fixed(tmp_path: Path) -> None:
     read = Snapshot.read(first)
     assert read is not None and read.triton == KNOWN.triton and _named(read.rows) == _named(KNOWN.rows)
     assert Snapshot.read(tmp_path / "absent.json") is None
+
+
+def test_the_report_reads_the_loops(tmp_path: Path) -> None:
+    KNOWN.write(tmp_path / "aot.json")
+    rows = hot_loops(tmp_path / "aot.json").rows
+    assert len(rows) == 2 * len(KNOWN.rows)
+    assert ("adaln[C64]/_forward", "sm_80", 2, "8×HGMMA 64x64x16", "tensor", 100.0, 60.0) in {row[:7] for row in rows}
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"triton": "3", "rows": [{"kernel": "a"}]}'])
