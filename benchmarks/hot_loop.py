@@ -61,6 +61,7 @@ class Loop:
     products: Mapping[str, int]
     waits: int
     barriers: int
+    local: int
     loaded: int
     stored: int
     in_flight: int
@@ -124,6 +125,7 @@ def _read(code: Code, warps: int, rates: Rates, asked: int | None) -> Loop:
         products=dict(Counter(f"{i.op} {product.shape}" if product else i.op for i, product in matrix)),
         waits=sum(i.name.startswith("WARPGROUP.DEPBAR") for i in always),
         barriers=sum(i.op == "BAR" and not i.name.startswith("BAR.ARV") for i in always),
+        local=sum(i.op in ("LDL", "STL") for i in always),
         loaded=_moved(always, _LOADS),
         stored=_moved(always, _STORES),
         in_flight=_in_flight(always),
@@ -165,6 +167,7 @@ _PRODUCTS = (
     "/MFLOP",
     "waits",
     "barriers",
+    "local",
     *_PIPES,
 )
 _BYTES = ("loop over memory", "instr", "barriers", "B loaded", "B stored", "B in flight")
@@ -191,7 +194,7 @@ def _products_line(name: str, loop: Loop) -> tuple[str, ...]:
     done = "?" if loop.done is None else f"×{loop.done:g}"
     pipes = (str(loop.cycles.get(pipe, "?")) for pipe in _PIPES)
     known = (name, shapes, loop.binding, bound, alone, done)
-    return *known, _count(loop), rate, str(loop.waits), str(loop.barriers), *pipes
+    return *known, _count(loop), rate, str(loop.waits), str(loop.barriers), str(loop.local), *pipes
 
 
 def _bytes_line(name: str, loop: Loop) -> tuple[str, ...]:
