@@ -1,34 +1,35 @@
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import suite as suites
-from benchmarks._checkout import ROOT
 from benchmarks.environment import Ceilings
-from benchmarks.gpu_suite import Stopped, stopping_after
 from benchmarks.gpu_tests import Counts
 from benchmarks.rows import Row, absent, failed, table
-from benchmarks.suite import DRY, Suite, validate
-from sora_fast.ops._records import Machine, Record, read_list, written
+from benchmarks.smoke import CRASH, OPEN, PASS, Smoke
+from benchmarks.suite import DRY, Suite
+from benchmarks.summary import summary
+from benchmarks.timing import Timing
+from benchmarks.tune import Trial
+from sora_fast.ops._records import Machine, Record, read_list, source_hash, written
 from sora_fast.report import read_result
 
 RECORD = {"commit": "c0ffee", "torch": "2.13", "triton": "3.7.1", "date": "2026-01-01", "device": "some GPU"}
 MACHINE = Machine("sm_90", "580.1", "2.13", "3.7.1", "0.1.0")
+DRY_MACHINE = replace(MACHINE, device_class=DRY)
 FAST, SLOW = [0.9, 1.0, 1.1], [1.9, 2.0, 2.1]
 
 
-def _row(op: str = "adaln", *, error: float = 1e-3, failure: str = "", **rounds: list[float]) -> Row:
-    row = Row(op, "C64", "forward", bytes_moved=10**9, failure=failure)
-    row.rounds = rounds or {"torch": SLOW, "triton": FAST}
-    row.errors = {"torch": [1e-3, 1e-3], "triton": [1e-3, error]}
+def _row(op: str = "adaln", **rounds: list[float]) -> Row:
+    row = Row(op, "C64", "forward", bytes_moved=10**9)
+    row.rounds = rounds or {"triton": FAST}
+    row.errors = {"torch": [1e-3, 1e-3], "triton": [1e-3, 1e-3]}
     return row
+
+
+def _smoke(op: str) -> Smoke:
+    return Smoke(op, "bfloat16", f"{op}[bfloat16,C64]", PASS, "")
 
 
 def _passed(device_class: str, op: str) -> Record:
@@ -36,61 +37,98 @@ def _passed(device_class: str, op: str) -> Record:
     return Record(op, "triton", "bfloat16", machine, source="0123", passed=True, cases=1)
 
 
-def _suite(folder: Path, **options: object) -> Suite:
-    return Suite(folder, replace(MACHINE, device_class=DRY), RECORD, Ceilings(2000.0, 1.0), **options)
+def _suite(folder: Path, machine: Machine = DRY_MACHINE, **options: object) -> Suite:
+    return Suite(folder, machine, RECORD, Ceilings(2000.0, 1.0), **options)
 
 
-def test_a_backend_is_validated_if_tests_passed_and_results_agree() -> None:
-    validated = validate({"adaln": Counts(passed=7, skipped=1)}, [_row(), _row()], RECORD, MACHINE)
-    assert [record.key for record in validated] == [
-        ("adaln", "triton", dtype) for dtype in ("float16", "bfloat16", "float32")
-    ]
-    assert {(record.machine, record.passed, record.cases) for record in validated} == {(MACHINE, True, 2)}
-    assert {(record.device, record.date) for record in validated} == {("some GPU", "2026-01-01")}
-    assert "c0ffee, 7 tests passed" in validated[0].note
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of sora_fast/ops/validated.json."""
+    file = tmp_path / "repository.json"
+    monkeypatch.setattr(suites, "VALIDATED", file)
+    return file
 
 
-def test_an_op_of_integers_has_no_dtype() -> None:
-    (record,) = validate({"schedule": Counts(passed=7)}, [_row("schedule")], RECORD, MACHINE)
-    assert record.dtype == "any"
-
-
-@pytest.mark.parametrize(
-    ("counts", "rows"),
-    [
-        pytest.param(Counts(passed=7, failed=1), [_row()], id="a test failed"),
-        pytest.param(Counts(passed=7, complete=False), [_row()], id="not all tests ran"),
-        pytest.param(Counts(skipped=3), [_row()], id="no test ran"),
-        pytest.param(Counts(passed=7), [_row(), _row(error=2.1e-3)], id="a case disagrees"),
-        pytest.param(Counts(passed=7), [_row(), _row(error=float("nan"))], id="a case gives NaN"),
-        pytest.param(Counts(passed=7), [_row(), _row(failure="out of time")], id="a case did not run"),
-        pytest.param(Counts(passed=7), [_row(torch=SLOW)], id="no kernel"),
-    ],
-)
-def test_otherwise_it_is_not(counts: Counts, rows: list[Row]) -> None:
-    assert validate({"adaln": counts}, rows, RECORD, MACHINE) == []
-
-
-def test_an_op_without_tests_is_not_validated() -> None:
-    assert validate({}, [_row()], RECORD, MACHINE) == []
-
-
-def test_cut_off_it_validates_what_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And keeps the records of the ops that it did not look at, and of other devices."""
-    repository = tmp_path / "repository.json"
-    before = [("sm_80", "adaln"), ("sm_90", "patch_embed"), ("sm_90", "adaln"), ("sm_90", "unpatchify")]
-    repository.write_text(written([_passed(*name) for name in before]))
-    monkeypatch.setattr(suites, "VALIDATED", repository)
-    suite = _suite(tmp_path, expected=[("adaln", "C64"), ("unpatchify", "K64"), ("unpatchify", "K32")])
-    suite.machine = MACHINE
-    suite.tests = {"adaln": Counts(passed=7), "unpatchify": Counts(passed=7)}
-    suite.cases = [_row("adaln"), Row(**{**asdict(_row("unpatchify")), "case": "K64"})]
-    suite.save_validated()
+def test_what_is_complete_is_validated_and_what_was_not_looked_at_stays(tmp_path: Path, repository: Path) -> None:
+    before = [_passed(*name) for name in (("sm_80", "adaln"), ("sm_90", "patch_embed"), ("sm_90", "adaln"))]
+    repository.write_text(written([*before, _passed("sm_90", "unpatchify")]))
+    suite = _suite(tmp_path, MACHINE)
+    suite.smoke = {"a": _smoke("adaln"), "b": replace(_smoke("unpatchify"), status=OPEN)}
+    suite.save()
     found = {(r.machine.device_class, r.op): r for r in read_list(repository)}
-    assert found.keys() == set(before[:3]) and "7 tests passed" in found["sm_90", "adaln"].note
+    assert found.keys() == {("sm_80", "adaln"), ("sm_90", "patch_embed"), ("sm_90", "adaln")}
+    assert found["sm_90", "adaln"].source == source_hash("adaln")
+    assert repository.read_text() == (tmp_path / "validated.json").read_text()
     suite.sanitizer = {"errors": 1, "note": ""}
-    suite.save_validated()
-    assert read_list(repository) == [_passed(*name) for name in before[:2]], "memcheck found something"
+    suite.save()
+    assert read_list(repository) == before[:2], "memcheck found something"
+
+
+def test_before_anything_was_looked_at_nothing_is_replaced(tmp_path: Path, repository: Path) -> None:
+    repository.write_text(written([_passed("sm_90", "adaln")]))
+    _suite(tmp_path, MACHINE).save()
+    assert read_list(repository) == [_passed("sm_90", "adaln")]
+
+
+def test_a_dry_walk_validates_nothing(tmp_path: Path, repository: Path) -> None:
+    suite = _suite(tmp_path, smoke={"a": _smoke("adaln")})
+    suite.save()
+    assert suite.validated() == [] and read_list(tmp_path / "validated.json") == [] and not repository.exists()
+
+
+def test_records_of_kernels_before_they_were_tuned_stay_beside_those_to_come(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = _suite(tmp_path, MACHINE, smoke={"packed_attention[bfloat16,C64]": _smoke("packed_attention")})
+    before, old = suite.validated(), source_hash("packed_attention")
+    to_come = replace(_smoke("packed_attention"), status=OPEN)
+    suite.changed("packed_attention", before, {"packed_attention[bfloat16,C64]": to_come})
+    suite.save()
+    assert [record.source for record in read_list(repository)] == [old]
+    monkeypatch.setattr("benchmarks.validation.source_hash", lambda op: "tuned")
+    suite.smoke["packed_attention[bfloat16,C64]"] = _smoke("packed_attention")
+    suite.save()
+    assert {record.source for record in read_list(repository)} == {old, "tuned"}
+
+
+def test_a_changed_kernel_is_hashed_anew(tmp_path: Path) -> None:
+    """In this very process, which keeps the hashes that it has made."""
+    source_hash("adaln")
+    _suite(tmp_path).changed("adaln", [], {})
+    assert source_hash.cache_info().currsize == 0
+
+
+def test_the_summary_says_what_passed_what_won_and_what_was_not_reached(tmp_path: Path) -> None:
+    suite = _suite(tmp_path, MACHINE, compared=[_row()], planned=[("adaln", "C128")])
+    suite.smoke = {"a": _smoke("adaln"), "b": replace(_smoke("unpatchify"), status=CRASH, reason="crashed: SIGSEGV")}
+    fast, slow = (Timing(middle, middle - 0.1, middle + 0.1, 9) for middle in (1.0, 2.0))
+    suite.trials = [
+        Trial(128, "full", "forward", (128, 64, 8, 3), present=True, time=slow),
+        Trial(128, "full", "forward", (128, 128, 8, 2), time=fast),
+    ]
+    suite.open("tests", ["adaln-0", "others-0"])
+    text = summary(suite)
+    for line in (
+        "smoke: adaln: 1 PASS",
+        "smoke: unpatchify: 1 CRASH",
+        "  CRASH     unpatchify[bfloat16,C64]: crashed: SIGSEGV",
+        "validated: adaln",
+        "  by smoke and timed cases alone, without all tests: adaln",
+        "  D128, full, forward: 128×128 w8 s2, 2.00× as fast as 128×64 w8 s3",
+        "not reached of the timings: adaln[C128]",
+        "not reached of the tests: adaln-0, others-0",
+    ):
+        assert line in text.splitlines()
+    assert text.splitlines()[-1].startswith("adaln[C64]") and suite.failed
+
+
+def test_time_that_ran_out_is_no_failure(tmp_path: Path) -> None:
+    suite = _suite(tmp_path, planned=[("adaln", "C128")], smoke={"a": replace(_smoke("adaln"), status=OPEN)})
+    suite.tests = {"adaln": Counts(passed=1, complete=False)}
+    assert not suite.failed
+    for wrong in (failed("adaln", "C64", "hung"), replace(_row(), errors={"torch": [1e-3], "triton": [1.0]})):
+        assert replace(suite, compared=[wrong]).failed
+    assert replace(suite, tests={"adaln": Counts(failed=1)}).failed
 
 
 def test_what_is_saved_is_what_the_report_reads(tmp_path: Path) -> None:
@@ -99,6 +137,8 @@ def test_what_is_saved_is_what_the_report_reads(tmp_path: Path) -> None:
     row.errors["SDPA"], row.notes = [1e-3], {"triton": {"joules": 0.5}}
     suite = _suite(tmp_path, planned=[("adaln", "C64"), ("adaln", "C128")], compared=[row], stopped="SIGTERM")
     suite.tests = {"adaln": Counts(passed=1, complete=False)}
+    suite.smoke = {"a": _smoke("adaln"), "b": replace(_smoke("adaln"), status=CRASH, reason="crashed: SIGSEGV")}
+    suite.open("tuning", ["D72, full, forward"])
     suite.save()
     result = read_result(tmp_path / "suite.json")
     ours = result.by_key["adaln", "C64", "forward", "triton"]
@@ -107,6 +147,8 @@ def test_what_is_saved_is_what_the_report_reads(tmp_path: Path) -> None:
         "adaln[C128], both: not run: out of time",
         "flash-attn: not installed",
         "adaln: not all of its tests were run",
+        "adaln[bfloat16,C64]: CRASH: crashed: SIGSEGV",
+        "not reached of the tuning: D72, full, forward",
         "what comes after the suite was stopped: SIGTERM",
     }
 
@@ -129,66 +171,15 @@ def test_table_shows_speed_up_and_share_of_the_ceiling() -> None:
     assert "RuntimeError: broken" in text and "more" not in text
 
 
-def test_the_clock_stops_it_and_is_no_error() -> None:
-    with pytest.raises(Stopped, match="out of time"), stopping_after(0.05):
-        try:
-            time.sleep(10)
-        except Exception:
-            pytest.fail("swallowed")
-    time.sleep(0.06)  # and rings once
+def test_table_has_the_host_and_the_copy_in_columns_of_their_own() -> None:
+    row = _row(triton=FAST, copy=[0.5, 0.5, 0.5], compiled=SLOW)
+    row.notes = {"triton": {"host_us": 61.4}}
+    head, line = table([row], Ceilings(2000.0, 1.0)).splitlines()
+    assert line[head.index("host µs") :].split()[0] == "61"
+    assert line[: head.index("copy ms") + 7].endswith("0.500")
+    assert line.endswith("compiled: 2.000 ms, ours 2.00× as fast"), "a copy is no entrant"
 
 
-def test_sigterm_stops_it() -> None:
-    with pytest.raises(Stopped, match="SIGTERM"), stopping_after(60):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
-
-
-def _call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", *map(str, arguments)]
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
-
-
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    result = _call("--out", tmp_path)
-    assert result.returncode == 2 and "no CUDA device" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("out", "complaint"), [("", "'' is no file or folder"), ("/proc/new", "can be written to /proc")]
-)
-def test_where_it_cannot_write_it_does_not_begin(out: str, complaint: str) -> None:
-    result = _call("--dry", "--out", out)
-    assert result.returncode == 2 and complaint in result.stderr
-
-
-@pytest.mark.slow
-def test_dry_walk_measures_every_op(tmp_path: Path) -> None:
-    proved = ROOT / "sora_fast" / "ops" / "validated.json"
-    before = proved.read_bytes() if proved.exists() else None
-    result = _call("--dry", "--minutes", "30", "--out", tmp_path)  # a busy machine is no failure
-    assert result.returncode == 0, result.stdout + result.stderr
-    suite = json.loads((tmp_path / "suite.json").read_text())
-    assert suite["environment"]["torch"] and suite["ceilings"]["gigabytes_per_second"] > 0 and not suite["stopped"]
-    assert not [row for row in suite["rows"] if row["failure"]]
-    kernels = {row["op"] for row in suite["rows"] if "triton" in row["times"]}
-    assert kernels == {
-        "adaln",
-        "gated_residual",
-        "gated_residual_adaln",
-        "linear_unpatchify",
-        "mlp_activation",
-        "packed_attention",
-        "patch_embed",
-        "schedule",
-        "qk_norm_rope",
-        "unpatchify",
-    }
-    errors = [error for row in suite["rows"] if row["op"] in kernels for error in row["errors"]["triton"]]
-    assert 0 <= max(errors) < 1e-5, "fp32 against fp64"
-    peers = next(row for row in suite["rows"] if row["tokens"])
-    assert peers["times"].keys() == {"triton", "torch", "SDPA"} and "flash-attn" in peers["absent"]
-    assert DRY not in {r.machine.device_class for r in read_list(tmp_path / "validated.json")}, "nothing ran on a GPU"
-    assert result.stdout.rstrip().splitlines()[-1].startswith("packed_attention"), "the table comes last"
-    assert (proved.read_bytes() if proved.exists() else None) == before
+def test_what_moves_nothing_has_no_rate() -> None:
+    row = replace(_row(triton=FAST), bytes_moved=0)
+    assert "GB/s" not in table([row], Ceilings(2000.0, 1.0))
