@@ -40,12 +40,13 @@ from benchmarks import _checkout
 from benchmarks.timetable import SECONDS, ends
 
 if TYPE_CHECKING:
-    from benchmarks.phases import Session
+    from benchmarks.session import Session
 
 
 def run(session: "Session", phases: Sequence[str], seconds: float) -> int:
     """The phases one after the other; 0 if nothing went wrong, even if there was not time for everything."""
-    from benchmarks.phases import PHASES, Stopped
+    from benchmarks.phases import PHASES
+    from benchmarks.session import Stopped
     from benchmarks.summary import summary
 
     began = time.monotonic()
@@ -71,7 +72,7 @@ def run(session: "Session", phases: Sequence[str], seconds: float) -> int:
 @contextmanager
 def stopping_on_sigterm() -> Iterator[None]:
     """Raise Stopped inside."""
-    from benchmarks.phases import Stopped
+    from benchmarks.session import Stopped
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(signal.Signals(number).name)
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _checkout.make_importable()
     from benchmarks.grid import OPS, WHOLES
     from benchmarks.outbox import Outbox
-    from benchmarks.phases import Session
+    from benchmarks.session import Session
     from benchmarks.steps.model import OP
     from benchmarks.tune import TABLE
     from sora_fast.files import check_folder

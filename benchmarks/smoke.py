@@ -33,11 +33,12 @@ class Smoke:
         return f"{self.status:9} {self.name}{f': {self.reason}' if self.reason else ''}"
 
 
-def plans(ops: Sequence[str], device: str) -> list[Plan]:
-    """All of bf16 on a GPU. Interpreted, the first of fp32 of every op: it shows that everything runs."""
+def plans(ops: Sequence[str], device: str, *, dry: bool = False) -> list[Plan]:
+    """All of bf16, or of fp32 where they are interpreted. dry: the first of every op, which shows that everything
+    runs."""
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     found = [[plan for plan in offered(op, device) if plan.dtype in (dtype, None)] for op in OPS if op in ops]
-    return [plan for of_op in found for plan in (of_op if device.startswith("cuda") else of_op[:1])]
+    return [plan for of_op in found for plan in of_op[: 1 if dry else None]]
 
 
 def tasks(found: Sequence[Plan], device: str, seconds: float) -> list[Task]:

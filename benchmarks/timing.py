@@ -123,11 +123,11 @@ def sleep(seconds: float) -> None:
 
 
 def host_microseconds(work: Work, device: torch.device, calls: int = 30) -> float:
-    """What a call takes of the host, the median of some. Meanwhile the GPU sleeps: nothing waits for it, unless `work`
-    itself does."""
-    torch.cuda.synchronize(device)
+    """What a call takes of the host, the median of some. The GPU's queue is empty before, and it sleeps: nothing waits
+    for it, unless `work` itself does."""
     times = []
     for _ in range(calls):
+        torch.cuda.synchronize(device)
         sleep(_LEAST_SLEEP)
         start = time.perf_counter()
         work()

@@ -84,7 +84,7 @@ class Winner(Item):
 
 def items() -> list[Item]:
     """All of them, the most telling first."""
-    return [Item(head_dim, mask, kernel) for head_dim in HEAD_DIMS for mask in KINDS for kernel in CANDIDATES]
+    return [Item(head_dim, mask, kernel) for mask in KINDS for head_dim in HEAD_DIMS for kernel in CANDIDATES]
 
 
 def read(content: Mapping[str, Any]) -> Trial:

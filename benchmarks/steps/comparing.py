@@ -7,34 +7,34 @@ from typing import Any
 
 import torch
 
-from benchmarks.grid import OPS, WHOLES, Plan, dry, headline, headliners, rounds
+from benchmarks.grid import OPS, WHOLES, Plan, headline, headliners, rounds, tiny
 from benchmarks.nvml import Gauge
 from benchmarks.peers import everyone
 from benchmarks.rows import Maker, Timer, measure, start_afresh
 from benchmarks.timing import Work, time_variants
 
 
-def step(device: torch.device, *, seconds: float) -> Callable[[str], list[dict[str, Any]]]:
+def step(device: torch.device, *, seconds: float, dry: bool) -> Callable[[str], list[dict[str, Any]]]:
     """Of a plan's name: its rows. seconds: of rounds a direction; 0: everything runs once, and nothing is timed, which
-    fills the compilers' caches."""
-    known = {plan.name: plan for plan in (rounds(OPS + WHOLES) if device.type == "cuda" else dry())}
+    fills the compilers' caches. dry: the plans are tiny."""
+    known = {plan.name: plan for plan in (tiny() if dry else rounds(OPS + WHOLES))}
     gauge = Gauge(device) if device.type == "cuda" and seconds else None
 
     def do(name: str) -> list[dict[str, Any]]:
         start_afresh()
         plan = known[name]
-        makers = entrants(plan, device)
+        makers = entrants(plan)
         rows = measure(plan.build(device), timer(device, seconds), makers, gauge=gauge, with_copy=seconds > 0)
         return [asdict(replace(row, tokens=plan.tokens, series=plan.series)) for row in rows]
 
     return do
 
 
-def entrants(plan: Plan, device: torch.device) -> Mapping[str, Maker]:
-    """The headline's own, or everyone but our torch backend, which would take most of the time: what it does better
-    than nothing is known by its peers. Without a GPU those that need no compiler."""
+def entrants(plan: Plan) -> Mapping[str, Maker]:
+    """The headline's own, or everyone but our torch backend: the peers show what PyTorch can do, in less time. In a dry
+    walk those that need no compiler."""
     makers = {name: maker for name, maker in everyone(plan.op).items() if name != "torch"}
-    if device.type != "cuda":
+    if plan in tiny():
         return {name: maker for name, maker in makers.items() if not any(part in name for part in ("compiled", "Flex"))}
     return {name: makers[name] for name in headliners(plan)} if plan in headline() else makers
 

@@ -20,25 +20,24 @@ from sora_fast.kernels import _attention_config as config
 from sora_fast.kernels._launch import target_arch
 
 
-def step(device: torch.device, *, seconds: float) -> Callable[[str], list[dict[str, Any]]]:
+def step(device: torch.device, *, seconds: float, dry: bool) -> Callable[[str], list[dict[str, Any]]]:
     """Of an item's name: its trials, on 32k ragged tokens. seconds: of rounds; 0: every candidate runs once, unchecked,
-    which fills the compiler's cache."""
+    which fills the compiler's cache. dry: two candidates on a tiny pack."""
     known = {item.name: item for item in items()}
 
     def do(title: str) -> list[dict[str, Any]]:
         start_afresh()
         item = known[title]
-        case, candidates = _case(item, device), _candidates(item, device)
+        case, candidates = _case(item, device, dry), _candidates(item, device)
         if not seconds:
             return _warmed(case, item, candidates, device)
-        # A tiny dry walk tries two.
-        return _tried(case, item, candidates if device.type == "cuda" else candidates[:2], device, seconds)
+        return _tried(case, item, candidates[: 2 if dry else None], device, seconds)
 
     return do
 
 
-def _case(item: Item, device: torch.device) -> Case:
-    heads, pack = (16, "32k ragged") if device.type == "cuda" else (1, "tiny")
+def _case(item: Item, device: torch.device, dry: bool) -> Case:
+    heads, pack = (1, "tiny") if dry else (16, "32k ragged")
     return Plan("packed_attention", Model(heads * item.head_dim, heads), pack, KINDS[item.mask]).build(device)
 
 

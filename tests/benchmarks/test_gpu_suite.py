@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_suite, phases, suite, tune
+from benchmarks import gpu_suite, phases, session, suite, tune
 from benchmarks._checkout import ROOT
 from benchmarks.rows import Row
 from benchmarks.suite import DRY
@@ -120,12 +120,12 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     shutil.copy(ROOT / "kernels" / tune.TABLE, checkout / "kernels")
     monkeypatch.setattr(phases, "ROOT", checkout)
     monkeypatch.setattr(suite, "VALIDATED", checkout / "validated.json")
-    monkeypatch.setattr(phases.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(session.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(phases, "run_jobs", lambda jobs, **_: {})
     monkeypatch.setattr("benchmarks.sanitizer.shutil.which", lambda name: None)
 
     def run(children: Children, *arguments: str) -> Call:
-        monkeypatch.setattr(phases, "judged", children)
+        monkeypatch.setattr(session, "judged", children)
         code = gpu_suite.main(["--out", str(tmp_path / "out"), *arguments])
         return Call(code, capsys.readouterr().out, tmp_path / "out", checkout)
 
@@ -167,7 +167,8 @@ def test_one_process_at_a_time_is_timed_and_all_have_a_hard_end(call: Caller) ->
     assert [limit.workers for limit in limits] == [1, 14, 1, 14, 1, 1, 14]
     # Nothing took any time here, so that each had all up to its own end. Versions may take longer than planned.
     assert [round(limit.total, -1) for limit in limits] == [60, 80, 200, 130, 330, 400, 430]
-    assert all(limit.plan < 60 and limit.silence < 60 for limit in limits)
+    assert all(limit.plan < 60 for limit in limits if limit.workers == 1)
+    assert all(limit.plan < limit.total + 5 and limit.silence < 60 for limit in limits)
     assert {task[3]["TRITON_INTERPRET"] for tasks in children.calls for task in tasks} == {"0"}
 
 
@@ -280,11 +281,14 @@ def _start(*arguments: str | Path) -> "subprocess.Popen[str]":
 @pytest.mark.slow
 def test_terminated_in_earnest_it_leaves_results_and_no_process(tmp_path: Path) -> None:
     process = _start("--dry", "--minutes", "30", "--phases", "smoke", "--only", "attention", "--out", tmp_path)
-    while not (tmp_path / "suite.json").exists() and process.poll() is None:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not ((tmp_path / "suite.json").exists() and children.read_text()) and process.poll() is None:
         time.sleep(0.1)
+    running = children.read_text().split()
     process.send_signal(signal.SIGTERM)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped: SIGTERM" in printed, errors
+    assert running and not any(Path(f"/proc/{child}").exists() for child in running)
     assert json.loads((tmp_path / "suite.json").read_text())["environment"]["torch"] == torch.__version__
 
 

@@ -16,8 +16,8 @@ def test_on_a_gpu_it_is_all_of_bf16_a_process_an_op() -> None:
     assert {task.program for task in tasks} == {"benchmarks.prover"} and tasks[0].op == "packed_attention"
 
 
-def test_interpreted_it_is_a_plan_an_op() -> None:
-    plans = smoke.plans(["adaln", "schedule"], "cpu")
+def test_dry_it_is_a_plan_an_op() -> None:
+    plans = smoke.plans(["adaln", "schedule"], "cpu", dry=True)
     assert [(plan.op, plan.dtype) for plan in plans] == [("adaln", torch.float32), ("schedule", None)]
 
 
@@ -33,7 +33,7 @@ def test_interpreted_it_is_a_plan_an_op() -> None:
     ],
 )
 def test_what_became_of_a_plan(verdict: Verdict, status: str) -> None:
-    known = smoke.entries(smoke.plans(["adaln"], "cpu"))
+    known = smoke.entries(smoke.plans(["adaln"], "cpu", dry=True))
     (before,) = known.values()
     assert before == Smoke("adaln", "float32", "adaln[float32,C72]", OPEN, NO_TIME)
     after = before.settled(verdict)

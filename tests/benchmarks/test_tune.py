@@ -134,7 +134,7 @@ def test_every_item_is_tried_once_with_the_present_one_first() -> None:
 
 def _launched(item: Item, blocks: tuple[int, ...]) -> list[dict[str, Any]]:
     """Options of the launches of a pass that takes the candidate."""
-    case = replace_dtype(tuning._case(item, CPU))
+    case = replace_dtype(tuning._case(item, CPU, True))
     with tuning.configured(item, blocks, 9), recording((9, 0)) as recorder:
         outputs = case.forward()
         if item.kernel != "forward":
@@ -161,14 +161,14 @@ def test_a_candidate_is_what_is_launched(kernel: str, mask: str) -> None:
 
 @pytest.mark.slow
 def test_candidates_are_judged_and_timed_and_told_as_trials() -> None:
-    found = [tune.read(trial) for trial in tuning.step(CPU, seconds=0.01)("D72, boxes, grad_query")]
+    found = [tune.read(trial) for trial in tuning.step(CPU, seconds=0.01, dry=True)("D72, boxes, grad_query")]
     assert [trial.present for trial in found] == [True, False] and all(trial.time.samples >= 3 for trial in found)
     assert {(trial.head_dim, trial.mask, trial.kernel) for trial in found} == {(72, "boxes", "grad_query")}
 
 
 def test_to_fill_a_cache_everything_runs_once_and_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[int, ...]] = []
-    monkeypatch.setattr(tuning, "_case", lambda item, device: Broken())
+    monkeypatch.setattr(tuning, "_case", lambda *_: Broken())
     real = tuning.configured
 
     def configured(item: Item, blocks: tuple[int, ...], major: int) -> Any:
@@ -176,7 +176,7 @@ def test_to_fill_a_cache_everything_runs_once_and_nothing_is_told(monkeypatch: p
         return real(item, blocks, major)
 
     monkeypatch.setattr(tuning, "configured", configured)
-    assert tuning.step(CPU, seconds=0)("D128, full, forward") == []
+    assert tuning.step(CPU, seconds=0, dry=False)("D128, full, forward") == []
     assert tried == tuning._candidates(Item(128, "full", "forward"), CPU), "one that fails costs the others nothing"
 
 

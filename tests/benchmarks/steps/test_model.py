@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def row() -> Row:
-    (content,) = model.step(CPU, seconds=0.01)("small, tiny")
+    (content,) = model.step(CPU, seconds=0.01, dry=True)("small, tiny")
     return Row(**content)
 
 
@@ -58,7 +58,7 @@ def test_who_is_wrong_or_fails_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> 
 def test_on_a_gpu_it_is_dit_xl_at_three_lengths() -> None:
     config = model.XL
     assert (config.dim, config.depth, config.heads) == (1152, 28, 16)
-    assert model.cases(on_gpu=True) == ["DiT-XL, 2k ragged", "DiT-XL, 8k ragged", "DiT-XL, 32k ragged"]
+    assert model.cases(dry=False) == ["DiT-XL, 2k ragged", "DiT-XL, 8k ragged", "DiT-XL, 32k ragged"]
 
 
 def test_a_graph_is_captured_after_a_warm_up_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
