@@ -73,14 +73,23 @@ class Suite:
         self._save_validated()
 
     def _save_validated(self) -> None:
-        """Replace the records of this kind of device, of the ops that were looked at, and keep all others."""
-        looked_at = {smoke.op for smoke in self.smoke.values()}
+        """Replace the records of this kind of device, of the ops that more is known of now, and keep all others."""
+        settled, earlier = self._settled(), [] if self.sanitizer["errors"] else self.earlier
         known = _records.read_list(VALIDATED)
-        kept = [r for r in known if r.machine.device_class != self.machine.device_class or r.op not in looked_at]
-        text = _records.written([*kept, *self.earlier, *self.validated()])
+        kept = [r for r in known if r.machine.device_class != self.machine.device_class or r.op not in settled]
+        text = _records.written(list(dict.fromkeys([*kept, *earlier, *self.validated()])))
         write_text(self.folder / "validated.json", text)
-        if self.machine.device_class != DRY and looked_at:
+        if self.machine.device_class != DRY and self.smoke:
             write_text(VALIDATED, text)
+
+    def _settled(self) -> set[str]:
+        """The ops that all smoke is known of, or something that is wrong: a look that was cut short says nothing."""
+        ops = {smoke.op for smoke in self.smoke.values()}
+        if self.sanitizer["errors"]:
+            return ops
+        wrong = {smoke.op for smoke in self.smoke.values() if smoke.status in (FAIL, CRASH)}
+        wrong |= {row.op for row in self.compared if is_wrong(row)} & ops
+        return wrong | (ops - {smoke.op for smoke in self.smoke.values() if smoke.status == OPEN})
 
     def validated(self) -> list[Record]:
         """Nothing, if memcheck found anything: it does not say in which op. Nothing of a dry walk either."""
