@@ -252,6 +252,19 @@ def test_without_a_device_nothing_begins(call: Caller, capsys: pytest.CaptureFix
     assert done.code == 2 and list(done.out.iterdir()) == []
 
 
+def test_not_even_an_import_of_the_parent_touches_cuda() -> None:
+    code = """
+import torch
+def touched(*_, **__):
+    raise AssertionError("touched")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = touched
+from benchmarks import _checkout
+_checkout.make_importable()
+import benchmarks.gpu_suite, benchmarks.phases, benchmarks.summary
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     result = _start("--out", tmp_path).communicate()
     assert "there is no CUDA device here; --dry walks through the suite on a CPU" in result[1]
