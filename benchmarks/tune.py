@@ -14,34 +14,34 @@ from benchmarks.timing import Timing
 
 Numbers = tuple[int, ...]
 
-# As `BlockSizes`: (own, other, num_warps, num_stages). Those that spill or do not fit on chip are slow or fail, and so
-# drop out.
+# As `BlockSizes`: (own, other, num_warps, num_stages, programs a multiprocessor: 1 if it is left out). Those that spill
+# or do not fit on chip are slow or fail, and so drop out.
 CANDIDATES: Mapping[str, tuple[Numbers, ...]] = {
     "forward": (
         (128, 128, 8, 2),
         (128, 128, 8, 3),
         (128, 64, 8, 2),
         (128, 64, 8, 3),
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
+        (64, 64, 4, 2, 2),
+        (64, 64, 4, 3, 2),
     ),
     "grad_query": (
         (128, 128, 8, 2),
         (128, 64, 8, 2),
         (128, 64, 8, 3),
         (128, 32, 8, 2),
-        (64, 64, 4, 2),
+        (64, 64, 4, 2, 2),
         (64, 128, 4, 2),
     ),
     "grad_key_value": (
         (128, 64, 8, 2),
         (128, 32, 8, 2),
         (128, 32, 8, 3),
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
+        (64, 64, 4, 2, 2),
+        (64, 64, 4, 3, 2),
         (64, 128, 8, 2),
     ),
-    "one_pass": ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 8, 2)),
+    "one_pass": ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2, 2), (64, 32, 4, 2, 2), (64, 16, 8, 2)),
 }
 # Of the head dims that video models have, the commonest first.
 HEAD_DIMS = (128, 64, 72)
@@ -94,9 +94,9 @@ def read(content: Mapping[str, Any]) -> Trial:
 
 
 def name(blocks: Numbers) -> str:
-    """128×64 w8 s3; what follows in `BlockSizes`, as it is."""
-    own, other, warps, stages, *rest = blocks
-    return " ".join([f"{own}×{other} w{warps} s{stages}", *map(str, rest)])
+    """128×64 w8 s3, and p2 for two programs a multiprocessor."""
+    own, other, warps, stages, programs = (*blocks, 1)[:5]
+    return f"{own}×{other} w{warps} s{stages}" + (f" p{programs}" if programs > 1 else "")
 
 
 def winners(trials: Sequence[Trial]) -> Iterator[Winner]:

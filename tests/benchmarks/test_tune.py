@@ -46,6 +46,12 @@ def test_what_does_not_run_loses_to_anything() -> None:
     assert [winner.reason for winner in winners(_trials(None, SLOW))] == ["128×64 w8 s3 does not run"]
 
 
+def test_names_tell_configurations_apart() -> None:
+    assert [tune.name(blocks) for blocks in (OLD, (*OLD, 1), (*NEW, 2))] == ["128×64 w8 s3"] * 2 + ["64×64 w4 s3 p2"]
+    for candidates in CANDIDATES.values():
+        assert len({tune.name(blocks) for blocks in candidates}) == len(candidates)
+
+
 def test_kinds_of_masks_do_not_mix() -> None:
     found = winners([*_trials(SLOW, FAST, mask="boxes"), *_trials(FAST, SLOW, mask="full")])
     assert [(winner.mask, winner.blocks) for winner in found] == [("boxes", NEW)]
@@ -152,9 +158,10 @@ def replace_dtype(case: Any) -> Any:
 
 @pytest.mark.parametrize("mask", KINDS)
 @pytest.mark.parametrize("kernel", CANDIDATES)
-def test_a_candidate_is_what_is_launched(kernel: str, mask: str) -> None:
+@pytest.mark.parametrize("head_dim", [128, 72])
+def test_a_candidate_is_what_is_launched(kernel: str, mask: str, head_dim: int) -> None:
     """For each kind of mask, whatever the kernels call it."""
-    item, odd = Item(128, mask, kernel), (16, 16, 2, 7)
+    item, odd = Item(head_dim, mask, kernel), (16, 16, 2, 7)
     assert any((meta.get("num_warps"), meta.get("num_stages")) == (2, 7) for meta in _launched(item, odd))
     assert not any(meta.get("num_stages") == 7 for meta in _launched(item, (16, 16, 2, 3)))
 
