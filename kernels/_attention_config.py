@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sora_fast.kernels._attention_measured import MEASURED, ONE_PASS_UP_TO
 from sora_fast.kernels._attention_walk import Blocking
 
 
@@ -153,8 +154,8 @@ _TABLES: dict[str, dict[int, tuple[_Entry, ...]]] = {
 
 
 # major compute capability → the widest head at which the backward pass in one (five products, and atomics in fp32)
-# beats the two passes (seven, no atomics). Not measured on any yet: two passes, whose bits are equal in every run.
-ONE_PASS: dict[int, int] = {8: 0, 9: 0, 10: 0}
+# beats the two passes (seven, no atomics). Where it is not measured: two passes, whose bits are equal in every run.
+ONE_PASS: dict[int, int] = {8: 0, 9: 0, 10: 0} | {major: widest for major, (widest, _) in ONE_PASS_UP_TO.items()}
 
 
 def is_one_pass_faster(head_dim: int, arch: tuple[int, int]) -> bool:
@@ -166,6 +167,8 @@ def block_sizes(kernel: str, dtype: torch.dtype, head_dim: int, arch: tuple[int,
     """kernel: one of the table's keys; arch: (9, 0); mask: its kind, see `mask_kind`."""
     if dtype is torch.float32:
         return _FLOAT32
+    if (measured := MEASURED.get((arch[0], kernel, head_dim, mask))) is not None:
+        return BlockSizes(*measured[0])
     # Other GPUs have less shared memory: Ampere's configurations need the least.
     table = _TABLES[kernel].get(arch[0], _TABLES[kernel][8])
     entry = next(entry for entry in table if head_dim <= entry.widest)
