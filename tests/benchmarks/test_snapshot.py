@@ -14,7 +14,7 @@ from sora_fast.report.loops import hot_loops
 
 ALL = Selection(tuple(SHARED_LIMIT))
 PRODUCTS, CYCLES = {"HGMMA 64x64x16": 8}, {"tensor": 1024, "mufu": 544}
-LOOP = Loop(8, 370, 65, 1 << 22, 1.0, PRODUCTS, 1, 2, 0, 0, 0, CYCLES, 1.0, "tensor", 0.6)
+LOOP = Loop(8, 370, 65, 1 << 22, 1.0, PRODUCTS, 1, 2, 0, 0, 0, 0, CYCLES, 1.0, "tensor", 0.6)
 FORWARD = Row("adaln[C64]/_forward", "sm_90", 40, 0, 1024, 300, 0, 6, 2, (LOOP, LOOP))
 BACKWARD = replace(FORWARD, kernel="adaln[C64]/_backward", registers=64)
 AMPERE = replace(FORWARD, target="sm_80")
@@ -150,3 +150,12 @@ def test_where_it_cannot_write_it_does_not_begin(
     with pytest.raises(SystemExit):
         aot.main(["--snapshot", str(file), *options])
     assert "nothing can be written to /proc" in capsys.readouterr().err
+
+
+def test_registers_may_spill_around_a_hot_loop_but_not_in_it() -> None:
+    spilled = replace(FORWARD, spills=24, loops=(LOOP, replace(LOOP, local=LOOP.instructions // 20)))
+    assert spilled.problem == ""
+    assert "24 bytes" in replace(spilled, loops=(LOOP, replace(LOOP, local=LOOP.instructions // 10))).problem
+    # Without products, nothing is known to take the time.
+    assert "24 bytes" in replace(spilled, loops=(replace(LOOP, products={}),)).problem
+    assert "24 bytes" in replace(spilled, loops=None).problem
