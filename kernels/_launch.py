@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import triton
+from triton.runtime import driver
+
+from sora_fast.kernels import _plans
 
 
 @dataclass
@@ -48,14 +50,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         return
     if 0 in grid:
         return
-    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            kernel[grid](*args, **meta)
+    device = _device(args)
+    if device == -1 or device == driver.active.get_current_device():
+        _plans.run(kernel, grid, args, meta)
     else:
-        kernel[grid](*args, **meta)
+        with torch.cuda.device(device):
+            _plans.run(kernel, grid, args, meta)
+
+
+def _device(args: tuple[Any, ...]) -> int:
+    """The GPU of the first tensor; −1: a CPU, as under the interpreter."""
+    return next(arg.get_device() for arg in args if isinstance(arg, torch.Tensor))
 
 
 def next_power_of_two(size: int) -> int:
     """Least power of two that is not below `size`: Triton's block shapes."""
-    return triton.next_power_of_2(size)
+    return 1 << (size - 1).bit_length()

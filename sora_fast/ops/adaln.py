@@ -19,6 +19,7 @@ from sora_fast.ops._modulation import (
     without_padding,
 )
 from sora_fast.ops._norm import affine_gradients, check_norm, contiguous, fake_affine, fake_stats, plain_norm
+from sora_fast.ops._op import op
 
 
 def adaln(
@@ -77,7 +78,7 @@ def plain_adaln(
     return without_padding(y, index).to(dtype)
 
 
-@torch.library.custom_op("sora_fast::adaln", mutates_args=())
+@op("sora_fast::adaln")
 def _adaln(
     x: Tensor,
     shift: Tensor,
@@ -95,7 +96,7 @@ def _adaln(
     return adaln_forward(x, shift, scale, weight, bias, index, eps=eps, centred=norm == "layer")
 
 
-@torch.library.custom_op("sora_fast::adaln_backward", mutates_args=())
+@op("sora_fast::adaln_backward")
 def _adaln_backward(
     dy: Tensor,
     x: Tensor,

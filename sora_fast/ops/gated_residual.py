@@ -18,6 +18,7 @@ from sora_fast.ops._modulation import (
     widened,
     without_padding,
 )
+from sora_fast.ops._op import op
 
 
 def gated_residual(
@@ -45,7 +46,7 @@ def plain_gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, index: 
     return without_padding(out, index).to(residual.dtype)
 
 
-@torch.library.custom_op("sora_fast::gated_residual", mutates_args=())
+@op("sora_fast::gated_residual")
 def _gated_residual(
     residual: Tensor,
     branch: Tensor,
@@ -59,7 +60,7 @@ def _gated_residual(
     return gated_residual_forward(residual, branch, gate, index)
 
 
-@torch.library.custom_op("sora_fast::gated_residual_backward", mutates_args=())
+@op("sora_fast::gated_residual_backward")
 def _gated_residual_backward(
     d_out: Tensor,
     branch: Tensor,

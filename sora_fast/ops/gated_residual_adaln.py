@@ -8,6 +8,7 @@ from torch import Tensor
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import Index, check_modulated, csr, offered_rows, parts, table_gradients
 from sora_fast.ops._norm import affine_gradients, check_norm, contiguous, fake_affine, fake_stats
+from sora_fast.ops._op import op
 from sora_fast.ops.adaln import plain_adaln
 from sora_fast.ops.gated_residual import plain_gated_residual
 
@@ -54,7 +55,7 @@ def gated_residual_adaln(
     return _gated_residual_adaln(residual, branch, gate, shift, scale, *affine, *parts(index), norm, eps)[:2]
 
 
-@torch.library.custom_op("sora_fast::gated_residual_adaln", mutates_args=())
+@op("sora_fast::gated_residual_adaln")
 def _gated_residual_adaln(
     residual: Tensor,
     branch: Tensor,
@@ -75,7 +76,7 @@ def _gated_residual_adaln(
     return gated_residual_adaln_forward(*tensors, eps=eps, centred=norm == "layer")
 
 
-@torch.library.custom_op("sora_fast::gated_residual_adaln_backward", mutates_args=())
+@op("sora_fast::gated_residual_adaln_backward")
 def _gated_residual_adaln_backward(
     dh: Tensor | None,
     dy: Tensor,

@@ -15,6 +15,7 @@ from sora_fast.ops import _attention_peers as peers
 from sora_fast.ops import _attention_torch as plain
 from sora_fast.ops._checks import FLOAT_DTYPES, KERNEL_DTYPES, check_device, check_dtype, check_shape, may_read
 from sora_fast.ops._dispatch import choose
+from sora_fast.ops._op import op
 from sora_fast.packing import PackedLayout
 from sora_fast.schedule import TileSchedule
 from sora_fast.tiles import TokenRanges
@@ -65,10 +66,10 @@ def packed_attention(
         return getattr(peers, chosen)(q, k, v, schedule, scale=scale, deterministic=deterministic)
     if chosen == "torch" and on_device.fits(q, k):
         return on_device.attention(q, k, v, schedule, scale=scale, lse=return_lse, deterministic=deterministic)
-    op = _plain_attention if chosen == "torch" else _triton_attention
+    attend = _plain_attention if chosen == "torch" else _triton_attention
     tile_sizes = [schedule.layout.tile_size, schedule.kv_layout.tile_size]
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
-    out, lse = op(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule), scale, deterministic)
+    out, lse = attend(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule), scale, deterministic)
     return (out, lse.transpose(0, 1)) if return_lse else out
 
 
@@ -95,7 +96,7 @@ def _tensors(schedule: TileSchedule) -> list[Tensor]:
     return [layout.cu_seqlens, keys.cu_seqlens, layout.tile_offsets, keys.tile_offsets, *boxes, *sides]
 
 
-@torch.library.custom_op("sora_fast::packed_attention_plain", mutates_args=())
+@op("sora_fast::packed_attention_plain")
 def _plain_attention(
     q: Tensor,
     k: Tensor,
@@ -109,7 +110,7 @@ def _plain_attention(
     return plain.forward(q, k, v, _blocks(schedule, kind, join=plain.may_join(q)), scale)
 
 
-@torch.library.custom_op("sora_fast::packed_attention_plain_backward", mutates_args=())
+@op("sora_fast::packed_attention_plain_backward")
 def _plain_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -140,7 +141,7 @@ def _blocks(schedule: list[Tensor], kind: int, *, join: bool) -> Iterator[plain.
     return plain.tile_blocks(query_tiles, key_tiles, *schedule[8:11], schedule[12], masking)
 
 
-@torch.library.custom_op("sora_fast::packed_attention", mutates_args=())
+@op("sora_fast::packed_attention")
 def _triton_attention(
     q: Tensor,
     k: Tensor,
@@ -158,7 +159,7 @@ def _triton_attention(
     return forward(q, k, v, by_query, boxes, **options)
 
 
-@torch.library.custom_op("sora_fast::packed_attention_backward", mutates_args=())
+@op("sora_fast::packed_attention_backward")
 def _triton_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -210,7 +211,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _backward_with(op: Any) -> Any:
+def _backward_with(own: Any) -> Any:
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse, *schedule = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
@@ -218,7 +219,7 @@ def _backward_with(op: Any) -> Any:
             # −∞ is a constant, whatever comes back for it: NaN where two such results were merged by logaddexp.
             grad_lse = grad_lse.masked_fill(lse == -math.inf, 0.0)
         keys = any(ctx.needs_input_grad[1:3])
-        grads = op(grad_out, grad_lse, q, k, v, out, lse, schedule, *ctx.options, keys)
+        grads = own(grad_out, grad_lse, q, k, v, out, lse, schedule, *ctx.options, keys)
         missing = [None] * (3 - len(grads))
         return *grads, *missing, [None] * len(schedule), *[None] * len(ctx.options)
 

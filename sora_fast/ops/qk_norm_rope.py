@@ -13,6 +13,7 @@ from torch import Tensor
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_eps, check_layout, check_shape
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered, widened
+from sora_fast.ops._op import op
 from sora_fast.packing import PackedLayout
 
 
@@ -221,7 +222,7 @@ def _common_frequencies(rope: Rope3D, head_dim: int) -> Tensor:
     return rope._frequencies(head_dim, torch.ones(1, 3, dtype=torch.float32, device="cpu"), None).float()
 
 
-@torch.library.custom_op("sora_fast::rope_turns", mutates_args=())
+@op("sora_fast::rope_turns")
 def _turns(
     segment_ids: Tensor,
     coords: Tensor,
@@ -253,7 +254,7 @@ def _(segment_ids: Tensor, coords: Tensor, grids: Tensor, scale: Tensor | None, 
     return coords.new_empty(2, coords.shape[0], sum(split) // 2, dtype=torch.float32)
 
 
-@torch.library.custom_op("sora_fast::qk_norm_rope", mutates_args=())
+@op("sora_fast::qk_norm_rope")
 def _qk_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -278,7 +279,7 @@ def _qk_norm_rope(
     return kernels.forward(kernels.Heads(q, k, q_weight, k_weight), segment_ids, places, rotation, eps)
 
 
-@torch.library.custom_op("sora_fast::qk_norm_rope_backward", mutates_args=())
+@op("sora_fast::qk_norm_rope_backward")
 def _qk_norm_rope_backward(
     dq: Tensor,
     dk: Tensor,

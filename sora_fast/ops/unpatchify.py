@@ -11,6 +11,7 @@ from sora_fast.ops import _patches_torch
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape, may_read
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
+from sora_fast.ops._op import op
 from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry
 from sora_fast.packing import PackedLayout, RaggedLatents
 
@@ -85,7 +86,7 @@ def videos_of(
     return offsets, torch.cat([channel[:, None], shapes[:, 1:]], dim=1), capacity
 
 
-@torch.library.custom_op("sora_fast::unpatchify", mutates_args=())
+@op("sora_fast::unpatchify")
 def _unpatchify(
     tokens: Tensor,
     offsets: Tensor,
@@ -101,7 +102,7 @@ def _unpatchify(
     return kernels.scatter(tokens, Patches(offsets, shapes, segment_ids, coords, tuple(patch_size)), capacity)
 
 
-@torch.library.custom_op("sora_fast::unpatchify_backward", mutates_args=())
+@op("sora_fast::unpatchify_backward")
 def _unpatchify_backward(
     flat: Tensor,
     offsets: Tensor,
