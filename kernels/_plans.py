@@ -13,7 +13,6 @@ import logging
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 from torch.nn import Parameter
@@ -122,5 +121,7 @@ def _calls(hook: Any) -> bool:
 def _is_known() -> bool:
     known = triton.__version__.startswith(_KNOWN)
     if not known:
-        log.warning("Triton %s launches every kernel itself, some 10 µs slower: plans know 3.6 and 3.7", triton.__version__)
+        log.warning(
+            "Triton %s launches every kernel itself, some 10 µs slower: plans know 3.6 and 3.7", triton.__version__
+        )
     return known

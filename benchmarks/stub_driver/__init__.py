@@ -147,8 +147,12 @@ def activate(arch: tuple[int, int] = (9, 0)) -> StubDriver:
     driver.set_active(active)
 
     from sora_fast.ops import _dispatch
+    from sora_fast.packing import _bundle
 
-    _dispatch.interpreting = lambda: True  # tensors on a CPU may go to Triton's kernels, as under its interpreter
+    # Tensors on a CPU stand for a GPU's: they may go to Triton's kernels, and nobody may read them for nothing. (By its
+    # code: the function is in many modules by now.)
+    _dispatch.interpreting = lambda: True
+    _bundle.may_read.__code__ = (lambda tensor: False).__code__
     return stub
 
 

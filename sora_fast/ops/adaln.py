@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sora_fast.ops._checks import once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import (
     Index,
@@ -46,8 +47,7 @@ def adaln(
     Returns [N, C] in x's dtype; statistics are fp32. Padding gives zeros, in the gradients too, whatever stands there.
     Raises TypeError or ValueError for arguments that do not fit together.
     """
-    check_modulated({"x": x}, {"shift": shift, "scale": scale}, index)
-    check_norm("x", x, norm, weight, bias, eps)
+    _check(x, shift, scale, index, norm, weight, bias, eps)
     if backend_for(x, backend) == "torch":
         return plain_adaln(x, shift, scale, index, norm, weight, bias, eps)
     return _adaln(x, shift, scale, contiguous(weight), contiguous(bias), *parts(index), norm, eps)[0]
@@ -149,3 +149,18 @@ def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
 
 
 _adaln.register_autograd(_backward, setup_context=_save)
+
+
+@once
+def _check(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    index: Index,
+    norm: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> None:
+    check_modulated({"x": x}, {"shift": shift, "scale": scale}, index)
+    check_norm("x", x, norm, weight, bias, eps)

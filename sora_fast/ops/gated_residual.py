@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sora_fast.ops._checks import once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import (
     Index,
@@ -34,7 +35,7 @@ def gated_residual(
     Returns [N, C] in the inputs' dtype; products and sums are fp32. Padding gives zeros, in the gradients too,
     whatever stands there. Raises TypeError or ValueError for arguments that do not fit together.
     """
-    check_modulated({"residual": residual, "branch": branch}, {"gate": gate}, index)
+    _check(residual, branch, gate, index)
     if choose("gated_residual", backend, residual.device, offered(residual), residual.dtype) == "torch":
         return plain_gated_residual(residual, branch, gate, index)
     return _gated_residual(residual, branch, gate, *parts(index))
@@ -99,3 +100,8 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _gated_residual.register_autograd(_backward, setup_context=_save)
+
+
+@once
+def _check(residual: Tensor, branch: Tensor, gate: Tensor, index: Index) -> None:
+    check_modulated({"residual": residual, "branch": branch}, {"gate": gate}, index)

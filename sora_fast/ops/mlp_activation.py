@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape, once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
 from sora_fast.ops._op import op
@@ -94,6 +94,7 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
 _mlp_activation.register_autograd(_backward, setup_context=_save)
 
 
+@once
 def _check(x: Tensor, bias: Tensor | None, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: {activation!r}; it must be one of {ACTIVATIONS}")

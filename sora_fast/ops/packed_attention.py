@@ -13,7 +13,7 @@ from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import _attention_device as on_device
 from sora_fast.ops import _attention_peers as peers
 from sora_fast.ops import _attention_torch as plain
-from sora_fast.ops._checks import FLOAT_DTYPES, KERNEL_DTYPES, check_device, check_dtype, check_shape, may_read
+from sora_fast.ops._checks import FLOAT_DTYPES, KERNEL_DTYPES, check_device, check_dtype, check_shape, may_read, once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._op import op
 from sora_fast.packing import PackedLayout
@@ -54,6 +54,8 @@ def packed_attention(
     whatever stands in it. Raises TypeError or ValueError for arguments that do not fit together.
     """
     _check(q, k, v, layout, mask, kv_layout)
+    if isinstance(mask, TileSchedule):
+        _check_batch(mask, layout, kv_layout)
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     if not isinstance(scale, Real) or not math.isfinite(scale):
         raise ValueError(f"scale: {scale!r}; it must be a finite number")
@@ -240,6 +242,7 @@ def _offered(q: Tensor) -> tuple[str, ...]:
     return ("torch", "triton") if fits else ("torch",)
 
 
+@once
 def _check(
     q: Tensor,
     k: Tensor,
@@ -277,18 +280,26 @@ def _check(
         if mask.cross != (kv_layout is not None):
             built, given = ("cross", "without") if mask.cross else ("self", "with")
             raise ValueError(f"mask: a schedule of {built}-attention {given} kv_layout; build it {given} one, too")
-        if may_read(mask.overflow):
-            mask.check()
 
 
 def _check_schedule(name: str, scheduled: PackedLayout, given: PackedLayout) -> None:
-    """The schedule was built for a layout like the given one: for that very batch, where looking costs nothing."""
+    """The schedule was built for a layout like the given one."""
     sizes = ("capacity", "max_segments", "max_tiles", "tile_size", "is_raster", "device")
     for size in sizes:
         built, wanted = getattr(scheduled, size), getattr(given, size)
         if built != wanted:
             raise ValueError(f"mask: a schedule for a {name} of {size} {built}, but the {name} has {wanted}")
-    if may_read(given.cu_seqlens) and not (
-        torch.equal(scheduled.cu_seqlens, given.cu_seqlens) and torch.equal(scheduled.tile_offsets, given.tile_offsets)
-    ):
-        raise ValueError(f"mask: a schedule of another batch than the {name}; build it from this one")
+
+
+def _check_batch(schedule: TileSchedule, layout: PackedLayout, kv_layout: PackedLayout | None) -> None:
+    """It was built for this very batch, and had room for it; where looking costs nothing."""
+    if not may_read(schedule.overflow):
+        return
+    pairs = {"layout": (schedule.layout, layout), "kv_layout": (schedule.kv_layout, kv_layout)}
+    for name, (scheduled, given) in pairs.items():
+        if given is not None and not (
+            torch.equal(scheduled.cu_seqlens, given.cu_seqlens)
+            and torch.equal(scheduled.tile_offsets, given.tile_offsets)
+        ):
+            raise ValueError(f"mask: a schedule of another batch than the {name}; build it from this one")
+    schedule.check()
