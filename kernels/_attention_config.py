@@ -5,9 +5,11 @@ prints the numbers); none is tuned by measurement yet. Of Triton 3.6.0 only sm_9
 to head dim 192.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+
+from sora_fast.kernels._attention_walk import Blocking
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,16 @@ class BlockSizes:
     other: int
     num_warps: int
     num_stages: int
+    per_multiprocessor: int = 1
 
-    def fitted(self, own_tile: int, other_tile: int) -> "BlockSizes":
+    def blocking(self, own_tile: int, other_tile: int, *, causal: bool) -> Blocking:
         """Blocks no larger than a tile: more would only be masked away."""
-        return replace(self, own=min(self.own, own_tile), other=min(self.other, other_tile))
+        own, other = min(self.own, own_tile), min(self.other, other_tile)
+        return Blocking(own, other, -(-own_tile // own), -(-other_tile // other), causal)
+
+    def options(self) -> dict[str, int]:
+        """For a launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 # Products of float32 run on the ordinary units, whose code holds whole rows in registers: larger blocks spill.
@@ -129,7 +137,7 @@ def is_one_pass_faster(head_dim: int, arch: tuple[int, int]) -> bool:
     return head_dim <= ONE_PASS.get(arch[0], ONE_PASS[8])
 
 
-def block_sizes(kernel: str, dtype: torch.dtype, head_dim: int, arch: tuple[int, int]) -> BlockSizes:
+def block_sizes(kernel: str, dtype: torch.dtype, head_dim: int, arch: tuple[int, int], mask: str) -> BlockSizes:
     """kernel: one of the table's keys; arch: (9, 0)."""
     if dtype is torch.float32:
         return _FLOAT32

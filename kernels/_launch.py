@@ -42,6 +42,11 @@ def target_arch(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
+def num_multiprocessors(device: torch.device) -> int:
+    """Of the GPU that persistent kernels are launched on. On a CPU a few, so that every program has several turns."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run `kernel` over `grid`. meta: constexpr arguments, num_warps, num_stages."""
     recorder = _recorder.get()

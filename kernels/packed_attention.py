@@ -1,34 +1,48 @@
-"""Packed attention, forward: one program a block of queries and a head."""
+"""Packed attention, forward: a program takes blocks of queries of one head, and walks over the keys that each meets."""
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sora_fast.kernels._attention import (
+from sora_fast.kernels._attention_config import block_sizes
+from sora_fast.kernels._attention_operands import (
+    Block,
+    Head,
+    add_products,
+    describable,
+    load_block,
+    products,
+    scaled,
+    store_block,
+    zero_block,
+)
+from sora_fast.kernels._attention_walk import (
     CUT,
     LN2,
     LOG2E,
     TESTED,
     WHOLE,
     Boxes,
-    Head,
     Walk,
     block_bounds,
     count_blocks,
-    dot_precision,
+    count_slots,
     is_allowed,
+    is_tail,
+    item_of,
     load_boxes,
-    load_main,
     load_places,
-    load_rest,
+    mask_kind,
+    num_programs,
     own_block,
-    padding_bounds,
-    store_rows,
+    padding_blocks,
+    rows_of,
+    slot_and_head,
     stretches,
-    zero_block,
 )
-from sora_fast.kernels._attention_config import block_sizes
 from sora_fast.kernels._launch import launch, target_arch
 
 
@@ -54,26 +68,39 @@ def forward(
     num_tokens, num_heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device)
-    head = Head.of(q, k, v, out)
-    blocks = block_sizes("forward", q.dtype, head.dim, target_arch(q.device)).fitted(*tile_sizes)
-    parts = triton.cdiv(tile_sizes[0], blocks.own)
+    head, arch = Head.of(q, k, v, out), target_arch(q.device)
+    blocks = block_sizes("forward", q.dtype, head.dim, arch, mask_kind(walk, boxes))
+    blocking = blocks.blocking(*tile_sizes, causal=causal)
+    described = walk.tiles is None and describable(arch, k, v)
     launch(
         packed_attention_forward_kernel,
-        (walk.order.shape[0] * parts, num_heads),
+        (num_programs(walk, num_heads, blocking, blocks.per_multiprocessor),),
         lse,
         *(head.rows(x) for x in (q, k, v, out)),
-        *(walk, boxes, scale * LOG2E.value, num_tokens),
+        *head.descriptors((k, v), blocking.other, wanted=described),
+        *(walk, boxes, scale * LOG2E.value, num_tokens, num_heads, walk.order.shape[0]),
         HEAD=head,
-        PARTS=parts,
-        BLOCK_M=blocks.own,
-        BLOCK_N=blocks.other,
-        BLOCKS_PER_TILE=triton.cdiv(tile_sizes[1], blocks.other),
-        CAUSAL=causal,
-        PRECISION=dot_precision(q.dtype),
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        BLOCKING=blocking,
+        **blocks.options(),
     )
     return out, lse
+
+
+class Keys(NamedTuple):
+    """What is walked over: k and v, and their descriptors (of None where there are none)."""
+
+    k: Any
+    v: Any
+    k_blocks: Any
+    v_blocks: Any
+
+
+class Softmax(NamedTuple):
+    """Sums of an online softmax. top: the largest score so far, not scaled; total: of weights relative to it."""
+
+    acc: Any
+    total: Any
+    top: Any
 
 
 @triton.jit
@@ -83,113 +110,109 @@ def packed_attention_forward_kernel(
     k,
     v,
     out,
+    k_main,  # descriptors
+    k_rest,
+    v_main,
+    v_rest,
     walk,
     boxes,
     scale,  # times log2 e
     num_tokens,
+    num_heads,
+    num_tiles,
     HEAD: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS_PER_TILE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCKING: tl.constexpr,
 ):
-    slot, head = tl.program_id(0), tl.program_id(1)
-    rows = tl.arange(0, BLOCK_M)
-    lse += head.to(tl.int64) * num_tokens
-    acc0, acc1 = zero_block(BLOCK_M, HEAD)
+    keys = Keys(k, v, Block(k_main, k_rest), Block(v_main, v_rest))
+    _clear_padding(lse, out, walk, num_tokens, num_heads, num_tiles, HEAD, BLOCKING)
+    slots = count_slots(walk, num_tiles, BLOCKING)
+    for step in tl.range(0, tl.cdiv(slots * num_heads, tl.num_programs(0)), disable_licm=True):
+        item = item_of(step)
+        if item < slots * num_heads:
+            slot, head = slot_and_head(item, slots, num_heads)
+            tile, own = own_block(walk, slot, head, BLOCKING)
+            if own.start < own.stop:
+                _attend(
+                    lse + head.to(tl.int64) * num_tokens, q, out, keys, walk, boxes, tile, own, scale, HEAD, BLOCKING
+                )
 
-    first, stride = padding_bounds(walk, slot, PARTS, BLOCK_M)
-    for step in range(0, tl.cdiv(num_tokens - first, stride)):
-        start = first + step * stride
-        padding = start + rows < num_tokens
-        store_rows(out, start, head, padding, acc0, acc1, HEAD)
-        tl.store(lse + start + rows, float("-inf"), mask=padding)
 
-    tile, start, stop = own_block(walk, slot, PARTS, BLOCK_M)
-    if start >= stop:
-        return
-    exists = start + rows < stop
-    q0 = load_main(q, start, head, exists, BLOCK_M, HEAD)
-    q1 = load_rest(q, start, head, exists, BLOCK_M, HEAD) if HEAD.rest else q0
-    total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+@triton.jit
+def _clear_padding(lse, out, walk, num_tokens, num_heads, num_tiles, HEAD: tl.constexpr, BLOCKING: tl.constexpr):
+    first, blocks = padding_blocks(walk, num_tiles, num_tokens, num_heads, BLOCKING)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        head, start = block % num_heads, first + block // num_heads * BLOCKING.own
+        tokens = start + tl.arange(0, BLOCKING.own)
+        store_block(out, start, head, tokens < num_tokens, zero_block(BLOCKING.own, HEAD), HEAD)
+        tl.store(lse + head.to(tl.int64) * num_tokens + tokens, float("-inf"), mask=tokens < num_tokens)
 
-    first, last, rest_first, rest_last = stretches(walk, tile, FROM_END=False, BLOCK=BLOCK_N)
-    acc0, acc1, total, top = _walk_keys(
-        acc0, acc1, total, top, q0, q1, k, v, walk, first, last, boxes, start, exists, head, scale,
-        WHOLE if walk.tiles is None else CUT, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
-    )  # fmt: skip
-    acc0, acc1, total, top = _walk_keys(
-        acc0, acc1, total, top, q0, q1, k, v, walk, rest_first, rest_last, boxes, start, exists, head, scale,
-        CUT if boxes is None else TESTED, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
-    )  # fmt: skip
+
+@triton.jit
+def _attend(lse, q, out, keys, walk, boxes, tile, own, scale, HEAD: tl.constexpr, BLOCKING: tl.constexpr):
+    """The output of one block of queries."""
+    BLOCK: tl.constexpr = BLOCKING.own
+    tokens, exists = rows_of(own, BLOCKING)
+    queries = load_block(q, None, own.start, own.head, exists, BLOCK, HEAD)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    sums = Softmax(zero_block(BLOCK, HEAD), tl.zeros([BLOCK], tl.float32), top)
+
+    whole, asked = stretches(walk, boxes, tile, FROM_END=False, BLOCK=BLOCKING.other)
+    sums = _walk_keys(sums, queries, own, keys, whole, scale, WHOLE if walk.tiles is None else CUT, HEAD, BLOCKING)
+    sums = _walk_keys(sums, queries, own, keys, asked, scale, CUT if boxes is None else TESTED, HEAD, BLOCKING)
 
     # A query that met no key has total 0 and top -inf: output 0, lse -inf.
-    total = tl.where(total == 0.0, 1.0, total)
-    inverse = (1.0 / total)[:, None]
-    store_rows(out, start, head, exists, acc0 * inverse, acc1 * inverse if HEAD.rest else acc1, HEAD)
-    tl.store(lse + start + rows, (top * scale + tl.log2(total)) * LN2, mask=exists)
+    total = tl.where(sums.total == 0.0, 1.0, sums.total)
+    store_block(out, own.start, own.head, exists, scaled(sums.acc, (1.0 / total)[:, None], HEAD), HEAD)
+    tl.store(lse + tokens, (sums.top * scale + tl.log2(total)) * LN2, mask=exists)
 
 
 @triton.jit
 def _walk_keys(
-    acc0,
-    acc1,
-    total,
-    top,
-    q0,
-    q1,
-    k,
-    v,
-    walk,
-    first,
-    last,
-    boxes,
-    start,
-    valid,
-    head,
-    scale,
-    ASKED: tl.constexpr,
-    HEAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS_PER_TILE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    sums, queries, own, keys, stretch, scale, ASKED: tl.constexpr, HEAD: tl.constexpr, BLOCKING: tl.constexpr
 ):
-    """Online softmax over a stretch of the walk. top: the largest score so far, not scaled."""
-    kv_head = head // HEAD.group
+    """Online softmax over a stretch of the walk."""
+    box = None
     if ASKED == TESTED:
-        low, high, query_raster = load_boxes(boxes, start + tl.arange(0, q0.shape[0]), valid, CAUSAL)
-        low, high, query_raster = low[:, None], high[:, None], query_raster[:, None]
-    for step in range(0, count_blocks(walk, first, last, BLOCKS_PER_TILE, BLOCK_N)):
-        key, stop = block_bounds(walk, first, last, step, BLOCKS_PER_TILE, BLOCK_N)
-        exists = None if ASKED == WHOLE else key + tl.arange(0, BLOCK_N) < stop
-        k0 = load_main(k, key, kv_head, exists, BLOCK_N, HEAD)
-        scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
-        if HEAD.rest:
-            k1 = load_rest(k, key, kv_head, exists, BLOCK_N, HEAD)
-            scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
-        if ASKED == TESTED:
-            place, key_raster = load_places(boxes, key + tl.arange(0, BLOCK_N), exists, CAUSAL)
-            allowed = is_allowed(low, high, query_raster, place[None, :], key_raster[None, :], CAUSAL)
-            scores = tl.where(allowed, scores, float("-inf"))
-        elif ASKED != WHOLE:  # noqa: SIM102
-            if key + BLOCK_N > stop:
-                scores = tl.where(exists[None, :], scores, float("-inf"))
+        tokens, valid = rows_of(own, BLOCKING)
+        box = load_boxes(stretch.boxes, tokens, valid, 1, BLOCKING)
+    if is_tail(stretch, ASKED):
+        if stretch.first < stretch.last:
+            bounds = stretch.first, stretch.last
+            sums = _meet(sums, queries, own, keys, bounds, box, stretch.boxes, scale, ASKED, HEAD, BLOCKING)
+    else:
+        for step in range(0, count_blocks(stretch, BLOCKING)):
+            bounds = block_bounds(stretch, step, BLOCKING)
+            sums = _meet(sums, queries, own, keys, bounds, box, stretch.boxes, scale, ASKED, HEAD, BLOCKING)
+    return sums
 
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        # Rows that have met no key yet: -inf - -inf would be NaN.
-        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores * scale - (finite * scale)[:, None])
-        rescale = tl.exp2((top - finite) * scale)
-        total = total * rescale + tl.sum(weights, 1)
-        top = new_top
-        v0 = load_main(v, key, kv_head, exists, BLOCK_N, HEAD)
-        weights = weights.to(v0.dtype)
-        acc0 = tl.dot(weights, v0, acc0 * rescale[:, None], input_precision=PRECISION)
-        if HEAD.rest:
-            v1 = load_rest(v, key, kv_head, exists, BLOCK_N, HEAD)
-            acc1 = tl.dot(weights, v1, acc1 * rescale[:, None], input_precision=PRECISION)
-    return acc0, acc1, total, top
+
+@triton.jit
+def _meet(
+    sums, queries, own, keys, bounds, box, boxes, scale,
+    ASKED: tl.constexpr, HEAD: tl.constexpr, BLOCKING: tl.constexpr,
+):  # fmt: skip
+    """One block of keys more. bounds: its first token, and where those end that it may hold."""
+    BLOCK: tl.constexpr = BLOCKING.other
+    head = own.head // HEAD.group
+    key, stop = bounds
+    tokens = key + tl.arange(0, BLOCK)
+    exists = None if ASKED == WHOLE else tokens < stop
+    # Whatever stands in keys that do not exist, their scores are replaced.
+    k = load_block(keys.k, keys.k_blocks, key, head, exists if keys.k_blocks.main is None else None, BLOCK, HEAD)
+    scores = products(queries, k, HEAD)
+    if ASKED == TESTED:
+        place = load_places(boxes, tokens, exists, 0, BLOCKING)
+        scores = tl.where(is_allowed(box, place, BLOCKING), scores, float("-inf"))
+    elif ASKED != WHOLE:  # noqa: SIM102
+        if key + BLOCK > stop:
+            scores = tl.where(exists[None, :], scores, float("-inf"))
+
+    top = tl.maximum(sums.top, tl.max(scores, 1))
+    # Rows that have met no key yet: -inf - -inf would be NaN.
+    finite = tl.where(top == float("-inf"), 0.0, top)
+    weights = tl.exp2(scores * scale - (finite * scale)[:, None])
+    rescale = tl.exp2((sums.top - finite) * scale)
+    total = sums.total * rescale + tl.sum(weights, 1)
+    v = load_block(keys.v, keys.v_blocks, key, head, exists, BLOCK, HEAD)
+    acc = scaled(sums.acc, rescale[:, None], HEAD)
+    return Softmax(add_products(acc, weights.to(v.main.dtype), v, HEAD), total, top)

@@ -9,38 +9,51 @@ atomics: five products of matrices instead of seven, but the order of the sums i
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sora_fast.kernels._attention import (
+from sora_fast.kernels._attention_config import BlockSizes, block_sizes, is_one_pass_faster
+from sora_fast.kernels._attention_operands import (
+    Block,
+    Head,
+    add_block,
+    add_products,
+    describable,
+    load_block,
+    load_numbers,
+    products,
+    row_products,
+    scaled,
+    store_block,
+    zero_block,
+)
+from sora_fast.kernels._attention_walk import (
     CUT,
     LOG2E,
     TESTED,
     WHOLE,
     Boxes,
-    Head,
     Walk,
-    add_rows,
     block_bounds,
     count_blocks,
-    dot_precision,
+    count_slots,
     is_allowed,
+    is_tail,
+    item_of,
     load_boxes,
-    load_main,
-    load_numbers,
     load_places,
-    load_rest,
+    mask_kind,
+    num_programs,
     own_block,
-    padding_bounds,
-    store_rows,
+    padding_blocks,
+    rows_of,
+    slot_and_head,
     stretches,
-    zero_block,
 )
-from sora_fast.kernels._attention_config import block_sizes, is_one_pass_faster
 from sora_fast.kernels._launch import launch, target_arch
 
 
@@ -62,9 +75,19 @@ class _Problem:
     scale: float
     causal: bool
 
-    def shared(self, head: Head) -> dict[str, Any]:
-        """Compile-time constants of every kernel."""
-        return {"HEAD": head, "CAUSAL": self.causal, "PRECISION": dot_precision(self.q.dtype)}
+    def blocks(self, kernel: str, walk: Walk) -> BlockSizes:
+        """The configuration of one of the passes, which follows `walk`."""
+        arch = target_arch(self.q.device)
+        return block_sizes(kernel, self.q.dtype, self.q.shape[2], arch, mask_kind(walk, self.boxes))
+
+    def describes(self, walk: Walk, *operands: Tensor) -> bool:
+        """Whether what is walked over can be read by descriptors."""
+        return walk.tiles is None and describable(target_arch(self.q.device), *operands)
+
+    def numbers(self, walk: Walk, heads: int) -> tuple[Any, ...]:
+        """What every kernel takes last but its constants."""
+        sizes = self.q.shape[0], self.k.shape[0], heads, walk.order.shape[0]
+        return walk, self.boxes, self.scale * LOG2E.value, self.scale, *sizes
 
 
 def backward(
@@ -114,22 +137,19 @@ DELTA_BLOCK = 32
 
 def _launch_grad_query(p: _Problem, delta: Tensor, grad_q: Tensor) -> None:
     """The first of the two passes; it fills `delta` [H, N] for the second."""
-    head = Head.of(p.q, p.k, p.v, p.out, p.grad_out, grad_q)
-    blocks = block_sizes("grad_query", p.q.dtype, head.dim, target_arch(p.q.device)).fitted(*p.tile_sizes)
-    parts = triton.cdiv(p.tile_sizes[0], blocks.own)
+    head, walk, heads = Head.of(p.q, p.k, p.v, p.out, p.grad_out, grad_q), p.by_query, p.q.shape[1]
+    blocks = p.blocks("grad_query", walk)
+    blocking = blocks.blocking(*p.tile_sizes, causal=p.causal)
     launch(
         packed_attention_grad_query_kernel,
-        (p.by_query.order.shape[0] * parts, p.q.shape[1]),
+        (num_programs(walk, heads, blocking, blocks.per_multiprocessor),),
         *(p.lse, p.grad_lse, delta),
         *(head.rows(x) for x in (p.q, p.k, p.v, p.out, p.grad_out, grad_q)),
-        *(p.by_query, p.boxes, p.scale * LOG2E.value, p.scale, p.q.shape[0]),
-        PARTS=parts,
-        BLOCK_M=blocks.own,
-        BLOCK_N=blocks.other,
-        BLOCKS_PER_TILE=triton.cdiv(p.tile_sizes[1], blocks.other),
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-        **p.shared(head),
+        *head.descriptors((p.k, p.v), blocking.other, wanted=p.describes(walk, p.k, p.v)),
+        *p.numbers(walk, heads),
+        HEAD=head,
+        BLOCKING=blocking,
+        **blocks.options(),
     )
 
 
@@ -151,25 +171,20 @@ def _launch_grad_key_value(
 ) -> None:
     """dK and dV; query_sums [N, H, D] float32: add dQ / scale to it, in no fixed order."""
     more = () if query_sums is None else (query_sums,)
-    head = Head.of(p.q, p.k, p.v, p.grad_out, grad_k, grad_v, *more)
-    name = "grad_key_value" if query_sums is None else "one_pass"
-    query_tile, key_tile = p.tile_sizes
-    blocks = block_sizes(name, p.q.dtype, head.dim, target_arch(p.q.device)).fitted(key_tile, query_tile)
-    parts = triton.cdiv(key_tile, blocks.own)
+    head, walk, heads = Head.of(p.q, p.k, p.v, p.grad_out, grad_k, grad_v, *more), p.by_key, p.k.shape[1]
+    blocks = p.blocks("one_pass" if more else "grad_key_value", walk)
+    blocking = blocks.blocking(*reversed(p.tile_sizes), causal=p.causal)
     launch(
         packed_attention_grad_key_value_kernel,
-        (p.by_key.order.shape[0] * parts, p.k.shape[1]),
+        (num_programs(walk, heads, blocking, blocks.per_multiprocessor),),
         *(p.lse, delta),
         *(head.rows(x) for x in (p.q, p.k, p.v, p.grad_out, grad_k, grad_v)),
-        None if query_sums is None else head.rows(query_sums),
-        *(p.by_key, p.boxes, p.scale * LOG2E.value, p.scale, p.q.shape[0], p.k.shape[0]),
-        PARTS=parts,
-        BLOCK_M=blocks.other,
-        BLOCK_N=blocks.own,
-        BLOCKS_PER_TILE=triton.cdiv(query_tile, blocks.other),
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-        **p.shared(head),
+        head.rows(query_sums) if more else None,
+        *head.descriptors((p.q, p.grad_out), blocking.other, wanted=p.describes(walk, p.q, p.grad_out)),
+        *p.numbers(walk, heads),
+        HEAD=head,
+        BLOCKING=blocking,
+        **blocks.options(),
     )
 
 
@@ -184,22 +199,50 @@ def packed_attention_delta_kernel(
     BLOCK: tl.constexpr,
 ):
     start, head = tl.program_id(0) * BLOCK, tl.program_id(1)
-    exists = start + tl.arange(0, BLOCK) < num_tokens
-    place = head.to(tl.int64) * num_tokens + start + tl.arange(0, BLOCK)
-    do0 = load_main(grad_out, start, head, exists, BLOCK, HEAD)
-    do1 = load_rest(grad_out, start, head, exists, BLOCK, HEAD) if HEAD.rest else do0
-    tl.store(delta + place, _row_delta(do0, do1, out, grad_lse, place, start, head, exists, HEAD), mask=exists)
+    tokens = start + tl.arange(0, BLOCK)
+    exists = tokens < num_tokens
+    place = head.to(tl.int64) * num_tokens + tokens
+    do = load_block(grad_out, None, start, head, exists, BLOCK, HEAD)
+    tl.store(delta + place, _row_delta(do, out, grad_lse, place, start, head, exists, HEAD), mask=exists)
 
 
 @triton.jit
-def _row_delta(do0, do1, out, grad_lse, place, start, head, exists, HEAD: tl.constexpr):
-    rows: tl.constexpr = do0.shape[0]
-    row_delta = tl.sum(do0.to(tl.float32) * load_main(out, start, head, exists, rows, HEAD).to(tl.float32), 1)
-    if HEAD.rest:
-        row_delta += tl.sum(do1.to(tl.float32) * load_rest(out, start, head, exists, rows, HEAD).to(tl.float32), 1)
+def _row_delta(do, out, grad_lse, place, start, head, exists, HEAD: tl.constexpr):
+    row_delta = row_products(do, load_block(out, None, start, head, exists, do.main.shape[0], HEAD), HEAD)
     if grad_lse is not None:
         row_delta -= tl.load(grad_lse + place, mask=exists, other=0.0)
     return row_delta
+
+
+class Keys(NamedTuple):
+    """What the first pass walks over: k and v, and their descriptors (of None where there are none)."""
+
+    k: Any
+    v: Any
+    k_blocks: Any
+    v_blocks: Any
+
+
+class OwnQueries(NamedTuple):
+    """A block of queries on chip, the gradients of their outputs, and of each base-2 logsumexp and delta."""
+
+    q: Any
+    do: Any
+    lse: Any
+    delta: Any
+
+
+class Queries(NamedTuple):
+    """What the other passes walk over, in memory: lse (natural) and delta are [H, num_tokens]; sums: of dQ, or None."""
+
+    q: Any
+    do: Any
+    q_blocks: Any
+    do_blocks: Any
+    lse: Any
+    delta: Any
+    sums: Any
+    num_tokens: Any
 
 
 @triton.jit
@@ -213,51 +256,54 @@ def packed_attention_grad_query_kernel(
     out,
     grad_out,
     grad_q,
+    k_main,  # descriptors
+    k_rest,
+    v_main,
+    v_rest,
     walk,
     boxes,
     scale_log2,
     scale,
-    num_tokens,
+    num_queries,
+    num_keys,
+    num_heads,
+    num_tiles,
     HEAD: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS_PER_TILE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCKING: tl.constexpr,
 ):
     """dQ, and on the way delta [H, N] for the other pass."""
-    slot, head = tl.program_id(0), tl.program_id(1)
-    rows = tl.arange(0, BLOCK_M)
-    acc0, acc1 = zero_block(BLOCK_M, HEAD)
-    first, stride = padding_bounds(walk, slot, PARTS, BLOCK_M)
-    for step in range(0, tl.cdiv(num_tokens - first, stride)):
-        start = first + step * stride
-        store_rows(grad_q, start, head, start + rows < num_tokens, acc0, acc1, HEAD)
+    first, blocks = padding_blocks(walk, num_tiles, num_queries, num_heads, BLOCKING)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        start = first + block // num_heads * BLOCKING.own
+        padding = start + tl.arange(0, BLOCKING.own) < num_queries
+        store_block(grad_q, start, block % num_heads, padding, zero_block(BLOCKING.own, HEAD), HEAD)
 
-    tile, start, stop = own_block(walk, slot, PARTS, BLOCK_M)
-    if start >= stop:
-        return
-    exists = start + rows < stop
-    place = head.to(tl.int64) * num_tokens + start + rows
-    do0 = load_main(grad_out, start, head, exists, BLOCK_M, HEAD)
-    do1 = load_rest(grad_out, start, head, exists, BLOCK_M, HEAD) if HEAD.rest else do0
-    row_delta = _row_delta(do0, do1, out, grad_lse, place, start, head, exists, HEAD)
-    tl.store(delta + place, row_delta, mask=exists)
-    row_lse = _load_lse(lse, place, exists)
-    q0 = load_main(q, start, head, exists, BLOCK_M, HEAD)
-    q1 = load_rest(q, start, head, exists, BLOCK_M, HEAD) if HEAD.rest else q0
-
-    first, last, rest_first, rest_last = stretches(walk, tile, FROM_END=False, BLOCK=BLOCK_N)
-    acc0, acc1 = _walk_keys(
-        acc0, acc1, q0, q1, do0, do1, row_lse, row_delta, k, v, walk, first, last, boxes, start, exists, head,
-        scale_log2, WHOLE if walk.tiles is None else CUT, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
-    )  # fmt: skip
-    acc0, acc1 = _walk_keys(
-        acc0, acc1, q0, q1, do0, do1, row_lse, row_delta, k, v, walk, rest_first, rest_last, boxes, start, exists,
-        head, scale_log2, CUT if boxes is None else TESTED, HEAD, BLOCK_N, BLOCKS_PER_TILE, CAUSAL, PRECISION,
-    )  # fmt: skip
-    store_rows(grad_q, start, head, exists, acc0 * scale, acc1 * scale if HEAD.rest else acc1, HEAD)
+    keys = Keys(k, v, Block(k_main, k_rest), Block(v_main, v_rest))
+    slots = count_slots(walk, num_tiles, BLOCKING)
+    for step in tl.range(0, tl.cdiv(slots * num_heads, tl.num_programs(0)), disable_licm=True):
+        item = item_of(step)
+        if item < slots * num_heads:
+            slot, head = slot_and_head(item, slots, num_heads)
+            tile, own = own_block(walk, slot, head, BLOCKING)
+            if own.start < own.stop:
+                tokens, exists = rows_of(own, BLOCKING)
+                place = head.to(tl.int64) * num_queries + tokens
+                do = load_block(grad_out, None, own.start, head, exists, BLOCKING.own, HEAD)
+                row_delta = _row_delta(do, out, grad_lse, place, own.start, head, exists, HEAD)
+                tl.store(delta + place, row_delta, mask=exists)
+                row_lse = _load_lse(lse, place, exists)
+                queries = OwnQueries(
+                    load_block(q, None, own.start, head, exists, BLOCKING.own, HEAD), do, row_lse, row_delta
+                )
+                sums = zero_block(BLOCKING.own, HEAD)
+                whole, asked = stretches(walk, boxes, tile, FROM_END=False, BLOCK=BLOCKING.other)
+                sums = _walk_keys(
+                    sums, queries, own, keys, whole, scale_log2, WHOLE if walk.tiles is None else CUT, HEAD, BLOCKING
+                )
+                sums = _walk_keys(
+                    sums, queries, own, keys, asked, scale_log2, CUT if boxes is None else TESTED, HEAD, BLOCKING
+                )
+                store_block(grad_q, own.start, head, exists, scaled(sums, scale, HEAD), HEAD)
 
 
 @triton.jit
@@ -269,61 +315,54 @@ def _load_lse(lse, place, exists):
 
 @triton.jit
 def _walk_keys(
-    acc0,
-    acc1,
-    q0,
-    q1,
-    do0,
-    do1,
-    row_lse,
-    row_delta,
-    k,
-    v,
-    walk,
-    first,
-    last,
-    boxes,
-    start,
-    valid,
-    head,
-    scale_log2,
-    ASKED: tl.constexpr,
-    HEAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS_PER_TILE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    sums, queries, own, keys, stretch, scale_log2, ASKED: tl.constexpr, HEAD: tl.constexpr, BLOCKING: tl.constexpr
 ):
     """Sum dS K over a stretch of the walk."""
-    kv_head = head // HEAD.group
+    box = None
     if ASKED == TESTED:
-        low, high, query_raster = load_boxes(boxes, start + tl.arange(0, q0.shape[0]), valid, CAUSAL)
-        low, high, query_raster = low[:, None], high[:, None], query_raster[:, None]
-    for step in range(0, count_blocks(walk, first, last, BLOCKS_PER_TILE, BLOCK_N)):
-        key, stop = block_bounds(walk, first, last, step, BLOCKS_PER_TILE, BLOCK_N)
-        exists = None if ASKED == WHOLE else key + tl.arange(0, BLOCK_N) < stop
-        k0 = load_main(k, key, kv_head, exists, BLOCK_N, HEAD)
-        v0 = load_main(v, key, kv_head, exists, BLOCK_N, HEAD)
-        scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
-        slopes = tl.dot(do0, tl.trans(v0), input_precision=PRECISION)
-        if HEAD.rest:
-            k1 = load_rest(k, key, kv_head, exists, BLOCK_N, HEAD)
-            v1 = load_rest(v, key, kv_head, exists, BLOCK_N, HEAD)
-            scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
-            slopes = tl.dot(do1, tl.trans(v1), slopes, input_precision=PRECISION)
-        weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
-        if ASKED == TESTED:
-            place, key_raster = load_places(boxes, key + tl.arange(0, BLOCK_N), exists, CAUSAL)
-            allowed = is_allowed(low, high, query_raster, place[None, :], key_raster[None, :], CAUSAL)
-            weights = tl.where(allowed, weights, 0.0)
-        elif ASKED != WHOLE:  # noqa: SIM102
-            if key + BLOCK_N > stop:
-                weights = tl.where(exists[None, :], weights, 0.0)
-        slopes = (weights * (slopes - row_delta[:, None])).to(k0.dtype)
-        acc0 = tl.dot(slopes, k0, acc0, input_precision=PRECISION)
-        if HEAD.rest:
-            acc1 = tl.dot(slopes, k1, acc1, input_precision=PRECISION)
-    return acc0, acc1
+        tokens, valid = rows_of(own, BLOCKING)
+        box = load_boxes(stretch.boxes, tokens, valid, 1, BLOCKING)
+    if is_tail(stretch, ASKED):
+        if stretch.first < stretch.last:
+            bounds = stretch.first, stretch.last
+            sums = _meet_keys(sums, queries, own, keys, bounds, box, stretch.boxes, scale_log2, ASKED, HEAD, BLOCKING)
+    else:
+        for step in range(0, count_blocks(stretch, BLOCKING)):
+            bounds = block_bounds(stretch, step, BLOCKING)
+            sums = _meet_keys(sums, queries, own, keys, bounds, box, stretch.boxes, scale_log2, ASKED, HEAD, BLOCKING)
+    return sums
+
+
+@triton.jit
+def _meet_keys(
+    sums, queries, own, keys, bounds, box, boxes, scale_log2,
+    ASKED: tl.constexpr, HEAD: tl.constexpr, BLOCKING: tl.constexpr,
+):  # fmt: skip
+    """One block of keys more. bounds: its first token, and where those end that it may hold."""
+    BLOCK: tl.constexpr = BLOCKING.other
+    head = own.head // HEAD.group
+    key, stop = bounds
+    tokens = key + tl.arange(0, BLOCK)
+    exists = None if ASKED == WHOLE else tokens < stop
+    k = load_block(keys.k, keys.k_blocks, key, head, exists, BLOCK, HEAD)
+    v = load_block(keys.v, keys.v_blocks, key, head, exists, BLOCK, HEAD)
+    weights = tl.exp2(products(queries.q, k, HEAD) * scale_log2 - queries.lse[:, None])
+    slopes = products(queries.do, v, HEAD)
+    if ASKED == TESTED:
+        place = load_places(boxes, tokens, exists, 0, BLOCKING)
+        weights = tl.where(is_allowed(box, place, BLOCKING), weights, 0.0)
+    elif ASKED != WHOLE:  # noqa: SIM102
+        if key + BLOCK > stop:
+            weights = tl.where(exists[None, :], weights, 0.0)
+    slopes = (weights * (slopes - queries.delta[:, None])).to(k.main.dtype)
+    return add_products(sums, slopes, k, HEAD)
+
+
+class KeySums(NamedTuple):
+    """Sums over queries: dK / scale and dV of a block of keys."""
+
+    dk: Any
+    dv: Any
 
 
 @triton.jit
@@ -337,127 +376,111 @@ def packed_attention_grad_key_value_kernel(
     grad_k,
     grad_v,
     query_sums,
+    q_main,  # descriptors
+    q_rest,
+    do_main,
+    do_rest,
     walk,
     boxes,
     scale_log2,
     scale,
     num_queries,
     num_keys,
+    num_heads,
+    num_tiles,
     HEAD: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS_PER_TILE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCKING: tl.constexpr,
 ):
     """dK and dV, and where `query_sums` is given, dQ / scale into it."""
-    slot, head = tl.program_id(0), tl.program_id(1)
-    rows = tl.arange(0, BLOCK_N)
-    dk0, dk1 = zero_block(BLOCK_N, HEAD)
-    dv0, dv1 = zero_block(BLOCK_N, HEAD)
-    first, stride = padding_bounds(walk, slot, PARTS, BLOCK_N)
-    for step in range(0, tl.cdiv(num_keys - first, stride)):
-        start = first + step * stride
-        padding = start + rows < num_keys
-        store_rows(grad_k, start, head, padding, dk0, dk1, HEAD)
-        store_rows(grad_v, start, head, padding, dv0, dv1, HEAD)
+    first, blocks = padding_blocks(walk, num_tiles, num_keys, num_heads, BLOCKING)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        head, start = block % num_heads, first + block // num_heads * BLOCKING.own
+        padding = start + tl.arange(0, BLOCKING.own) < num_keys
+        store_block(grad_k, start, head, padding, zero_block(BLOCKING.own, HEAD), HEAD)
+        store_block(grad_v, start, head, padding, zero_block(BLOCKING.own, HEAD), HEAD)
 
-    tile, start, stop = own_block(walk, slot, PARTS, BLOCK_N)
-    if start >= stop:
-        return
-    exists = start + rows < stop
-    k0 = load_main(k, start, head, exists, BLOCK_N, HEAD)
-    v0 = load_main(v, start, head, exists, BLOCK_N, HEAD)
-    k1 = load_rest(k, start, head, exists, BLOCK_N, HEAD) if HEAD.rest else k0
-    v1 = load_rest(v, start, head, exists, BLOCK_N, HEAD) if HEAD.rest else v0
-
-    first, last, rest_first, rest_last = stretches(walk, tile, FROM_END=True, BLOCK=BLOCK_M)
-    dk0, dk1, dv0, dv1 = _walk_queries(
-        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, query_sums, lse, delta, walk, first, last, boxes, start,
-        exists, head, scale_log2, num_queries, WHOLE if walk.tiles is None else CUT,
-        HEAD, BLOCK_M, BLOCKS_PER_TILE, CAUSAL, PRECISION,
-    )  # fmt: skip
-    dk0, dk1, dv0, dv1 = _walk_queries(
-        dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, grad_out, query_sums, lse, delta, walk, rest_first, rest_last, boxes,
-        start, exists, head, scale_log2, num_queries, CUT if boxes is None else TESTED,
-        HEAD, BLOCK_M, BLOCKS_PER_TILE, CAUSAL, PRECISION,
-    )  # fmt: skip
-    store_rows(grad_k, start, head, exists, dk0 * scale, dk1 * scale if HEAD.rest else dk1, HEAD)
-    store_rows(grad_v, start, head, exists, dv0, dv1, HEAD)
+    queries = Queries(q, grad_out, Block(q_main, q_rest), Block(do_main, do_rest), lse, delta, query_sums, num_queries)
+    slots = count_slots(walk, num_tiles, BLOCKING)
+    for step in tl.range(0, tl.cdiv(slots * num_heads, tl.num_programs(0)), disable_licm=True):
+        item = item_of(step)
+        if item < slots * num_heads:
+            slot, head = slot_and_head(item, slots, num_heads)
+            tile, own = own_block(walk, slot, head, BLOCKING)
+            if own.start < own.stop:
+                _, exists = rows_of(own, BLOCKING)
+                keys = Keys(
+                    load_block(k, None, own.start, head, exists, BLOCKING.own, HEAD),
+                    load_block(v, None, own.start, head, exists, BLOCKING.own, HEAD),
+                    None,
+                    None,
+                )
+                sums = KeySums(zero_block(BLOCKING.own, HEAD), zero_block(BLOCKING.own, HEAD))
+                whole, asked = stretches(walk, boxes, tile, FROM_END=True, BLOCK=BLOCKING.other)
+                sums = _walk_queries(
+                    sums, keys, own, queries, whole, scale_log2, WHOLE if walk.tiles is None else CUT, HEAD, BLOCKING
+                )
+                sums = _walk_queries(
+                    sums, keys, own, queries, asked, scale_log2, CUT if boxes is None else TESTED, HEAD, BLOCKING
+                )
+                store_block(grad_k, own.start, head, exists, scaled(sums.dk, scale, HEAD), HEAD)
+                store_block(grad_v, own.start, head, exists, sums.dv, HEAD)
 
 
 @triton.jit
 def _walk_queries(
-    dk0,
-    dk1,
-    dv0,
-    dv1,
-    k0,
-    k1,
-    v0,
-    v1,
-    q,
-    grad_out,
-    query_sums,
-    lse,
-    delta,
-    walk,
-    first,
-    last,
-    boxes,
-    start,
-    valid,
-    kv_head,
-    scale_log2,
-    num_queries,
-    ASKED: tl.constexpr,
-    HEAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCKS_PER_TILE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    sums, keys, own, queries, stretch, scale_log2, ASKED: tl.constexpr, HEAD: tl.constexpr, BLOCKING: tl.constexpr
 ):
-    """Sum dSᵀ Q and Pᵀ dO over a stretch of the walk, and over all query heads of the group at every block of it.
+    """Sum dSᵀ Q and Pᵀ dO over a stretch of the walk, and the heads of a group."""
+    tokens, exists = rows_of(own, BLOCKING)
+    place = load_places(stretch.boxes, tokens, exists, 1, BLOCKING) if ASKED == TESTED else None
+    if is_tail(stretch, ASKED):
+        if stretch.first < stretch.last:
+            bounds = stretch.first, stretch.last
+            for member in tl.range(0, HEAD.group, num_stages=1):
+                sums = _meet_queries(
+                    sums, keys, own, queries, member, bounds, place, stretch.boxes, scale_log2, ASKED, HEAD, BLOCKING
+                )
+    else:
+        for step in range(0, count_blocks(stretch, BLOCKING) * HEAD.group):
+            bounds = block_bounds(stretch, step // HEAD.group, BLOCKING)
+            member = step % HEAD.group
+            sums = _meet_queries(
+                sums, keys, own, queries, member, bounds, place, stretch.boxes, scale_log2, ASKED, HEAD, BLOCKING
+            )
+    return sums
 
-    All blocks are [keys, queries]. A query that does not exist has logsumexp +inf: its weights are zero, and no other
-    test is needed. Keys that do not exist gather numbers that are never stored, and that may be infinite: dQ must not
-    see them.
+
+@triton.jit
+def _meet_queries(
+    sums, keys, own, queries, member, bounds, place, boxes, scale_log2,
+    ASKED: tl.constexpr, HEAD: tl.constexpr, BLOCKING: tl.constexpr,
+):  # fmt: skip
+    """One block of queries more. Scores are transposed: keys × queries.
+
+    Rows of keys that do not exist give numbers that nobody stores; and they may be infinite: dQ must not see them.
     """
+    BLOCK: tl.constexpr = BLOCKING.other
+    head = own.head * HEAD.group + member
+    query, stop = bounds
+    tokens = query + tl.arange(0, BLOCK)
+    exists = None if ASKED == WHOLE else tokens < stop
+    q = load_block(queries.q, queries.q_blocks, query, head, exists, BLOCK, HEAD)
+    do = load_block(queries.do, queries.do_blocks, query, head, exists, BLOCK, HEAD)
+    scores = products(keys.k, q, HEAD)
+    slopes = products(keys.v, do, HEAD)
+    numbers = head.to(tl.int64) * queries.num_tokens + tokens
+    row_lse = _load_lse(queries.lse, numbers, exists)
+    row_delta = load_numbers(queries.delta, numbers, exists, 0.0)
+    weights = tl.exp2(scores * scale_log2 - row_lse[None, :])
     if ASKED == TESTED:
-        place, key_raster = load_places(boxes, start + tl.arange(0, k0.shape[0]), valid, CAUSAL)
-        place, key_raster = place[:, None], key_raster[:, None]
-    for step in range(0, count_blocks(walk, first, last, BLOCKS_PER_TILE, BLOCK_M) * HEAD.group):
-        head = kv_head * HEAD.group + step % HEAD.group
-        query, stop = block_bounds(walk, first, last, step // HEAD.group, BLOCKS_PER_TILE, BLOCK_M)
-        exists = None if ASKED == WHOLE else query + tl.arange(0, BLOCK_M) < stop
-        q0 = load_main(q, query, head, exists, BLOCK_M, HEAD)
-        do0 = load_main(grad_out, query, head, exists, BLOCK_M, HEAD)
-        scores = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
-        slopes = tl.dot(v0, tl.trans(do0), input_precision=PRECISION)
-        if HEAD.rest:
-            q1 = load_rest(q, query, head, exists, BLOCK_M, HEAD)
-            do1 = load_rest(grad_out, query, head, exists, BLOCK_M, HEAD)
-            scores = tl.dot(k1, tl.trans(q1), scores, input_precision=PRECISION)
-            slopes = tl.dot(v1, tl.trans(do1), slopes, input_precision=PRECISION)
-        rows = head.to(tl.int64) * num_queries + query + tl.arange(0, BLOCK_M)
-        row_lse = _load_lse(lse, rows, exists)
-        row_delta = load_numbers(delta, rows, exists, 0.0)
-        weights = tl.exp2(scores * scale_log2 - row_lse[None, :])
-        if ASKED == TESTED:
-            low, high, query_raster = load_boxes(boxes, query + tl.arange(0, BLOCK_M), exists, CAUSAL)
-            allowed = is_allowed(low[None, :], high[None, :], query_raster[None, :], place, key_raster, CAUSAL)
-            weights = tl.where(allowed, weights, 0.0)
-        slopes = (weights * (slopes - row_delta[None, :])).to(q0.dtype)
-        weights = weights.to(q0.dtype)
-        dv0 = tl.dot(weights, do0, dv0, input_precision=PRECISION)
-        dk0 = tl.dot(slopes, q0, dk0, input_precision=PRECISION)
-        if HEAD.rest:
-            dv1 = tl.dot(weights, do1, dv1, input_precision=PRECISION)
-            dk1 = tl.dot(slopes, q1, dk1, input_precision=PRECISION)
-        if query_sums is not None:
-            slopes = tl.where(valid[:, None], slopes, 0.0)
-            dq0 = tl.dot(tl.trans(slopes), k0, input_precision=PRECISION)
-            dq1 = tl.dot(tl.trans(slopes), k1, input_precision=PRECISION) if HEAD.rest else dq0
-            add_rows(query_sums, query, head, exists, dq0, dq1, HEAD)
-    return dk0, dk1, dv0, dv1
+        box = load_boxes(boxes, tokens, exists, 0, BLOCKING)
+        weights = tl.where(is_allowed(box, place, BLOCKING), weights, 0.0)
+    slopes = (weights * (slopes - row_delta[None, :])).to(q.main.dtype)
+    dv = add_products(sums.dv, weights.to(q.main.dtype), do, HEAD)
+    dk = add_products(sums.dk, slopes, q, HEAD)
+    if queries.sums is not None:
+        _, exist = rows_of(own, BLOCKING)
+        slopes = tl.where(exist[:, None], slopes, 0.0)
+        dq = add_products(zero_block(BLOCK, HEAD), tl.trans(slopes), keys.k, HEAD)
+        add_block(queries.sums, query, head, exists, dq, HEAD)
+    return KeySums(dk, dv)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sora_fast.kernels._attention import Rows
+from sora_fast.kernels._attention_operands import Rows
 from sora_fast.kernels._fold import fold
 from sora_fast.kernels._launch import launch, next_power_of_two
 

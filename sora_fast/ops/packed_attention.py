@@ -187,7 +187,7 @@ def _triton_attention_backward(
 
 
 def _walks(schedule: list[Tensor], kind: int) -> tuple[Any, Any, Any]:
-    from sora_fast.kernels._attention import Boxes, Walk
+    from sora_fast.kernels._attention_walk import Boxes, Walk
 
     _, _, query_tiles, key_tiles, *boxes = schedule[:8]
     sides = schedule[8:]
