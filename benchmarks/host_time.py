@@ -93,8 +93,8 @@ def allocated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
 
 
 def measure(named: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Microseconds a call, the minimum of `rounds` rounds. They take turns, so that a busy time hits all alike, the bare
-    launch before each other one, so that it finds the caches as they do."""
+    """Microseconds a call, the minimum of `rounds` rounds. They take turns, so that a busy time hits all alike, and the
+    bare launch before each other one, so that it finds the caches as they do."""
     for call in named.values():
         call()
     least = dict.fromkeys(named, float("inf"))

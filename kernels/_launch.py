@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,12 +40,22 @@ def target_arch(device: torch.device) -> tuple[int, int]:
     recorder = _recorder.get()
     if recorder is not None:
         return recorder.arch
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return _capability(device) if device.type == "cuda" else (9, 0)
 
 
 def num_multiprocessors(device: torch.device) -> int:
     """Of the GPU that persistent kernels are launched on. On a CPU a few, so that every program has several turns."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return _properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+@cache
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    properties = _properties(device)
+    return properties.major, properties.minor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -55,17 +66,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         return
     if 0 in grid:
         return
-    device = _device(args)
-    if device == -1 or device == driver.active.get_current_device():
+    first = args[0] if isinstance(args[0], torch.Tensor) else next(arg for arg in args if isinstance(arg, torch.Tensor))
+    device = first.get_device()  # −1: a CPU, as under the interpreter
+    if device < 0 or device == driver.active.get_current_device():
         _plans.run(kernel, grid, args, meta)
     else:
         with torch.cuda.device(device):
             _plans.run(kernel, grid, args, meta)
 
 
-def _device(args: tuple[Any, ...]) -> int:
-    """The GPU of the first tensor; −1: a CPU, as under the interpreter."""
-    return next(arg.get_device() for arg in args if isinstance(arg, torch.Tensor))
+def cdiv(size: int, step: int) -> int:
+    """How many steps cover `size`: triton.cdiv, which on the host takes 2 µs."""
+    return -(-size // step)
 
 
 def next_power_of_two(size: int) -> int:

@@ -1,10 +1,10 @@
 """Launch plans: what Triton finds out anew for every launch, kept for the next one like it.
 
-Triton's own launch binds and specialises the arguments, writes the options out as text, looks the compiled kernel up and
-asks every hook: 7 to 20 µs a launch. A plan keeps the compiled kernel under a key that is at least as fine as Triton's
-own (the integers themselves, for all that a value may mean to the compiler), and calls its launcher. Whatever is out of
-the ordinary (a hook, a profiler, another kind of argument or of kernel) is left to Triton, and so is the first launch of
-every key.
+Triton's own launch binds and specialises the arguments, writes the options out as text, looks the compiled kernel up
+and asks every hook: 7 to 20 µs a launch. A plan keeps the compiled kernel under a key that is at least as fine as
+Triton's own (the integers themselves, for all that a value may mean to the compiler), and calls its launcher: 5 to 10.
+Whatever is out of the ordinary (a hook, a profiler, another kind of argument or of kernel) is left to Triton, and so is
+the first launch of every key.
 
 Knows Triton 3.6 and 3.7; under any other all launches are Triton's own, which is said once.
 """
@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 log = logging.getLogger(__name__)
 
-_KNOWN = ("3.6.", "3.7.")
+_KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
 # Batches whose sizes change have keys of their own.
 _MOST = 4096
 
@@ -46,31 +46,32 @@ _plans: dict[Key, Plan] = {}
 
 def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
     """kernel[grid](*args, **meta) on the current device."""
-    key = _key(kernel, args, meta)
-    if key is None:
+    if type(kernel) is not JITFunction or not _KNOWN or _is_watched(kernel):
+        _say_unknown()
         kernel[grid](*args, **meta)
         return
+    active = driver.active
+    device = active.get_current_device()
+    compilation = (kernel.debug, knobs.runtime.debug, knobs.compilation.instrumentation_mode)
+    described = [id(kernel), active, device, *compilation, *meta, *meta.values()]
+    key = tuple(described) if _describe(args, described) else None
     plan = _plans.get(key)
     if plan is None or not all(here.get(name) is value for name, value, here in plan.globals):
-        _keep(key, kernel, kernel[grid](*args, **meta), args, meta)
+        compiled = kernel[grid](*args, **meta)
+        if key is not None:
+            _keep(key, kernel, compiled, args, meta)
         return
     x, y, z = (*grid, 1, 1)[:3]
-    active = driver.active
-    stream = active.get_current_stream(active.get_current_device())
+    stream = active.get_current_stream(device)
     plan.run(x, y, z, stream, plan.function, plan.metadata, None, None, None, *args, *plan.constants)
 
 
-def _key(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Key | None:
-    """What the compiled kernel follows from; None if that is not known, or somebody wants to see the launch."""
-    if type(kernel) is not JITFunction or kernel.pre_run_hooks or not _is_known():
-        return None
+def _is_watched(kernel: JITFunction) -> bool:
+    """Whether anybody wants to see its launch or what it is compiled for."""
     runtime = knobs.runtime
-    if _calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook) or runtime.add_stages_inspection_hook:
-        return None
-    active = driver.active
-    compilation = (kernel.debug, runtime.debug, knobs.compilation.instrumentation_mode)
-    key = [id(kernel), active, active.get_current_device(), *compilation, *meta, *meta.values()]
-    return tuple(key) if _describe(args, key) else None
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    idle = all(hook is None or (type(hook) is knobs.HookChain and not hook.calls) for hook in hooks)
+    return bool(kernel.pre_run_hooks) or not idle or runtime.add_stages_inspection_hook is not None
 
 
 def _describe(args: tuple[Any, ...], key: list[Any]) -> bool:
@@ -78,26 +79,29 @@ def _describe(args: tuple[Any, ...], key: list[Any]) -> bool:
     append = key.append
     for arg in args:
         kind = type(arg)
-        if kind is int or arg is None:
-            append(arg)
-        elif kind is Tensor or kind is Parameter:
+        if kind is Tensor or kind is Parameter:
             append(arg.dtype)
             append(arg.data_ptr() % 16)
-        elif kind is float:
-            append(float)  # their values are never compiled in
-        elif kind is bool:
-            append((bool, arg))  # not the integer that it equals
+        elif kind is int or arg is None or (kind is tuple and _INTEGERS.issuperset(map(type, arg))):
+            append(arg)
         elif isinstance(arg, tuple):
             append(kind)
             append(len(arg))
             if not _describe(arg, key):
                 return False
+        elif kind is float:
+            append(float)  # their values are never compiled in
+        elif kind is bool:
+            append((bool, arg))  # not the integer that it equals
         elif kind is TensorDescriptor:
             append(kind)
             append((arg.base.dtype, *arg.block_shape, arg.padding))
         else:
             return False
     return True
+
+
+_INTEGERS = frozenset((int,))
 
 
 def _keep(key: Key, kernel: JITFunction, compiled: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
@@ -113,15 +117,7 @@ def _keep(key: Key, kernel: JITFunction, compiled: Any, args: tuple[Any, ...], m
     _plans[key] = Plan(compiled.run, compiled.function, compiled.packed_metadata, constants, read, kernel)
 
 
-def _calls(hook: Any) -> bool:
-    return hook is not None and not (type(hook) is knobs.HookChain and not hook.calls)
-
-
 @cache
-def _is_known() -> bool:
-    known = triton.__version__.startswith(_KNOWN)
-    if not known:
-        log.warning(
-            "Triton %s launches every kernel itself, some 10 µs slower: plans know 3.6 and 3.7", triton.__version__
-        )
-    return known
+def _say_unknown() -> None:
+    if not _KNOWN:
+        log.warning("Triton %s launches every kernel itself, 10 µs slower: plans know 3.6, 3.7", triton.__version__)

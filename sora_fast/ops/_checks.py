@@ -44,6 +44,15 @@ def once(check: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
+_values: set[type] = set()
+
+
+def value(kind: type) -> type:
+    """For a class of values, hashed and compared by content: `once` may take them for alike."""
+    _values.add(kind)
+    return kind
+
+
 def _likeness(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """None if there is an argument of a kind that it does not know."""
     key: list[Any] = []
@@ -57,6 +66,8 @@ def _likeness(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             key.append((kind, arg))
         elif isinstance(arg, TensorBundle):
             key.append(likeness(arg))
+        elif kind in _values:
+            key.append(arg)
         else:
             return None
     return tuple(key)

@@ -73,7 +73,7 @@ def choose(
     asked = asked_for()
     kernels_run = device.type == "cuda" or interpreting()
     chosen, refused = _decide(op, backend, asked, device, offered, dtype, kernels_run, _records.epoch())
-    record = _calls.setdefault((op, chosen), _Record())
+    record = _calls.get((op, chosen)) or _calls.setdefault((op, chosen), _Record())
     record.count += 1
     record.refused.update(refused)
     return chosen
@@ -116,8 +116,10 @@ def _decide(
 
 def asked_for() -> str | None:
     """The backend that the user has set for all ops, if one."""
-    asked = _forced.get() or os.environ.get("SORA_FAST_BACKEND") or None
-    _check_name(asked, "SORA_FAST_BACKEND")
+    asked = _forced.get()
+    if asked is None:
+        asked = os.environ.get("SORA_FAST_BACKEND") or None
+        _check_name(asked, "SORA_FAST_BACKEND")
     return asked
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields
 from numbers import Real
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from sora_fast.ops._dispatch import choose
 from sora_fast.ops._op import op
 from sora_fast.packing import PackedLayout
 from sora_fast.schedule import TileSchedule
-from sora_fast.tiles import TokenRanges
+from sora_fast.tiles import TileLists, TokenRanges
 
 # The kernels cover a head by a power of two and the rest (72 = 64 + 16); past 256 nothing would fit on chip.
 MAX_KERNEL_HEAD_DIM = 256
@@ -90,11 +91,16 @@ def _kind(schedule: TileSchedule) -> int:
     return _CAUSAL_BOXES if causal else _BOXES
 
 
+# Of a side of a schedule, in order.
+_OF_SIDE = {side: attrgetter(*(field.name for field in fields(side))) for side in (TokenRanges, TileLists)}
+
+
 def _tensors(schedule: TileSchedule) -> list[Tensor]:
-    """All that the backends read of a schedule: custom ops take tensors only."""
+    """All that the backends read of a schedule: ops of the dispatcher take tensors only."""
     layout, keys = schedule.layout, schedule.kv_layout
-    boxes = [schedule.query_low, schedule.query_high, schedule.key_place, layout.raster_index]
-    sides = [getattr(side, field.name) for side in (schedule.by_query, schedule.by_key) for field in fields(side)]
+    boxes = (schedule.query_low, schedule.query_high, schedule.key_place, layout.raster_index)
+    of_side = _OF_SIDE[type(schedule.by_query)]
+    sides = (*of_side(schedule.by_query), *of_side(schedule.by_key))
     return [layout.cu_seqlens, keys.cu_seqlens, layout.tile_offsets, keys.tile_offsets, *boxes, *sides]
 
 

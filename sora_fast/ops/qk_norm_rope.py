@@ -10,13 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_eps, check_layout, check_shape
+from sora_fast.ops._checks import (
+    FLOAT_DTYPES,
+    check_device,
+    check_dtype,
+    check_eps,
+    check_layout,
+    check_shape,
+    once,
+    value,
+)
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered, widened
 from sora_fast.ops._op import op
 from sora_fast.packing import PackedLayout
 
 
+@value
 @dataclass(frozen=True)
 class Rope3D:
     """Rotary positions (arXiv:2104.09864) of three axes: each owns a part of the head's channel pairs.
@@ -42,6 +52,9 @@ class Rope3D:
     extent: tuple[float | None, float | None, float | None] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("split", "scale", "extent"):  # lists too; a rope is a key of what is computed from it
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         if self.split is not None and not (
             len(self.split) == 3 and all(isinstance(n, int | np.integer) and n >= 0 and n % 2 == 0 for n in self.split)
         ):
@@ -118,7 +131,7 @@ def qk_norm_rope(
     _check(q, k, q_weight, k_weight, layout, rope)
     _check_segment_scale(segment_scale, layout, rope)
     check_eps(eps)
-    rotation = _rotation(rope, q.shape[2])
+    rotation = (_rotation if torch.compiler.is_compiling() else _kept_rotation)(rope, q.shape[2])
     grids = layout.grids if any(rotation.extent) else None
     if choose("qk_norm_rope", backend, q.device, offered(q), q.dtype) == "torch":
         places = (layout.segment_ids, layout.coords, layout.grids, segment_scale)
@@ -210,6 +223,25 @@ def _rotation(rope: Rope3D | None, head_dim: int) -> _Rotation:
     return _Rotation(split, float(rope.theta), scale, extent, rope.scaling == "ntk", rope.interleaved)
 
 
+_kept_rotation = lru_cache(_rotation)
+
+
+@lru_cache
+def _kernel_rotation(
+    split: tuple[int, ...],
+    theta: float,
+    scale: tuple[float, ...],
+    extent: tuple[float, ...],
+    ntk: bool,
+    interleaved: bool,
+    scaled: bool,
+) -> Any:
+    """The kernels' own form: some logarithms, 7 µs."""
+    from sora_fast.kernels.qk_norm_rope import Rotation
+
+    return Rotation.of(list(split), theta, list(scale), list(extent), ntk, interleaved, scaled=scaled)
+
+
 def _steps(coords: Tensor, split: Sequence[int]) -> Tensor:
     """[N, D/2]: the coordinate that every channel pair turns by."""
     return torch.cat([coords[:, axis, None].expand(-1, size // 2) for axis, size in enumerate(split)], dim=1)
@@ -275,7 +307,8 @@ def _qk_norm_rope(
     from sora_fast.kernels import qk_norm_rope as kernels
 
     places = kernels.Places.of(coords, grids, segment_scale)
-    rotation = kernels.Rotation.of(split, theta, scale, extent, ntk, interleaved, scaled=segment_scale is not None)
+    options = tuple(split), theta, tuple(scale), tuple(extent), ntk, interleaved
+    rotation = _kernel_rotation(*options, scaled=segment_scale is not None)
     return kernels.forward(kernels.Heads(q, k, q_weight, k_weight), segment_ids, places, rotation, eps)
 
 
@@ -304,7 +337,8 @@ def _qk_norm_rope_backward(
 
     heads = kernels.Heads(q, k, q_weight, k_weight)
     places = kernels.Places.of(coords, grids, segment_scale)
-    rotation = kernels.Rotation.of(split, theta, scale, extent, ntk, interleaved, scaled=segment_scale is not None)
+    options = tuple(split), theta, tuple(scale), tuple(extent), ntk, interleaved
+    rotation = _kernel_rotation(*options, scaled=segment_scale is not None)
     return kernels.backward((dq, dk), heads, segment_ids, places, rotation, eps, weights=weights)
 
 
@@ -334,6 +368,7 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
 _qk_norm_rope.register_autograd(_backward, setup_context=_save)
 
 
+@once
 def _check(
     q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, layout: PackedLayout, rope: Rope3D | None
 ) -> None:
