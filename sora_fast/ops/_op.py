@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _TENSORS = frozenset((Tensor, Parameter))
@@ -74,7 +73,6 @@ def _is_watched() -> bool:
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
         or torch.autograd._profiler_enabled()
         or torch._C._is_tracing()
     )
