@@ -8,6 +8,9 @@ tracers, modes, functorch, profilers, tensor subclasses) sees one op of one sche
 
 import sys
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -65,6 +68,13 @@ class Op:
 def op(name: str) -> Callable[[Callable[..., Any]], Op]:
     """Makes an `Op` of a function with type hints, from which its schema follows; it changes none of its arguments."""
     return lambda run: Op(name, run)
+
+
+@cache
+def kernels(name: str) -> ModuleType:
+    """A module of sora_fast.kernels, loaded where it is first needed: Triton may be missing. (An import statement costs
+    1 µs, every time.)"""
+    return import_module(f"sora_fast.kernels.{name}")
 
 
 def _is_watched() -> bool:

@@ -20,7 +20,7 @@ from sora_fast.ops._modulation import (
     without_padding,
 )
 from sora_fast.ops._norm import affine_gradients, check_norm, contiguous, fake_affine, fake_stats, plain_norm
-from sora_fast.ops._op import op
+from sora_fast.ops._op import kernels, op
 
 
 def adaln(
@@ -91,9 +91,7 @@ def _adaln(
     norm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    from sora_fast.kernels.adaln import adaln_forward
-
-    return adaln_forward(x, shift, scale, weight, bias, index, eps=eps, centred=norm == "layer")
+    return kernels("adaln").adaln_forward(x, shift, scale, weight, bias, index, eps=eps, centred=norm == "layer")
 
 
 @op("sora_fast::adaln_backward")

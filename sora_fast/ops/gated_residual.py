@@ -19,7 +19,7 @@ from sora_fast.ops._modulation import (
     widened,
     without_padding,
 )
-from sora_fast.ops._op import op
+from sora_fast.ops._op import kernels, op
 
 
 def gated_residual(
@@ -56,9 +56,7 @@ def _gated_residual(
     offsets: Tensor | None,  # only the backward pass reads these two
     tokens: Tensor | None,
 ) -> Tensor:
-    from sora_fast.kernels.gated_residual import gated_residual_forward
-
-    return gated_residual_forward(residual, branch, gate, index)
+    return kernels("gated_residual").gated_residual_forward(residual, branch, gate, index)
 
 
 @op("sora_fast::gated_residual_backward")

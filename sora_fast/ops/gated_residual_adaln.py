@@ -9,7 +9,7 @@ from sora_fast.ops._checks import once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import Index, check_modulated, csr, offered_rows, parts, table_gradients
 from sora_fast.ops._norm import affine_gradients, check_norm, contiguous, fake_affine, fake_stats
-from sora_fast.ops._op import op
+from sora_fast.ops._op import kernels, op
 from sora_fast.ops.adaln import plain_adaln
 from sora_fast.ops.gated_residual import plain_gated_residual
 
@@ -69,10 +69,8 @@ def _gated_residual_adaln(
     norm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from sora_fast.kernels.gated_residual_adaln import gated_residual_adaln_forward
-
-    tensors = (residual, branch, gate, shift, scale, weight, bias, index)
-    return gated_residual_adaln_forward(*tensors, eps=eps, centred=norm == "layer")
+    forward = kernels("gated_residual_adaln").gated_residual_adaln_forward
+    return forward(residual, branch, gate, shift, scale, weight, bias, index, eps=eps, centred=norm == "layer")
 
 
 @op("sora_fast::gated_residual_adaln_backward")

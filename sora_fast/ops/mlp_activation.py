@@ -10,7 +10,7 @@ from torch import Tensor
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape, once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
-from sora_fast.ops._op import op
+from sora_fast.ops._op import kernels, op
 
 ACTIVATIONS = ("gelu", "swiglu")
 
@@ -55,9 +55,7 @@ def _torch(x: Tensor, activation: str) -> Tensor:
 
 @op("sora_fast::mlp_activation")
 def _mlp_activation(x: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
-    from sora_fast.kernels.mlp_activation import mlp_activation_forward
-
-    return mlp_activation_forward(x, bias, gated=gated)
+    return kernels("mlp_activation").mlp_activation_forward(x, bias, gated=gated)
 
 
 @op("sora_fast::mlp_activation_backward")

@@ -16,7 +16,7 @@ from sora_fast.ops import _attention_peers as peers
 from sora_fast.ops import _attention_torch as plain
 from sora_fast.ops._checks import FLOAT_DTYPES, KERNEL_DTYPES, check_device, check_dtype, check_shape, may_read, once
 from sora_fast.ops._dispatch import choose
-from sora_fast.ops._op import op
+from sora_fast.ops._op import kernels, op
 from sora_fast.packing import PackedLayout
 from sora_fast.schedule import TileSchedule
 from sora_fast.tiles import TileLists, TokenRanges
@@ -160,11 +160,9 @@ def _triton_attention(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    from sora_fast.kernels.packed_attention import forward
-
     by_query, _, boxes = _walks(schedule, kind)
     options = {"tile_sizes": tuple(tile_sizes), "scale": scale, "causal": kind in _BY_RASTER}
-    return forward(q, k, v, by_query, boxes, **options)
+    return kernels("packed_attention").forward(q, k, v, by_query, boxes, **options)
 
 
 @op("sora_fast::packed_attention_backward")
@@ -193,14 +191,13 @@ def _triton_attention_backward(
 
 
 def _walks(schedule: list[Tensor], kind: int) -> tuple[Any, Any, Any]:
-    from sora_fast.kernels._attention_walk import Boxes, Walk
-
+    walks = kernels("_attention_walk")
     _, _, query_tiles, key_tiles, *boxes = schedule[:8]
     sides = schedule[8:]
     half = len(sides) // 2
-    by_query = Walk(query_tiles, key_tiles, *sides[:half])
-    by_key = Walk(key_tiles, query_tiles, *sides[half:])
-    return by_query, by_key, None if kind == _FULL else Boxes(*boxes)
+    by_query = walks.Walk(query_tiles, key_tiles, *sides[:half])
+    by_key = walks.Walk(key_tiles, query_tiles, *sides[half:])
+    return by_query, by_key, None if kind == _FULL else walks.Boxes(*boxes)
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from sora_fast.ops._checks import (
 )
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered, widened
-from sora_fast.ops._op import op
+from sora_fast.ops._op import kernels, op
 from sora_fast.packing import PackedLayout
 
 
@@ -237,9 +237,8 @@ def _kernel_rotation(
     scaled: bool,
 ) -> Any:
     """The kernels' own form: some logarithms, 7 µs."""
-    from sora_fast.kernels.qk_norm_rope import Rotation
-
-    return Rotation.of(list(split), theta, list(scale), list(extent), ntk, interleaved, scaled=scaled)
+    options = list(split), theta, list(scale), list(extent), ntk, interleaved
+    return kernels("qk_norm_rope").Rotation.of(*options, scaled=scaled)
 
 
 def _steps(coords: Tensor, split: Sequence[int]) -> Tensor:
@@ -304,12 +303,11 @@ def _qk_norm_rope(
     interleaved: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    from sora_fast.kernels import qk_norm_rope as kernels
-
-    places = kernels.Places.of(coords, grids, segment_scale)
+    own = kernels("qk_norm_rope")
+    places = own.Places.of(coords, grids, segment_scale)
     options = tuple(split), theta, tuple(scale), tuple(extent), ntk, interleaved
     rotation = _kernel_rotation(*options, scaled=segment_scale is not None)
-    return kernels.forward(kernels.Heads(q, k, q_weight, k_weight), segment_ids, places, rotation, eps)
+    return own.forward(own.Heads(q, k, q_weight, k_weight), segment_ids, places, rotation, eps)
 
 
 @op("sora_fast::qk_norm_rope_backward")
@@ -333,13 +331,12 @@ def _qk_norm_rope_backward(
     eps: float,
     weights: bool,  # whether anybody asks for the weights' gradients
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from sora_fast.kernels import qk_norm_rope as kernels
-
-    heads = kernels.Heads(q, k, q_weight, k_weight)
-    places = kernels.Places.of(coords, grids, segment_scale)
+    own = kernels("qk_norm_rope")
+    heads = own.Heads(q, k, q_weight, k_weight)
+    places = own.Places.of(coords, grids, segment_scale)
     options = tuple(split), theta, tuple(scale), tuple(extent), ntk, interleaved
     rotation = _kernel_rotation(*options, scaled=segment_scale is not None)
-    return kernels.backward((dq, dk), heads, segment_ids, places, rotation, eps, weights=weights)
+    return own.backward((dq, dk), heads, segment_ids, places, rotation, eps, weights=weights)
 
 
 @_qk_norm_rope.register_fake
