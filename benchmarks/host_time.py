@@ -93,8 +93,8 @@ def allocated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
 
 
 def measure(named: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Microseconds a call, the minimum of `rounds`. They take turns, so that a busy time hits all alike, and the bare
-    launch before each other one, so that it finds the caches as they do."""
+    """Microseconds a call, the minimum of `rounds`. They take turns, the bare launch before each other one, so that a
+    busy time hits all alike."""
     for call in named.values():
         call()  # compiles
     least = dict.fromkeys(named, float("inf"))
@@ -106,6 +106,7 @@ def measure(named: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
 
 
 def _microseconds(call: Callable[[], Any]) -> float:
+    call()  # as after one like it: ops in turns would find the caches full of each other's, as they do in a block
     begin = time.perf_counter_ns()
     call()
     return (time.perf_counter_ns() - begin) / 1000

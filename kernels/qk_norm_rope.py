@@ -86,8 +86,8 @@ class Heads(NamedTuple):
     @property
     def vectors(self) -> tuple[Any, ...]:
         """Both weights, each with its stride."""
-        weights = (self.q_weight, self.k_weight)
-        return tuple(value for weight in weights for value in (weight, 1 if weight is None else weight.stride(0)))
+        q, k = self.q_weight, self.k_weight
+        return q, 1 if q is None else q.stride(0), k, 1 if k is None else k.stride(0)
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -107,7 +107,7 @@ class Places(NamedTuple):
 
     @staticmethod
     def of(coords: Tensor, grids: Tensor | None, scale: Tensor | None) -> "Places":
-        return Places(coords, *(coords if x is None else x for x in (grids, scale)))
+        return Places(coords, coords if grids is None else grids, coords if scale is None else scale)
 
 
 @dataclass(frozen=True)

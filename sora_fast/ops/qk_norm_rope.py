@@ -22,6 +22,7 @@ from sora_fast.ops._checks import (
 )
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered, widened
+from sora_fast.ops._norm import contiguous
 from sora_fast.ops._op import kernels, op
 from sora_fast.packing import PackedLayout
 
@@ -128,9 +129,8 @@ def qk_norm_rope(
     Returns (q', k'), of the same shapes, in the dtype of q; computed in fp32; zeros for padding.
     Differentiable in q, k and both weights.
     """
-    _check(q, k, q_weight, k_weight, layout, rope)
+    _check(q, k, q_weight, k_weight, layout, rope, eps)
     _check_segment_scale(segment_scale, layout, rope)
-    check_eps(eps)
     rotation = (_rotation if torch.compiler.is_compiling() else _kept_rotation)(rope, q.shape[2])
     grids = layout.grids if any(rotation.extent) else None
     if choose("qk_norm_rope", backend, q.device, offered(q), q.dtype) == "torch":
@@ -138,9 +138,13 @@ def qk_norm_rope(
         turns = None if rope is None else _turns(*places, *rotation)
         shared = (layout.segment_ids, turns, rotation.interleaved, eps)
         return _NormRope.apply(q, q_weight, *shared), _NormRope.apply(k, k_weight, *shared)
-    places = (layout.segment_ids, layout.coords, grids, segment_scale)
-    contiguous = (None if x is None else x.contiguous() for x in places)  # copies nothing where it is so
-    return _qk_norm_rope(q, k, q_weight, k_weight, *contiguous, *rotation, eps)
+    places = (
+        layout.segment_ids.contiguous(),
+        layout.coords.contiguous(),
+        contiguous(grids),
+        contiguous(segment_scale),
+    )
+    return _qk_norm_rope(q, k, q_weight, k_weight, *places, *rotation, eps)
 
 
 class _NormRope(torch.autograd.Function):
@@ -367,7 +371,13 @@ _qk_norm_rope.register_autograd(_backward, setup_context=_save)
 
 @once
 def _check(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, layout: PackedLayout, rope: Rope3D | None
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    layout: PackedLayout,
+    rope: Rope3D | None,
+    eps: float,
 ) -> None:
     check_layout(layout)
     if rope is not None and not isinstance(rope, Rope3D):
@@ -389,6 +399,7 @@ def _check(
             check_device(name, weight, "q", q.device)
     if rope is not None:
         rope.split_for(q.shape[2])
+    check_eps(eps)
 
 
 def _check_segment_scale(scale: Tensor | None, layout: PackedLayout, rope: Rope3D | None) -> None:
