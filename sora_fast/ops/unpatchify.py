@@ -78,12 +78,13 @@ def videos_of(
     if not isinstance(capacity, int | torch.SymInt | np.integer):
         raise TypeError(f"capacity: {type(capacity).__name__}; it must be an int")
     check_grids(shapes, layout, patch_size)
-    pixels = shapes[:, 1:].long().prod(dim=1)
+    sizes = shapes[:, 1:]
+    pixels = sizes.prod(dim=1, dtype=torch.int64)
     offsets = torch.cat([pixels.new_zeros(1), (pixels * channels).cumsum(0)])
     if may_read(offsets) and offsets[-1] > capacity:
         raise ValueError(f"capacity: {capacity} elements, but the videos have {int(offsets[-1])}")
-    channel = torch.where(pixels > 0, channels, 0).to(shapes.dtype)
-    return offsets, torch.cat([channel[:, None], shapes[:, 1:]], dim=1), capacity
+    channel = ((pixels > 0) * channels).to(shapes.dtype)
+    return offsets, torch.cat([channel[:, None], sizes], dim=1), capacity
 
 
 @op("sora_fast::unpatchify")
