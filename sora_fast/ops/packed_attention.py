@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields
 from numbers import Real
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -92,15 +91,15 @@ def _kind(schedule: TileSchedule) -> int:
 
 
 # Of a side of a schedule, in order.
-_OF_SIDE = {side: attrgetter(*(field.name for field in fields(side))) for side in (TokenRanges, TileLists)}
+_NAMES = {side: tuple(field.name for field in fields(side)) for side in (TokenRanges, TileLists)}
 
 
 def _tensors(schedule: TileSchedule) -> list[Tensor]:
     """All that the backends read of a schedule: ops of the dispatcher take tensors only."""
     layout, keys = schedule.layout, schedule.kv_layout
     boxes = (schedule.query_low, schedule.query_high, schedule.key_place, layout.raster_index)
-    of_side = _OF_SIDE[type(schedule.by_query)]
-    sides = (*of_side(schedule.by_query), *of_side(schedule.by_key))
+    names = _NAMES[type(schedule.by_query)]
+    sides = [getattr(side, name) for side in (schedule.by_query, schedule.by_key) for name in names]
     return [layout.cu_seqlens, keys.cu_seqlens, layout.tile_offsets, keys.tile_offsets, *boxes, *sides]
 
 
