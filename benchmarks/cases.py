@@ -1,6 +1,7 @@
 """The work that is measured: per op, a few calls at representative sizes. To add an op, add a function and list it.
 
-The same cases are compiled ahead of time (benchmarks/aot.py) and timed on a GPU (benchmarks/gpu_suite.py).
+The same cases are compiled ahead of time (benchmarks/aot.py), walked through by compute-sanitizer and, at the sizes
+of benchmarks/grid.py, timed.
 """
 
 import math
@@ -68,12 +69,6 @@ class Setting:
         """Tiny tensors, every width and head dim that the kernels are built for."""
         grids = ((4, 8, 8), (1, 8, 16), (2, 8, 8))
         return Setting(torch.device("cpu"), torch.bfloat16, grids, (384, 1152, 3072, 5120), HEAD_DIMS, 2)
-
-    @staticmethod
-    def on_gpu() -> "Setting":
-        """32k tokens: four videos and four images, of eight shapes."""
-        grids = PACKS["32k ragged"].grids
-        return Setting(torch.device("cuda"), torch.bfloat16, grids, (1152, 3072), (72, 128), 16)
 
     @staticmethod
     def small(device: torch.device) -> "Setting":

@@ -1,7 +1,6 @@
 """Measure a case: everyone who can do its work, checked against fp64 and then timed in turn."""
 
 import gc
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from benchmarks.cases import Case
 from benchmarks.entrants import Absent, Entrant, Ours, Tensors
 from benchmarks.environment import Ceilings
 from benchmarks.nvml import Gauge
-from benchmarks.timing import Timing, Work
+from benchmarks.timing import Timing, Work, host_microseconds
 from sora_fast.ops import packed_attention
 from sora_fast.ops._dispatch import interpreting
 
@@ -24,6 +23,9 @@ DIRECTIONS = ("forward", "backward")
 _OURS, _PEERS = (2.0, 1e-6), (4.0, 1e-5)
 # Attention in plain PyTorch goes block by block; past so many tokens nobody would use it on a GPU.
 _LONGEST_REFERENCE = 40_000
+
+# Among those who are timed: no entrant, but a copy that moves as many bytes as the work must.
+COPY = "copy"
 
 Maker = Callable[[Case], Entrant]
 Timer = Callable[[Mapping[str, Work]], dict[str, list[float]]]
@@ -51,9 +53,9 @@ OURS: Mapping[str, Maker] = {"torch": _torch, "triton": _triton}
 class Row:
     """One case in one direction.
 
-    rounds: milliseconds, by who did it. errors: likewise, of each output or gradient: the relative distance to what
-    PyTorch gives in fp64; PyTorch's own in the case's dtype stands under "torch", timed or not. notes: likewise, what
-    else was read. absent: who did not do it, and why.
+    rounds: milliseconds, by who did it, and of a `COPY`. errors: likewise, of each output or gradient: the relative
+    distance to what PyTorch gives in fp64; PyTorch's own in the case's dtype stands under "torch", timed or not. notes:
+    likewise, what else was read. absent: who did not do it, and why.
     """
 
     op: str
@@ -101,8 +103,12 @@ def measure(
     *,
     gauge: Gauge | None = None,
     directions: Sequence[str] = DIRECTIONS,
+    with_copy: bool = False,
 ) -> list[Row]:
-    """A row a direction. Who is too far from the truth is not timed; a failure of ours is one of the case."""
+    """A row a direction. Who is too far from the truth is not timed; a failure of ours is one of the case.
+
+    with_copy: time a copy beside what is limited by the bytes that it moves.
+    """
     # Schedules are integers: they have no gradient.
     places = [DIRECTIONS.index(direction) for direction in directions if case.inputs or direction == "forward"]
     rows = [
@@ -126,12 +132,23 @@ def measure(
         _check(row, {"torch": plain, **runs}, truth[place], place, case.part)
         taking_part = {name: run.work(place) for name, run in runs.items() if name not in row.absent}
         if taking_part:
-            row.rounds = _timed(taking_part, timer)
+            copied = with_copy and row.bytes_moved and not row.flops
+            copy = {COPY: _copy(row.bytes_moved, case.device)} if copied else {}
+            row.rounds = _timed({**taking_part, **copy}, timer)
         if gauge is not None:
             row.notes = {
-                name: gauge.read(work, Timing.of(row.rounds[name]).median) for name, work in taking_part.items()
+                name: gauge.read(work, Timing.of(row.rounds[name]).median)
+                | {"host_us": host_microseconds(work, case.device)}
+                for name, work in taking_part.items()
             }
     return rows
+
+
+def _copy(moved: int, device: torch.device) -> Work:
+    """Reads one half of so many bytes and writes the other."""
+    source = torch.zeros(moved // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def _timed(works: Mapping[str, Work], timer: Timer) -> dict[str, list[float]]:
@@ -150,7 +167,7 @@ def _check(row: Row, runs: Mapping[str, "_Run"], truth: Tensors, place: int, par
         if not run.results[place]:
             row.absent[name] = "it has no backward pass here"
             continue
-        row.errors[name] = _distances(tuple(map(part, run.results[place])), truth)
+        row.errors[name] = distances(tuple(map(part, run.results[place])), truth)
         if name not in OURS and not row.agrees(name, _PEERS):
             row.absent[name] = (
                 f"wrong: {max(row.errors[name]):.1e} from the truth, where PyTorch is {max(row.errors['torch']):.1e}"
@@ -188,7 +205,7 @@ def _small_integers(like: Tensors) -> Tensors:
     return tuple(torch.randint(-2, 3, x.shape, generator=generator, device=x.device).to(x.dtype) for x in like)
 
 
-def _distances(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+def distances(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
     """The relative distance of each tensor; NaN if it holds a NaN."""
     pairs = zip(ours, truth, strict=True)
     pairs = ((a.double(), b.double()) for a, b in pairs)
@@ -209,20 +226,12 @@ def failed(op: str, case: str, reason: str) -> Row:
     return Row(op, case, "both", failure=reason[:2000])
 
 
-def try_to_measure(case: Case, timer: Timer, makers: Mapping[str, Maker], gauge: Gauge | None) -> list[Row]:
-    """As `measure`, but an error becomes a row: one broken case must not cost the others their numbers."""
-    print(f"timing {case.name}", file=sys.stderr, flush=True)
-    try:
-        return measure(case, timer, makers, gauge=gauge)
-    except Exception as error:
-        return [failed(case.op.__name__, case.label, f"{type(error).__name__}: {error}")]
-
-
 def table(rows: Sequence[Row], ceilings: Ceilings) -> str:
-    """A line a row: ours, how much faster it is than the fastest of the others, and the share of what is possible."""
+    """A line a row: ours, what it takes of the host, the share of what is possible, a copy of as many bytes, and how
+    much faster it is than the fastest of the others."""
     names = [f"{row.op}[{row.case}]" for row in rows]
     width = max(map(len, names), default=0)
-    head = f"{'case':{width}}  direction    ours ms  rate              of best   torch ms  best of the others"
+    head = f"{'case':{width}}  direction    ours ms  host µs  rate              of best    copy ms  best of the others"
     lines = [f"{name:{width}}  {_line(row, ceilings)}" for name, row in zip(names, rows, strict=True)]
     return "\n".join([head, *lines])
 
@@ -232,15 +241,24 @@ def _line(row: Row, ceilings: Ceilings) -> str:
         reason = row.failure or next(iter(row.absent.values()), "nobody did it")
         return f"{row.direction:9}  {reason.splitlines()[0][:90]}"
     times = row.times
+    copy = times.pop(COPY, None)
     ours = next(name for name in ("triton", "torch", *times) if name in times)
-    rate, unit, share = row.rate(ours, ceilings)
-    line = f"{row.direction:9}  {times[ours].median:9.3f}  {rate:8.1f} {unit:7}  {share:7.0%}"
-    line += f"  {times['torch'].median:9.3f}" if "torch" in times else f"  {'':9}"
+    rate = ""
+    if row.flops or row.bytes_moved:
+        number, unit, share = row.rate(ours, ceilings)
+        rate = f"{number:8.1f} {unit:7}  {share:7.0%}"
+    host = row.notes.get(ours, {}).get("host_us")
+    line = f"{row.direction:9}  {times[ours].median:9.3f}  {_number(host, 7, 0)}  {rate:25}"
+    line += f"  {_number(copy and copy.median, 9, 3)}"
     others = {name: time.median for name, time in times.items() if name not in OURS}
     if others:
         best = min(others, key=others.__getitem__)
         line += f"  {best}: {others[best]:.3f} ms, ours {others[best] / times[ours].median:.2f}× as fast"
     return line.rstrip()
+
+
+def _number(value: float | None, width: int, digits: int) -> str:
+    return " " * width if value is None else f"{value:{width}.{digits}f}"
 
 
 def absent(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ def sanitizer_job(folder: Path, ops: Sequence[str]) -> Job | None:
         return None
     # Errors of the CUDA API that PyTorch provokes and handles are none of ours.
     options = ["--tool", "memcheck", "--report-api-errors", "no"]
-    walk = [sys.executable, "-m", "benchmarks.walk", "small", "--ops", *ops]
+    walk = [sys.executable, "-m", "benchmarks.walk", "--ops", *ops]
     # PyTorch's allocator puts tensors side by side into one block, within which memcheck sees no edge.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Job(_NAME, [tool, *options, *walk], folder / f"{_NAME}.log", environment)

@@ -1,21 +1,24 @@
 """What the GPU suite knows so far, always on disk."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import Ceilings
 from benchmarks.gpu_tests import Counts
-from benchmarks.rows import OURS, Row, absent, failed, table
+from benchmarks.rows import OURS, Row, absent, failed
+from benchmarks.smoke import CRASH, FAIL, OPEN, Smoke
+from benchmarks.tune import Trial
+from benchmarks.validation import Evidence
+from sora_fast.files import write_text
 from sora_fast.ops import _records
-from sora_fast.ops._checks import KERNEL_DTYPES
-from sora_fast.ops._records import VALIDATED, Machine, Record, dtype_name, source_hash
+from sora_fast.ops._records import VALIDATED, Machine, Record
 
 # In place of a device class, where nothing is proved.
 DRY = "dry"
-_OUT_OF_TIME = "not run: out of time"
+OUT_OF_TIME = "not run: out of time"
 Name = tuple[str, str]
 
 
@@ -24,132 +27,104 @@ class Suite:
     """Everything that one call finds out, and where it is written, after every step.
 
     machine: that validated.json gets records of; of the device class `DRY` it touches nothing outside `folder`.
-    cases: rows of the cases that validate an op, which are `expected` (op, case). compared: rows beside the peers.
+    planned: the rows (op, case) that a call should reach; of others only those that it did are told. trials: of launch
+    configurations. earlier: records of kernels that were changed since. unreached: what else there was no time for.
+    seconds: that each phase took.
     """
 
     folder: Path
     machine: Machine
-    record: dict[str, Any]
+    record: Mapping[str, Any]
     ceilings: Ceilings
-    expected: list[Name] = field(default_factory=list)
     planned: list[Name] = field(default_factory=list)
-    tests: dict[str, Counts] = field(default_factory=dict)
-    sanitizer: dict[str, Any] = field(default_factory=lambda: {"errors": None, "note": _OUT_OF_TIME})
-    cases: list[Row] = field(default_factory=list)
+    smoke: dict[str, Smoke] = field(default_factory=dict)
     compared: list[Row] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    tests: dict[str, Counts] = field(default_factory=dict)
+    sanitizer: dict[str, Any] = field(default_factory=lambda: {"errors": None, "note": OUT_OF_TIME})
+    earlier: list[Record] = field(default_factory=list)
+    unreached: dict[str, list[str]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     stopped: str = ""
 
     @property
     def rows(self) -> list[Row]:
         """Also of what has not been reached."""
-        return [*_whole(self.compared, self.planned), *_whole(self.cases, self.expected)]
+        found = {(row.op, row.case) for row in self.compared}
+        return [*self.compared, *(failed(*name, OUT_OF_TIME) for name in self.planned if name not in found)]
 
     def save(self) -> None:
-        """suite.json, whole or not at all."""
+        """suite.json and validated.json, each whole or not at all."""
         rows = self.rows
         content = {
             "environment": self.record,
             "ceilings": asdict(self.ceilings),
+            "seconds": self.seconds,
+            "smoke": [asdict(smoke) for smoke in self.smoke.values()],
             "tests": {name: asdict(counts) for name, counts in self.tests.items()},
             "sanitizer": self.sanitizer,
             "stopped": self.stopped,
+            "unreached": self.unreached,
             "absent": dict(absent(rows)),
             "rows": [row.record() for row in rows],
+            "trials": [asdict(trial) for trial in self.trials],
         }
-        _write(self.folder / "suite.json", json.dumps(content, indent=1) + "\n")
+        write_text(self.folder / "suite.json", json.dumps(content, indent=1) + "\n")
+        self._save_validated()
 
-    def save_validated(self) -> None:
-        """Replace the records of this kind of device, of the ops that were looked at, and keep all others."""
-        looked_at = {op for op, _ in self.expected}
+    def _save_validated(self) -> None:
+        """Replace the records of this kind of device, of the ops that more is known of now, and keep all others."""
+        settled, earlier = self._settled(), [] if self.sanitizer["errors"] else self.earlier
         known = _records.read_list(VALIDATED)
-        kept = [r for r in known if r.machine.device_class != self.machine.device_class or r.op not in looked_at]
-        text = _records.written([*kept, *self.validated()])
-        _write(self.folder / "validated.json", text)
-        if self.machine.device_class != DRY:
-            _write(VALIDATED, text)
+        kept = [r for r in known if r.machine.device_class != self.machine.device_class or r.op not in settled]
+        text = _records.written(list(dict.fromkeys([*kept, *earlier, *self.validated()])))
+        write_text(self.folder / "validated.json", text)
+        if self.machine.device_class != DRY and self.smoke:
+            write_text(VALIDATED, text)
+
+    def _settled(self) -> set[str]:
+        """The ops that all smoke is known of, or something that is wrong: a look that was cut short says nothing."""
+        ops = {smoke.op for smoke in self.smoke.values()}
+        if self.sanitizer["errors"]:
+            return ops
+        wrong = {smoke.op for smoke in self.smoke.values() if smoke.status in (FAIL, CRASH)}
+        wrong |= {row.op for row in self.compared if is_wrong(row)} & ops
+        return wrong | (ops - {smoke.op for smoke in self.smoke.values() if smoke.status == OPEN})
 
     def validated(self) -> list[Record]:
-        """Nothing, if memcheck found anything: it does not say in which op."""
-        if self.sanitizer["errors"]:
+        """Nothing, if memcheck found anything: it does not say in which op. Nothing of a dry walk either."""
+        if self.sanitizer["errors"] or self.machine.device_class == DRY:
             return []
-        # What is compared may be larger than the cases, and its numbers count as much where there are any.
-        larger = [row for row in self.compared if row.errors]
-        rows = [*_whole(self.cases, self.expected), *larger]
-        return validate(self.tests, rows, self.record, self.machine)
+        smoke = list(self.smoke.values())
+        return Evidence(smoke, self.compared, self.tests, self.record, self.machine).records()
 
-    def summary(self) -> str:
-        """For the terminal; short, and the table comes last."""
-        lines = ["", *self._of_tests(), *self._of_cases()]
-        lines += [
-            f"at best: {self.ceilings.gigabytes_per_second:.0f} GB/s copied, {self.ceilings.teraflops:.1f} TFLOP/s"
-        ]
-        lines += [f"absent: {name}: {reason.splitlines()[0][:100]}" for name, reason in absent(self.compared)]
-        late = [f"{row.op}[{row.case}]" for row in self.rows if row.failure == _OUT_OF_TIME]
-        lines += [f"not reached: {', '.join(late)}"] if late else []
-        lines += [f"stopped: {self.stopped}"] if self.stopped else []
-        return "\n".join([*lines, "", table(self.compared, self.ceilings)])
-
-    def _of_tests(self) -> Iterator[str]:
-        failures = ", ".join(name for name, counts in self.tests.items() if counts.failed)
-        yield f"tests: {sum(counts.passed for counts in self.tests.values())} passed; failures in: {failures or 'none'}"
-        if unfinished := ", ".join(name for name, counts in self.tests.items() if not counts.complete):
-            yield f"not all tests were run of: {unfinished}"
-        yield f"sanitizer: {self.sanitizer['errors']} errors ({self.sanitizer['note']})"
-
-    def _of_cases(self) -> Iterator[str]:
-        yield f"validated: {', '.join(dict.fromkeys(record.op for record in self.validated())) or 'none'}"
-        for op in dict.fromkeys(row.op for row in self.cases):
-            rows = [row for row in self.cases if row.op == op]
-            times = [row.times for row in rows if "triton" in row.rounds]
-            ratios = [time["torch"].median / time["triton"].median for time in times]
-            if ratios:
-                yield f"{op}: triton {min(ratios):.2f} to {max(ratios):.2f}× as fast as torch over {len(ratios)} passes"
-        for row in filter(_is_wrong, [*self.cases, *self.compared]):
-            yield f"WRONG: {row.op}[{row.case}], {row.direction}: {row.failure or row.errors}"[:400]
+    def changed(self, op: str, before: Sequence[Record], smoke: Mapping[str, Smoke]) -> None:
+        """The kernels of `op` are others from now on. before: what held for those that they were; smoke: to be made."""
+        self.earlier += [record for record in before if record.op == op]
+        self.smoke |= smoke
+        _records.source_hash.cache_clear()
 
     @property
     def failed(self) -> bool:
         """Whether anything is wrong; time that ran out is not."""
+        smoke = any(one.status in (FAIL, CRASH) for one in self.smoke.values())
         tests = any(counts.failed for counts in self.tests.values())
-        rows = any(_is_wrong(row) for row in self.rows if row.failure != _OUT_OF_TIME)
-        return bool(tests or rows or self.sanitizer["errors"])
+        return bool(smoke or tests or any(map(is_wrong, self.compared)) or self.sanitizer["errors"])
+
+    def open(self, phase: str, names: Sequence[str]) -> None:
+        """There was no time for these."""
+        if names:
+            self.unreached[phase] = list(names)
+
+    def smoke_of(self, op: str) -> dict[str, int]:
+        """How many plans of an op became what."""
+        statuses = [smoke.status for smoke in self.smoke.values() if smoke.op == op]
+        return {status: statuses.count(status) for status in dict.fromkeys(sorted(statuses, key=_ORDER.index))}
 
 
-def _is_wrong(row: Row) -> bool:
+_ORDER = [CRASH, FAIL, "PASS", OPEN]
+
+
+def is_wrong(row: Row) -> bool:
     """A failure, or a backend of ours that is too far from the truth."""
     return bool(row.failure) or not all(row.agrees(name) for name in row.rounds if name in OURS)
-
-
-def validate(
-    tests: dict[str, Counts], rows: Sequence[Row], environment: dict[str, Any], machine: Machine
-) -> list[Record]:
-    """A record a dtype of every op and backend whose tests passed and whose cases all ran and agreed with fp64.
-
-    The tests are small, and of all dtypes; the cases are as large as real batches, where a wrong offset or an overflow
-    would show.
-    """
-    records = []
-    for op in dict.fromkeys(row.op for row in rows):
-        counts, cases = tests.get(op, Counts()), [row for row in rows if row.op == op]
-        if counts.failed or not counts.passed or not counts.complete or any(row.failure for row in cases):
-            continue
-        for backend in sorted(cases[0].rounds.keys() & OURS.keys() - {"torch"}):
-            if all(row.agrees(backend) for row in cases):
-                note = f"benchmarks.gpu_suite at {environment['commit']}, {counts.passed} tests passed"
-                same = {"op": op, "backend": backend, "machine": machine, "source": source_hash(op), "note": note}
-                same |= {"device": environment["device"], "date": environment["date"]}
-                dtypes = (None,) if op == "schedule" else KERNEL_DTYPES
-                records += [Record(dtype=dtype_name(d), passed=True, cases=len(cases), **same) for d in dtypes]
-    return records
-
-
-def _whole(rows: Sequence[Row], names: Sequence[Name]) -> list[Row]:
-    """`rows`, and one for each of `names` that is not among them."""
-    found = {(row.op, row.case) for row in rows}
-    return [*rows, *(failed(*name, _OUT_OF_TIME) for name in names if name not in found)]
-
-
-def _write(file: Path, text: str) -> None:
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(file)

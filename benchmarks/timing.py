@@ -13,9 +13,14 @@ import torch
 Work = Callable[[], object]
 
 # Read before every sample. Far above the L2 of any GPU (H200: 60 MB), so that each sample starts cold; read
-# and not written, so that no dirty line goes back to memory on the sample's time. It keeps an H200 busy for
-# about 0.25 ms, in which the host queues the sample's launches: events then time the device and not Python.
+# and not written, so that no dirty line goes back to memory on the sample's time.
 _FLUSH_BYTES = 1 << 30
+# Then the device sleeps for twice as long as the host last took to queue the work, so that events time the device and
+# not Python: an op's launch may take the host longer than its kernel runs. At least, at most, in seconds; beyond that
+# the host is what is timed.
+_LEAST_SLEEP, _MOST_SLEEP = 2e-4, 5e-2
+# Of an H200 at its highest. At a lower clock it sleeps longer.
+_CYCLES_A_SECOND = 2e9
 
 
 @dataclass(frozen=True)
@@ -59,16 +64,18 @@ def time_variants(
     seconds: float = 1.0,
     max_samples: int = 200,
     warmup: int = 2,
+    asleep: bool = True,
 ) -> dict[str, list[float]]:
     """Milliseconds of every round of every variant, which take turns, so that a drift of the clocks meets them alike.
 
     In another order every round: what a variant leaves in the caches and the allocator hastens or delays the next one.
     After `warmup` calls each, rounds go on until `seconds` have passed (all variants together), but at
-    least 3 times, or until `max_samples` rounds are done.
+    least 3 times, or until `max_samples` rounds are done. asleep: on a GPU, time what the device does, all of it queued
+    before; False: from the first launch to the end, waiting for the host included.
     """
     if not variants:
         raise ValueError("time_variants: variants is empty; give at least one callable")
-    sample = _CudaSampler(device) if device.type == "cuda" else _sample_on_host
+    sample = _CudaSampler(device, asleep) if device.type == "cuda" else _sample_on_host
     for work in variants.values():
         for _ in range(warmup):
             sample(work)
@@ -91,18 +98,42 @@ def _sample_on_host(work: Work) -> float:
 
 
 class _CudaSampler:
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, asleep: bool) -> None:
         self.flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
-        self.device = device
+        self.device, self.asleep = device, asleep
+        self._queued: dict[int, float] = {}  # seconds that the host last took, by work
 
     def __call__(self, work: Work) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.max()
+        if self.asleep:
+            sleep(2 * self._queued.get(id(work), 0.0))
         start.record()
+        began = time.perf_counter()
         work()
+        self._queued[id(work)] = time.perf_counter() - began
         end.record()
         torch.cuda.synchronize(self.device)
         return start.elapsed_time(end)
+
+
+def sleep(seconds: float) -> None:
+    """Let the GPU wait for about so long before what is queued next."""
+    torch.cuda._sleep(int(min(max(seconds, _LEAST_SLEEP), _MOST_SLEEP) * _CYCLES_A_SECOND))
+
+
+def host_microseconds(work: Work, device: torch.device, calls: int = 30) -> float:
+    """What a call takes of the host, the median of some. The GPU's queue is empty before, and it sleeps: nothing waits
+    for it, unless `work` itself does."""
+    times = []
+    for _ in range(calls):
+        torch.cuda.synchronize(device)
+        sleep(_LEAST_SLEEP)
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize(device)
+    return 1e6 * statistics.median(times)
 
 
 class _Moment:

@@ -26,6 +26,8 @@ VALIDATED = Path(__file__).with_name("validated.json")
 INTERPRETER = "interpreter"
 # In place of a dtype, of an op that computes with integers only.
 ANY_DTYPE = "any"
+# What a pass rests on: the cases of sora_fast/proof/cases.py, or those and every test marked `gpu`. Either counts.
+BY_CASES, BY_TESTS = "cases", "tests"
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Machine:
 class Record:
     """That a kernel was right, or not, for all cases of an op and a dtype.
 
-    source: hash of the kernel's files. cases: how many were tried. reason: what was wrong, with its numbers. device,
-    date, note: where it comes from, for readers.
+    source: hash of the kernel's files. cases: how many were tried. checked: `BY_CASES` or `BY_TESTS`. reason: what was
+    wrong, with its numbers. device, date, note: where it comes from, for readers.
     """
 
     op: str
@@ -67,6 +69,7 @@ class Record:
     device: str = ""
     date: str = ""
     note: str = ""
+    checked: str = BY_CASES
 
     @property
     def key(self) -> tuple[str, str, str]:

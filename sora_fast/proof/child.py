@@ -6,10 +6,7 @@ JSON: see `Task`. Prints a line of JSON when it is ready, when it begins a plan,
 """
 
 import faulthandler
-import json
-import os
 import sys
-from collections.abc import Callable
 from importlib import import_module
 
 import torch
@@ -18,9 +15,10 @@ from sora_fast.memory import is_out_of_memory
 from sora_fast.proof.cases import Plan
 from sora_fast.proof.judge import judge
 from sora_fast.proof.tasks import Task
+from sora_fast.proof.telling import Say, telling
 
 
-def work(task: Task, say: Callable[[dict[str, str | int]], object]) -> None:
+def work(task: Task, say: Say) -> None:
     """Judge all plans of a task; stops after the first that raises on a GPU, whose state nobody knows then."""
     device = torch.device(task.device)
     plans = task.plans()
@@ -54,10 +52,8 @@ def main() -> None:
     task = Task.read(sys.argv[1])
     # Should nobody be there any more to end it. Not a signal, which a process that waits for a GPU would not see.
     faulthandler.dump_traceback_later(task.seconds, exit=True)
-    # Whatever else prints goes to standard error.
-    lines = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)
-    work(task, lambda line: print(json.dumps(line), file=lines, flush=True))
+    with telling() as say:
+        work(task, say)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def run(
             progress(done, len(plans))
 
     limits = limits or _limits(seconds)
-    tasks = list(_tasks(plans, Task("", str(device), (), limits.total + 60, cases)))
+    tasks = list(tasks_of(plans, Task("", str(device), (), limits.total + 60, cases)))
     for verdict in judged(tasks, limits, child_environment(interpreted=device.type != "cuda"), count):
         verdicts[verdict.plan] = verdict
     found = tuple(_found(plans, verdicts))
@@ -153,7 +153,7 @@ def run(
     return Report(machine, name, found, time.monotonic() - began, _records.keep(records))
 
 
-def _tasks(plans: Sequence[Plan], like: Task) -> Iterator[Task]:
+def tasks_of(plans: Sequence[Plan], like: Task) -> Iterator[Task]:
     """A child an op, and a family of one that takes long."""
     for key in dict.fromkeys((plan.op, plan.family) for plan in plans):
         yield replace(like, op=key[0], names=tuple(plan.name for plan in plans if (plan.op, plan.family) == key))

@@ -13,7 +13,8 @@ DEFAULT_CASES = "sora_fast.proof.cases"
 class Task:
     """What a child has to do: the plans `names` of an op, one after the other.
 
-    seconds: after which the process ends in any case. cases: the module that has them; tests have their own.
+    seconds: after which the process ends in any case. cases: the module that has them; tests have their own. program:
+    the module that is run.
     """
 
     op: str
@@ -21,6 +22,12 @@ class Task:
     names: tuple[str, ...]
     seconds: float = 600.0
     cases: str = DEFAULT_CASES
+    program: str = "sora_fast.proof.child"
+
+    @property
+    def title(self) -> str:
+        """Of its log."""
+        return self.op
 
     def plans(self) -> list[Plan]:
         """In that order."""

@@ -147,6 +147,14 @@ def _from_suite(file: Path, content: Mapping[str, Any]) -> Result:
     rows = content["rows"]
     missing = [f"{_name(row)}: {row['failure'].splitlines()[0]}" for row in rows if row.get("failure")]
     missing += _absent(content)
+    missing += [
+        f"{one['name']}: {one['status']}: {one['reason']}"
+        for one in content.get("smoke", ())
+        if one["status"] != "PASS"
+    ]
+    missing += [
+        f"not reached of the {phase}: {', '.join(names)}" for phase, names in content.get("unreached", {}).items()
+    ]
     for name, counts in content["tests"].items():
         if counts["failed"]:
             missing.append(f"{name}: {counts['failed']} tests failed")

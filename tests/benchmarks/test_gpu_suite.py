@@ -1,194 +1,335 @@
+"""The GPU suite's parent: against children that are made up, as if on a GPU; and dry, with real ones."""
+
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import suite as suites
+from benchmarks import gpu_suite, phases, session, suite, tune
 from benchmarks._checkout import ROOT
-from benchmarks.environment import Ceilings
-from benchmarks.gpu_suite import Stopped, stopping_after
-from benchmarks.gpu_tests import Counts
-from benchmarks.rows import Row, absent, failed, table
-from benchmarks.suite import DRY, Suite, validate
-from sora_fast.ops._records import Machine, Record, read_list, written
-from sora_fast.report import read_result
+from benchmarks.rows import Row
+from benchmarks.suite import DRY
+from benchmarks.timing import Timing
+from sora_fast.ops._records import BY_CASES, Machine, read_list
+from sora_fast.proof.children import NO_TIME, Limits, Verdict
 
-RECORD = {"commit": "c0ffee", "torch": "2.13", "triton": "3.7.1", "date": "2026-01-01", "device": "some GPU"}
-MACHINE = Machine("sm_90", "580.1", "2.13", "3.7.1", "0.1.0")
-FAST, SLOW = [0.9, 1.0, 1.1], [1.9, 2.0, 2.1]
-
-
-def _row(op: str = "adaln", *, error: float = 1e-3, failure: str = "", **rounds: list[float]) -> Row:
-    row = Row(op, "C64", "forward", bytes_moved=10**9, failure=failure)
-    row.rounds = rounds or {"torch": SLOW, "triton": FAST}
-    row.errors = {"torch": [1e-3, 1e-3], "triton": [1e-3, error]}
-    return row
-
-
-def _passed(device_class: str, op: str) -> Record:
-    machine = replace(MACHINE, device_class=device_class)
-    return Record(op, "triton", "bfloat16", machine, source="0123", passed=True, cases=1)
+MACHINE = Machine("sm_90", "580.1", "2.11", "3.6.0", "0.1.0")
+ENVIRONMENT = {"commit": "c0ffee", "device": "NVIDIA H100", "date": "2026-01-01T00:00:00+00:00"}
+KERNELS = {
+    "adaln",
+    "gated_residual",
+    "gated_residual_adaln",
+    "linear_unpatchify",
+    "mlp_activation",
+    "packed_attention",
+    "patch_embed",
+    "schedule",
+    "qk_norm_rope",
+    "unpatchify",
+}
 
 
-def _suite(folder: Path, **options: object) -> Suite:
-    return Suite(folder, replace(MACHINE, device_class=DRY), RECORD, Ceilings(2000.0, 1.0), **options)
+@pytest.fixture(autouse=True)
+def _no_gpu_for_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever would wake the driver."""
+
+    def touched(*_: object, **__: object) -> None:
+        raise AssertionError("the parent touches CUDA")
+
+    for name in ("is_available", "device_count", "_lazy_init", "get_device_properties", "get_device_name", "init"):
+        monkeypatch.setattr(torch.cuda, name, touched)
 
 
-def test_a_backend_is_validated_if_tests_passed_and_results_agree() -> None:
-    validated = validate({"adaln": Counts(passed=7, skipped=1)}, [_row(), _row()], RECORD, MACHINE)
-    assert [record.key for record in validated] == [
-        ("adaln", "triton", dtype) for dtype in ("float16", "bfloat16", "float32")
+@dataclass
+class Children:
+    """Stands for `judged` on a machine with an H100. calls: (step or program, names, limits, environment) of each task,
+    a list a call. spoiled: verdicts in place of those that all is well."""
+
+    spoiled: Mapping[str, Verdict] = field(default_factory=dict)
+    calls: list[list[tuple[str, tuple[str, ...], Limits, Mapping[str, str]]]] = field(default_factory=list)
+
+    def __call__(
+        self, tasks: Sequence[Any], limits: Limits, environment: Mapping[str, str], *, logs: Path
+    ) -> Iterator[Verdict]:
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / "00.log").write_text("said")
+        steps = [(getattr(task, "step", task.program).rsplit(".", 1)[-1], task) for task in tasks]
+        self.calls.append([(step, task.names, limits, environment) for step, task in steps])
+        for step, task in steps:
+            found = getattr(self, f"_{step}")
+            for name in task.names:
+                yield self.spoiled.get(name) or Verdict(name, "passed", found=found(name, task))
+
+    def _versions(self, name: str, task: Any) -> Any:
+        ceilings = {"gigabytes_per_second": 4300.0, "teraflops": 790.0}
+        return {"device": "cuda:0", "environment": ENVIRONMENT, "machine": asdict(MACHINE), "ceilings": ceilings}
+
+    def _prover(self, name: str, task: Any) -> None:
+        assert task.device == "cuda:0"
+
+    def _comparing(self, name: str, task: Any) -> Any:
+        if not task.options["seconds"]:
+            return []
+        op, case = name.removesuffix("]").split("[")
+        errors = {"torch": [1e-3], "triton": [1e-3]}
+        return [asdict(Row(op, case, "forward", 10**9, rounds={"triton": [1.0]}, errors=errors))]
+
+    def _model(self, name: str, task: Any) -> Any:
+        errors = {"torch": [1e-3], "triton": [1e-3]}
+        return [asdict(Row("sora_dit", name, "forward", rounds={"triton": [1.0]}, errors=errors))]
+
+    def _tuning(self, name: str, task: Any) -> Any:
+        item = next(item for item in tune.items() if item.name == name)
+        slow, fast = (asdict(Timing(middle, middle - 0.1, middle + 0.1, 9)) for middle in (2.0, 1.0))
+        present = {**asdict(item), "blocks": [128, 64, 8, 3], "present": True, "time": slow, "absent": ""}
+        return [present, {**present, "blocks": [128, 128, 8, 2], "present": False, "time": fast}]
+
+
+@dataclass
+class Call:
+    """What came of a call: its exit code, what it printed, and the folders that it wrote to."""
+
+    code: int
+    printed: str
+    out: Path
+    checkout: Path
+
+    @property
+    def suite(self) -> dict[str, Any]:
+        return json.loads((self.out / "suite.json").read_text())
+
+
+Caller = Callable[..., Call]
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Caller:
+    """Call the suite as on a GPU, in a checkout of its own."""
+    checkout = tmp_path / "checkout"
+    (checkout / "kernels").mkdir(parents=True)
+    shutil.copy(ROOT / "kernels" / tune.TABLE, checkout / "kernels")
+    monkeypatch.setattr(phases, "ROOT", checkout)
+    monkeypatch.setattr(suite, "VALIDATED", checkout / "validated.json")
+    table = checkout / "kernels" / tune.TABLE
+    monkeypatch.setattr(
+        "benchmarks.validation.source_hash", lambda op: f"{op} {'one' if '(9,' in table.read_text() else 'no'} winner"
+    )
+    monkeypatch.setattr(session.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(phases, "run_jobs", lambda jobs, **_: {})
+    monkeypatch.setattr("benchmarks.sanitizer.shutil.which", lambda name: None)
+
+    def run(children: Children, *arguments: str) -> Call:
+        monkeypatch.setattr(session, "judged", children)
+        code = gpu_suite.main(["--out", str(tmp_path / "out"), *arguments])
+        return Call(code, capsys.readouterr().out, tmp_path / "out", checkout)
+
+    return run
+
+
+def test_the_whole_call_as_on_a_gpu(call: Caller) -> None:
+    children = Children()
+    done = call(children)
+    assert done.code == 0, done.printed
+    assert sorted(file.name for file in done.out.iterdir()) == [
+        tune.TABLE,
+        "logs.tar.gz",
+        "suite.json",
+        "validated.json",
     ]
-    assert {(record.machine, record.passed, record.cases) for record in validated} == {(MACHINE, True, 2)}
-    assert {(record.device, record.date) for record in validated} == {("some GPU", "2026-01-01")}
-    assert "c0ffee, 7 tests passed" in validated[0].note
+    assert done.suite["seconds"].keys() == phases.PHASES.keys() and not done.suite["stopped"]
+    names = [[step for step, *_ in tasks] for tasks in children.calls]
+    steps = [sorted({*of_call}) for of_call in names]
+    assert steps == [
+        ["versions"],
+        ["comparing", "model", "prover"],  # smoke, and the caches filled behind it
+        ["comparing"],
+        ["tuning"],  # compiling
+        ["tuning"],
+        ["model"],
+        ["prover"],  # again
+    ]
+    assert names[1][0] == "prover", "the kernels are judged first"
+    assert all(row["failure"] == "" for row in done.suite["rows"])
+    assert {smoke["status"] for smoke in done.suite["smoke"]} == {"PASS"}
+    assert {smoke["op"] for smoke in done.suite["smoke"]} == KERNELS
 
 
-def test_an_op_of_integers_has_no_dtype() -> None:
-    (record,) = validate({"schedule": Counts(passed=7)}, [_row("schedule")], RECORD, MACHINE)
-    assert record.dtype == "any"
+def test_one_process_at_a_time_is_timed_and_all_have_a_hard_end(call: Caller) -> None:
+    children = Children()
+    call(children)
+    limits = [tasks[0][2] for tasks in children.calls]
+    assert [limit.workers for limit in limits] == [1, 14, 1, 14, 1, 1, 14]
+    # Nothing took any time here, so that each had all up to its own end. Versions may take longer than planned.
+    assert [round(limit.total, -1) for limit in limits] == [60, 80, 200, 130, 330, 400, 430]
+    assert all(limit.plan < 60 for limit in limits if limit.workers == 1)
+    assert all(limit.plan < limit.total + 5 and limit.silence < 60 for limit in limits)
+    assert {task[3]["TRITON_INTERPRET"] for tasks in children.calls for task in tasks} == {"0"}
 
 
-@pytest.mark.parametrize(
-    ("counts", "rows"),
-    [
-        pytest.param(Counts(passed=7, failed=1), [_row()], id="a test failed"),
-        pytest.param(Counts(passed=7, complete=False), [_row()], id="not all tests ran"),
-        pytest.param(Counts(skipped=3), [_row()], id="no test ran"),
-        pytest.param(Counts(passed=7), [_row(), _row(error=2.1e-3)], id="a case disagrees"),
-        pytest.param(Counts(passed=7), [_row(), _row(error=float("nan"))], id="a case gives NaN"),
-        pytest.param(Counts(passed=7), [_row(), _row(failure="out of time")], id="a case did not run"),
-        pytest.param(Counts(passed=7), [_row(torch=SLOW)], id="no kernel"),
-    ],
-)
-def test_otherwise_it_is_not(counts: Counts, rows: list[Row]) -> None:
-    assert validate({"adaln": counts}, rows, RECORD, MACHINE) == []
+def test_winners_are_used_and_proved_before_they_are_validated(call: Caller) -> None:
+    done = call(Children())
+    table = (done.checkout / "kernels" / tune.TABLE).read_text()
+    assert table == (done.out / tune.TABLE).read_text() and '(9, "forward", 72, "boxes")' in table
+    records = read_list(done.checkout / "validated.json")
+    assert {record.op for record in records} == KERNELS and {record.checked for record in records} == {BY_CASES}
+    sources = {record.source for record in records if record.op == "packed_attention"}
+    assert sources == {"packed_attention no winner", "packed_attention one winner"}
+    assert "128×128 w8 s2, 2.00× as fast as 128×64 w8 s3" in done.printed
 
 
-def test_an_op_without_tests_is_not_validated() -> None:
-    assert validate({}, [_row()], RECORD, MACHINE) == []
+def test_without_their_proof_only_those_before_are_validated(call: Caller) -> None:
+    class OutOfTime(Children):
+        def _prover(self, name: str, task: Any) -> None:
+            if len(self.calls) == 7:
+                self.spoiled = {name: Verdict(name, "unjudged", NO_TIME) for name in task.names}
+
+    done = call(OutOfTime())
+    records = [record for record in read_list(done.checkout / "validated.json") if record.op == "packed_attention"]
+    assert [record.source for record in records] == ["packed_attention no winner"]
+    assert any("packed_attention" in name for name in done.suite["unreached"]["again"])
 
 
-def test_cut_off_it_validates_what_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And keeps the records of the ops that it did not look at, and of other devices."""
-    repository = tmp_path / "repository.json"
-    before = [("sm_80", "adaln"), ("sm_90", "patch_embed"), ("sm_90", "adaln"), ("sm_90", "unpatchify")]
-    repository.write_text(written([_passed(*name) for name in before]))
-    monkeypatch.setattr(suites, "VALIDATED", repository)
-    suite = _suite(tmp_path, expected=[("adaln", "C64"), ("unpatchify", "K64"), ("unpatchify", "K32")])
-    suite.machine = MACHINE
-    suite.tests = {"adaln": Counts(passed=7), "unpatchify": Counts(passed=7)}
-    suite.cases = [_row("adaln"), Row(**{**asdict(_row("unpatchify")), "case": "K64"})]
-    suite.save_validated()
-    found = {(r.machine.device_class, r.op): r for r in read_list(repository)}
-    assert found.keys() == set(before[:3]) and "7 tests passed" in found["sm_90", "adaln"].note
-    suite.sanitizer = {"errors": 1, "note": ""}
-    suite.save_validated()
-    assert read_list(repository) == [_passed(*name) for name in before[:2]], "memcheck found something"
-
-
-def test_what_is_saved_is_what_the_report_reads(tmp_path: Path) -> None:
-    row = _row(torch=SLOW, triton=FAST, SDPA=SLOW)
-    row.tokens, row.series, row.absent = 4096, "ragged", {"flash-attn": "not installed"}
-    row.errors["SDPA"], row.notes = [1e-3], {"triton": {"joules": 0.5}}
-    suite = _suite(tmp_path, planned=[("adaln", "C64"), ("adaln", "C128")], compared=[row], stopped="SIGTERM")
-    suite.tests = {"adaln": Counts(passed=1, complete=False)}
-    suite.save()
-    result = read_result(tmp_path / "suite.json")
-    ours = result.by_key["adaln", "C64", "forward", "triton"]
-    assert (ours.time.median, ours.tokens, ours.series, ours.notes["joules"]) == (1.0, 4096, "ragged", 0.5)
-    assert set(result.missing) == {
-        "adaln[C128], both: not run: out of time",
-        "flash-attn: not installed",
-        "adaln: not all of its tests were run",
-        "what comes after the suite was stopped: SIGTERM",
+def test_what_crashed_hung_or_was_not_reached_is_said(call: Caller) -> None:
+    crash, hang = "adaln[bfloat16,C384]", "gated_residual[C3072, 32k ragged]"
+    spoiled = {
+        crash: Verdict(crash, "failed", "crashed: SIGSEGV"),
+        hang: Verdict(hang, "failed", "hung: it was stopped after 45 s, at benchmarks.timing:99 (__call__)"),
+        "adaln[C3072, 32k ragged]": Verdict("adaln[C3072, 32k ragged]", "unjudged", NO_TIME),
+        "D72, boxes, one_pass": Verdict("D72, boxes, one_pass", "unjudged", NO_TIME),
     }
+    done = call(Children(spoiled))
+    assert done.code == 1
+    lines = done.printed.splitlines()
+    assert f"CRASH     {crash}: crashed: SIGSEGV" in lines
+    assert any(line.startswith(f"WRONG: {hang}, both: hung: ") for line in lines)
+    assert "not reached of the timings: adaln[C3072, 32k ragged]" in lines
+    assert f"not reached of the tuning: D72, boxes, one_pass: {NO_TIME}" in lines
+    assert any(line.startswith("not reached of the tests: packed_attention-0, ") for line in lines)
+    validated = {record.op for record in read_list(done.checkout / "validated.json")}
+    assert validated == KERNELS - {"adaln", "gated_residual"}
 
 
-def test_absence_is_told_once_or_with_its_place() -> None:
-    rows = [_row(), _row()]
-    rows[0].absent = {"xformers": "not installed", "varlen": "no such mask"}
-    rows[1].absent = {"xformers": "not installed", "varlen": "wrong"}
-    assert list(absent(rows)) == [
-        ("xformers", "not installed"),
-        ("varlen on adaln[C64], forward and 0 others", "no such mask"),
-        ("varlen on adaln[C64], forward and 0 others", "wrong"),
-    ]
+def test_only_some_ops_and_phases(call: Caller) -> None:
+    children = Children()
+    done = call(children, "--only", "adaln", "--phases", "smoke", "headline")
+    assert list(done.suite["seconds"]) == ["versions", "smoke", "headline"]
+    assert {smoke["op"] for smoke in done.suite["smoke"]} == {"adaln", "gated_residual_adaln"}
+    assert {row["op"] for row in done.suite["rows"]} == {"adaln", "gated_residual_adaln"}
+    assert not (done.out / tune.TABLE).exists()
 
 
-def test_table_shows_speed_up_and_share_of_the_ceiling() -> None:
-    rows = [_row(torch=SLOW, triton=FAST, SDPA=SLOW), failed("adaln", "C64", "RuntimeError: broken\nmore")]
-    text = table(rows, Ceilings(2000.0, 1.0))
-    assert "SDPA: 2.000 ms, ours 2.00× as fast" in text and "1000.0 GB/s" in text and "50%" in text
-    assert "RuntimeError: broken" in text and "more" not in text
+def test_cut_off_everything_so_far_is_there(call: Caller) -> None:
+    """By SIGTERM while something is timed."""
+
+    class Terminated(Children):
+        def _comparing(self, name: str, task: Any) -> Any:
+            if task.options["seconds"] and name.startswith("adaln"):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+            return super()._comparing(name, task)
+
+    done = call(Terminated())
+    assert done.suite["stopped"] == "SIGTERM" and "stopped: SIGTERM" in done.printed and done.code == 0
+    timed = {row["op"] for row in done.suite["rows"] if not row["failure"]}
+    assert "packed_attention" in timed and "adaln" not in timed
+    assert {record.op for record in read_list(done.out / "validated.json")} == KERNELS
+    assert (done.out / "logs.tar.gz").exists() and not list(done.out.glob(".partial*"))
 
 
-def test_the_clock_stops_it_and_is_no_error() -> None:
-    with pytest.raises(Stopped, match="out of time"), stopping_after(0.05):
-        try:
-            time.sleep(10)
-        except Exception:
-            pytest.fail("swallowed")
-    time.sleep(0.06)  # and rings once
+def test_without_a_device_nothing_begins(call: Caller, capsys: pytest.CaptureFixture[str]) -> None:
+    hung = Verdict("this machine", "failed", "hung: it was stopped after 45 s")
+    done = call(Children({"this machine": hung}))
+    assert done.code == 2 and list(done.out.iterdir()) == []
 
 
-def test_sigterm_stops_it() -> None:
-    with pytest.raises(Stopped, match="SIGTERM"), stopping_after(60):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
-
-
-def _call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", *map(str, arguments)]
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
+def test_not_even_an_import_of_the_parent_touches_cuda() -> None:
+    code = """
+import torch
+def touched(*_, **__):
+    raise AssertionError("touched")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = touched
+from benchmarks import _checkout
+_checkout.make_importable()
+import benchmarks.gpu_suite, benchmarks.phases, benchmarks.summary
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    result = _call("--out", tmp_path)
-    assert result.returncode == 2 and "no CUDA device" in result.stderr
+    result = _start("--out", tmp_path).communicate()
+    assert "there is no CUDA device here; --dry walks through the suite on a CPU" in result[1]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("out", "complaint"), [("", "'' is no file or folder"), ("/proc/new", "can be written to /proc")]
+    ("arguments", "complaint"),
+    [
+        (["--out", ""], "'' is no file or folder"),
+        (["--out", "/proc/new"], "can be written to /proc"),
+        (["--out", ".", "--only", "flash"], "nothing is called so; there are packed_attention, "),
+        (["--out", ".", "--phases", "lunch"], "invalid choice: 'lunch'"),
+    ],
 )
-def test_where_it_cannot_write_it_does_not_begin(out: str, complaint: str) -> None:
-    result = _call("--dry", "--out", out)
-    assert result.returncode == 2 and complaint in result.stderr
+def test_where_it_cannot_work_it_does_not_begin(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        gpu_suite.main(arguments)
+    assert complaint in capsys.readouterr().err
+
+
+def _start(*arguments: str | Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", *map(str, arguments)]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=hidden, **pipes)
 
 
 @pytest.mark.slow
-def test_dry_walk_measures_every_op(tmp_path: Path) -> None:
-    proved = ROOT / "sora_fast" / "ops" / "validated.json"
-    before = proved.read_bytes() if proved.exists() else None
-    result = _call("--dry", "--minutes", "30", "--out", tmp_path)  # a busy machine is no failure
-    assert result.returncode == 0, result.stdout + result.stderr
-    suite = json.loads((tmp_path / "suite.json").read_text())
-    assert suite["environment"]["torch"] and suite["ceilings"]["gigabytes_per_second"] > 0 and not suite["stopped"]
-    assert not [row for row in suite["rows"] if row["failure"]]
-    kernels = {row["op"] for row in suite["rows"] if "triton" in row["times"]}
-    assert kernels == {
-        "adaln",
-        "gated_residual",
-        "gated_residual_adaln",
-        "linear_unpatchify",
-        "mlp_activation",
-        "packed_attention",
-        "patch_embed",
-        "schedule",
-        "qk_norm_rope",
-        "unpatchify",
-    }
-    errors = [error for row in suite["rows"] if row["op"] in kernels for error in row["errors"]["triton"]]
+def test_terminated_in_earnest_it_leaves_results_and_no_process(tmp_path: Path) -> None:
+    process = _start("--dry", "--minutes", "30", "--phases", "smoke", "--only", "attention", "--out", tmp_path)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not ((tmp_path / "suite.json").exists() and children.read_text()) and process.poll() is None:
+        time.sleep(0.1)
+    running = children.read_text().split()
+    process.send_signal(signal.SIGTERM)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped: SIGTERM" in printed, errors
+    assert running and not any(Path(f"/proc/{child}").exists() for child in running)
+    assert json.loads((tmp_path / "suite.json").read_text())["environment"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_dry_it_walks_through_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = [ROOT / "sora_fast" / "ops" / "validated.json", ROOT / "kernels" / tune.TABLE]
+    before = [table.read_bytes() if table.exists() else None for table in tables]
+    # A busy machine is no failure. Of the ops those with rows, and the whole model: each has a process for its smoke.
+    ops = ["packed_attention", "gated_residual_adaln"]
+    code = gpu_suite.main(["--dry", "--minutes", "60", "--only", *ops, "sora_dit", "--out", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert code == 0, printed.out + printed.err
+    assert len(list(tmp_path.iterdir())) <= 8
+    found = json.loads((tmp_path / "suite.json").read_text())
+    assert found["environment"]["torch"] and found["ceilings"]["gigabytes_per_second"] > 0 and not found["stopped"]
+    assert found["unreached"] == {} and found["seconds"].keys() == phases.PHASES.keys()
+    assert {(smoke["op"], smoke["status"]) for smoke in found["smoke"]} == {(op, "PASS") for op in ops}
+    assert not [row for row in found["rows"] if row["failure"]]
+    assert {row["op"] for row in found["rows"]} == {*ops, "sora_dit"}
+    errors = [error for row in found["rows"] for error in row["errors"]["triton"]]
     assert 0 <= max(errors) < 1e-5, "fp32 against fp64"
-    peers = next(row for row in suite["rows"] if row["tokens"])
-    assert peers["times"].keys() == {"triton", "torch", "SDPA"} and "flash-attn" in peers["absent"]
+    assert found["rows"][0]["times"].keys() == {"triton", "SDPA"}, "our torch backend is no entrant"
+    assert len(found["trials"]) == 2 and not any(trial["absent"] for trial in found["trials"])
+    assert found["tests"].keys() == {"packed_attention"}
     assert DRY not in {r.machine.device_class for r in read_list(tmp_path / "validated.json")}, "nothing ran on a GPU"
-    assert result.stdout.rstrip().splitlines()[-1].startswith("packed_attention"), "the table comes last"
-    assert (proved.read_bytes() if proved.exists() else None) == before
+    assert printed.out.rstrip().splitlines()[-1].startswith("sora_dit"), "the table comes last"
+    assert [table.read_bytes() if table.exists() else None for table in tables] == before

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import walk
 from benchmarks.jobs import Job
 from benchmarks.sanitizer import read_sanitizer, sanitizer_job
 
@@ -31,4 +32,8 @@ def test_what_it_found(tmp_path: Path, log: str, codes: dict[str, int], errors: 
 def test_it_walks_the_small_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.sanitizer.shutil.which", lambda name: f"/bin/{name}")
     command = sanitizer_job(tmp_path, ["adaln"]).command
-    assert command[0] == "/bin/compute-sanitizer" and command[-4:] == ["benchmarks.walk", "small", "--ops", "adaln"]
+    assert command[0] == "/bin/compute-sanitizer" and command[-3:] == ["benchmarks.walk", "--ops", "adaln"]
+    walked: list[object] = []
+    monkeypatch.setattr(walk, "walk", lambda device, ops: walked.append(ops))
+    walk.main(command[command.index("benchmarks.walk") + 1 :])
+    assert walked == [["adaln"]]

@@ -1,12 +1,15 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import timing
 from benchmarks._checkout import ROOT
-from benchmarks.timing import ReplayClock, Timing, device_clock, time_variants
+from benchmarks.timing import ReplayClock, Timing, device_clock, host_microseconds, time_variants
 
 CPU = torch.device("cpu")
 
@@ -55,6 +58,80 @@ def test_deciles() -> None:
 def test_nothing_to_time() -> None:
     with pytest.raises(ValueError, match="variants"):
         time_variants({}, device=CPU)
+
+
+class FakeGpu:
+    """A queue that runs beside the host: in seconds, when the device will be done with what is queued. log: what was
+    queued, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done, self.log = 0.0, []
+        for name in ("Event", "_sleep", "synchronize"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name), raising=False)
+        flush = SimpleNamespace(max=lambda: self.queue("flush", 2.5e-4))
+        monkeypatch.setattr(timing.torch, "zeros", lambda *_, **__: flush)
+
+    def queue(self, what: str, seconds: float) -> None:
+        self.log.append(what)
+        self.done = max(self.done, time.perf_counter()) + seconds
+
+    def work(self, *, host: float, device: float, launches: int = 1) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(launches):
+                busy_until = time.perf_counter() + host / launches
+                while time.perf_counter() < busy_until:
+                    pass
+                self.queue("work", device / launches)
+
+        return run
+
+    def Event(self, enable_timing: bool) -> SimpleNamespace:
+        event = SimpleNamespace(moment=0.0)
+
+        def record() -> None:
+            self.log.append("event")
+            event.moment = max(self.done, time.perf_counter())
+
+        event.record, event.elapsed_time = record, lambda end: 1e3 * (end.moment - event.moment)
+        return event
+
+    def _sleep(self, cycles: int) -> None:
+        self.queue("sleep", cycles / 2e9)
+
+    def synchronize(self, device: object = None) -> None:
+        time.sleep(max(0.0, self.done - time.perf_counter()))
+
+
+def _median(work: Callable[[], None], **options: bool) -> float:
+    rounds = time_variants({"x": work}, device=torch.device("cuda"), seconds=0.3, **options)
+    return Timing.of(rounds["x"]).median
+
+
+def test_the_device_sleeps_until_a_small_op_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 ms of launching, a third of a millisecond of work: only a sleep tells them apart."""
+    gpu = FakeGpu(monkeypatch)
+    small = gpu.work(host=4e-3, device=3e-4, launches=3)
+    assert 0.29 < _median(small) < 1
+    assert gpu.log[:7] == ["flush", "sleep", "event", "work", "work", "work", "event"]
+    assert _median(small, asleep=False) > 2, "as a user waits for it"
+
+
+def test_what_takes_the_device_long_is_timed_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    assert 4.9 < _median(gpu.work(host=1e-4, device=5e-3)) < 8
+
+
+def test_it_never_sleeps_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    cycles: list[int] = []
+    monkeypatch.setattr(torch.cuda, "_sleep", cycles.append, raising=False)
+    for seconds in (0.0, 1e-3, 60.0):
+        timing.sleep(seconds)
+    assert [cycle / 2e9 for cycle in cycles] == pytest.approx([2e-4, 1e-3, 5e-2])
+
+
+def test_the_hosts_time_is_that_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    assert 1000 <= host_microseconds(gpu.work(host=1e-3, device=5e-3), torch.device("cuda")) < 3000
 
 
 @pytest.mark.gpu

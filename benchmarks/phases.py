@@ -1,0 +1,186 @@
+"""The phases of the GPU suite. Each runs its processes until its hard end, and leaves what it found in the session."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from benchmarks import grid, smoke, tune
+from benchmarks._checkout import ROOT
+from benchmarks.environment import Ceilings
+from benchmarks.gpu_tests import jobs_of_tests, read_results
+from benchmarks.jobs import run_jobs
+from benchmarks.rows import Row, failed
+from benchmarks.sanitizer import read_sanitizer, sanitizer_job
+from benchmarks.session import Session, Stopped
+from benchmarks.steps import model as whole_model
+from benchmarks.suite import DRY, Suite
+from benchmarks.tasks import Task
+from sora_fast.files import write_text
+from sora_fast.ops._records import Machine
+
+# Seconds of rounds: of a plan's direction, of a tuning item, of a model's call.
+_ROUNDS, _TRIALS, _CALLS = 1.0, 0.5, 2.0
+# Without a device nothing goes on: finding it may eat into the next phase, on a machine that has read nothing yet.
+_PATIENCE_OF_VERSIONS = 3.0
+# Of the tuning's time, for compiling side by side what is then timed alone.
+_SHARE_OF_COMPILING = 0.4
+_ATTENTION = "packed_attention"
+
+
+def versions(session: Session, until: float) -> None:
+    """What runs here, and what the device reaches at best; raises Stopped where that is not to be found out."""
+    now = time.monotonic()
+    until = now + _PATIENCE_OF_VERSIONS * (until - now)
+    task = session.task("versions", ["this machine"], until, commit=session.commit)
+    (verdict,) = session.verdicts("versions", [task], until)
+    if verdict.verdict != "passed":
+        raise Stopped(f"nothing is known of this machine: {verdict.reason}")
+    found = verdict.found
+    if found["device"] == "cpu" and not session.dry:
+        raise Stopped("there is no CUDA device here; --dry walks through the suite on a CPU")
+    session.device, machine = found["device"], Machine(**found["machine"])
+    machine = replace(machine, device_class=DRY) if session.dry else machine
+    session.suite = Suite(session.outbox.work, machine, found["environment"], Ceilings(**found["ceilings"]))
+    session.suite.planned = _planned(session)
+    print(found["environment"], flush=True)
+
+
+def _planned(session: Session) -> list[tuple[str, str]]:
+    plans = [(plan.op, plan.label) for plan in _headline(session)]
+    return [*plans, *((whole_model.OP, name) for name in _calls(session))]
+
+
+def _calls(session: Session) -> list[str]:
+    return whole_model.cases(dry=session.dry) if whole_model.OP in session.wholes else []
+
+
+def _headline(session: Session) -> list[grid.Plan]:
+    plans = grid.tiny() if session.dry else grid.headline()
+    return [plan for plan in plans if plan.op in session.ops + session.wholes]
+
+
+def smoke_test(session: Session, until: float) -> None:
+    """Every kernel against fp64; behind it, the caches of the compilers are filled with what will be timed."""
+    plans = smoke.plans(session.ops, session.device, dry=session.dry)
+    session.suite.smoke = smoke.entries(plans)
+    _judge(session, "smoke", plans, until, [] if session.dry else _warming(session, until))
+
+
+def _judge(session: Session, phase: str, plans: Sequence[smoke.Plan], until: float, behind: Sequence[Task]) -> None:
+    tasks = [*smoke.tasks(plans, session.device, until - time.monotonic() + 60), *behind]
+    known = session.suite.smoke
+    for verdict in session.verdicts(phase, tasks, until, workers=session.workers):
+        if verdict.plan in known:
+            known[verdict.plan] = known[verdict.plan].settled(verdict)
+            print(known[verdict.plan], flush=True)
+    session.suite.open(phase, [name for name, one in known.items() if one.status == smoke.OPEN])
+
+
+def _warming(session: Session, until: float) -> list[Task]:
+    """A process an op: each holds a GPU's context and one case."""
+    plans = _headline(session)
+    names = [[plan.name for plan in plans if plan.op == op] for op in dict.fromkeys(plan.op for plan in plans)]
+    tasks = [session.timed("comparing", some, until, seconds=0) for some in names]
+    return [session.timed("model", _calls(session), until, seconds=0), *tasks]
+
+
+def headline(session: Session, until: float) -> None:
+    """Our ops beside their peers: first what the project is judged by, then whatever there is time for."""
+    plans = _headline(session) if session.dry else grid.rounds(session.ops + session.wholes)
+    task = session.timed("comparing", [plan.name for plan in plans], until, seconds=_ROUNDS)
+    _compare(session, "headline", task, {plan.name: (plan.op, plan.label) for plan in plans}, until)
+
+
+def model(session: Session, until: float) -> None:
+    """A whole model's call."""
+    names = _calls(session)
+    task = session.timed("model", names, until, seconds=_CALLS)
+    _compare(session, "model", task, {name: (whole_model.OP, name) for name in names}, until)
+
+
+def _compare(session: Session, phase: str, task: Task, known: Mapping[str, tuple[str, str]], until: float) -> None:
+    for verdict in session.verdicts(phase, [task], until):
+        if verdict.verdict == "passed":
+            session.suite.compared += [Row(**row) for row in verdict.found]
+        elif verdict.verdict == "failed":
+            session.suite.compared.append(failed(*known[verdict.plan], verdict.reason))
+        if verdict.verdict != "unjudged":
+            print(f"{phase}: {verdict.plan}{': ' if verdict.reason else ''}{verdict.reason[:200]}", flush=True)
+
+
+def tuning(session: Session, until: float) -> None:
+    """Attention's launch configurations: compiled side by side, then timed one process at a time; the winners are used
+    from then on."""
+    items = tune.items() if _ATTENTION in session.ops else []
+    items = items[:1] if session.dry else items
+    names, suite, now = [item.name for item in items], session.suite, time.monotonic()
+    if not session.dry:
+        warm_until = now + _SHARE_OF_COMPILING * (until - now)
+        tasks = [session.timed("tuning", [name], warm_until, seconds=0) for name in names]
+        # Many kernels an item: what is late is compiled when it is timed.
+        list(session.verdicts("compiling", tasks, warm_until, workers=session.workers, item=warm_until - now))
+    open_names = []
+    task = session.timed("tuning", names, until, seconds=_TRIALS)
+    for verdict in session.verdicts("tuning", [task], until):
+        if verdict.verdict == "passed":
+            suite.trials += map(tune.read, verdict.found)
+            print(f"tuning: {verdict.plan}", flush=True)
+        else:
+            open_names.append(f"{verdict.plan}: {verdict.reason}")
+    suite.open("tuning", open_names)
+    _use_winners(session)
+
+
+def _use_winners(session: Session) -> None:
+    kernels = ROOT / "kernels"
+    where = f"{session.suite.record['device']} {session.suite.record['date'][:10]}"
+    major = (
+        int(session.suite.machine.device_class.removeprefix("sm_")[:-1]) if session.on_gpu and not session.dry else 9
+    )
+    text = tune.written(kernels, session.suite.trials, major=major, where=where)
+    if text is None:
+        return
+    write_text(session.outbox.work / tune.TABLE, text)
+    if not session.dry:
+        before = session.suite.validated()
+        write_text(kernels / tune.TABLE, text)
+        session.suite.changed(_ATTENTION, before, smoke.entries(smoke.plans([_ATTENTION], session.device)))
+
+
+def again(session: Session, until: float) -> None:
+    """Attention's smoke with the configurations that won; nothing, if none did."""
+    if (session.outbox.work / tune.TABLE).exists() and not session.dry:
+        _judge(session, "again", smoke.plans([_ATTENTION], session.device), until, [])
+
+
+def tests(session: Session, until: float) -> None:
+    """Those marked `gpu`, of ops first, as far as time goes."""
+    folder = session.outbox.logs / "tests"
+    folder.mkdir(exist_ok=True)
+    if session.dry:
+        jobs = jobs_of_tests(folder, session.ops[:1], others=False, shards=1)
+    else:
+        jobs = jobs_of_tests(folder, session.ops, others=len(session.ops) > 1)
+    codes = run_jobs(jobs, workers=session.workers, deadline=until)
+    session.suite.tests = read_results(folder, jobs, codes)
+    session.suite.open("tests", [job.name for job in jobs if job.name not in codes])
+
+
+def sanitizer(session: Session, until: float) -> None:
+    """Memcheck, where it is installed."""
+    job = sanitizer_job(session.outbox.logs, session.ops)
+    codes = run_jobs([job] if job else [], workers=1, deadline=until)
+    session.suite.sanitizer = read_sanitizer(job, codes)
+
+
+# In the order, and within the times, of benchmarks/timetable.py.
+PHASES: Mapping[str, Callable[[Session, float], None]] = {
+    "versions": versions,
+    "smoke": smoke_test,
+    "headline": headline,
+    "tuning": tuning,
+    "model": model,
+    "again": again,
+    "tests": tests,
+    "sanitizer": sanitizer,
+}

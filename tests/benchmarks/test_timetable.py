@@ -1,0 +1,20 @@
+from benchmarks.phases import PHASES
+from benchmarks.timetable import RESERVE, SECONDS, ends
+
+
+def test_nine_minutes_are_what_they_are_planned_to_be() -> None:
+    found = ends(list(SECONDS), 540)
+    first = {
+        name: round(end) for name, end in found.items() if name in ("versions", "smoke", "headline", "tuning", "model")
+    }
+    assert first == {"versions": 20, "smoke": 80, "headline": 200, "tuning": 330, "model": 400}
+    assert list(found.values())[-1] == 540 - RESERVE
+
+
+def test_a_phase_alone_has_all_the_time_but_for_the_end() -> None:
+    found = ends(["versions", "tuning"], 160)
+    assert found == {"versions": 20, "tuning": 150}
+
+
+def test_every_phase_has_its_time_and_its_work() -> None:
+    assert list(SECONDS) == list(PHASES)
