@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sora_fast.kernels._launch import launch
+from sora_fast.kernels._launch import cdiv, launch
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class FoldConfig:
 
 def fold(partials: Tensor, config: FoldConfig = FoldConfig()) -> Tensor:
     """Sum over the first axis. partials: [P, ...] fp32 contiguous; returns [...] fp32."""
-    groups = max(1, triton.cdiv(partials.shape[0], config.group))
+    groups = max(1, cdiv(partials.shape[0], config.group))
     sums = torch.empty(groups, *partials.shape[1:], dtype=torch.float32, device=partials.device)
     width = sums[0].numel()
-    grid = (triton.cdiv(width, config.columns), groups)
+    grid = (cdiv(width, config.columns), groups)
     meta = {"ROWS": config.rows, "COLUMNS": config.columns, "GROUP": config.group, "num_warps": config.num_warps}
     launch(fold_kernel, grid, partials, sums, partials.shape[0], width, **meta)
     return sums[0] if groups == 1 else fold(sums, config)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sora_fast.kernels._launch import next_power_of_two
+from sora_fast.kernels._launch import cdiv, next_power_of_two
 
 # Up to this many elements in the buffer, addresses fit into int32, which costs half the registers and instructions.
 INT32_ELEMENTS = 2**31 - 1
@@ -49,7 +49,7 @@ class Patches(NamedTuple):
     def num_runs(self, num_pixels: int) -> int:
         """Runs of a patch of so many pixels in all channels."""
         pw = self.patch_size[2]
-        return num_pixels // pw * triton.cdiv(pw, self.run_block)
+        return num_pixels // pw * cdiv(pw, self.run_block)
 
     def is_wide(self, flat: Tensor) -> bool:
         """True if offsets into `flat`, which may be strided, need int64."""

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels import _fold
-from sora_fast.kernels._launch import launch, next_power_of_two
+from sora_fast.kernels._launch import cdiv, launch, next_power_of_two
 
 # Tokens a program walks. 32: 16k tokens make 512 programs, enough for 132 multiprocessors, and the parts of sums of
 # three tables, written once and read once, add 6% to the traffic of the widest op.
@@ -200,7 +200,7 @@ class Sums(NamedTuple):
         rows, width = table.shape
         return Sums(
             table.new_empty(count, rows, width),
-            table.new_empty(2 * triton.cdiv(tokens, CHUNK), count, width, dtype=torch.float32),
+            table.new_empty(2 * cdiv(tokens, CHUNK), count, width, dtype=torch.float32),
             table.new_empty(rows * affine, 2, width, dtype=torch.float32),
         )
 
@@ -285,10 +285,10 @@ def fold(
     tables, rows, width = sums.tables.shape
     # 256 groups of rows are programs enough. Where rows are many, few of them are cut, and a program that finds none in
     # a group of 128 is soon done.
-    group = min(128, next_power_of_two(triton.cdiv(rows, 256)))
+    group = min(128, next_power_of_two(cdiv(rows, 256)))
     # 32 slots of 64 columns at a time, 16 elements a thread: a row's slots may be hundreds, and the programs of a
     # table with few rows are few, so each must keep many bytes in flight.
-    grid = (triton.cdiv(rows, group), triton.cdiv(width, 64), tables)
+    grid = (cdiv(rows, group), cdiv(width, 64), tables)
     meta = {"WIDTH": width, "CHUNK": CHUNK, "ROWS": group, "BLOCK_S": 32, "BLOCK_C": 64, "num_warps": 4}
     launch(fold_rows_kernel, grid, offsets, sums, table, table.stride(), weight, bias, rows, **meta)
     return sums.tables, _fold.fold(sums.terms) if len(sums.terms) else sums.terms[:, 0]

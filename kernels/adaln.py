@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sora_fast.kernels._launch import launch
+from sora_fast.kernels._launch import cdiv, launch
 from sora_fast.kernels._rows import (
     CHUNK,
     RowBlock,
@@ -46,7 +46,7 @@ def adaln_forward(
     block = RowBlock.forward(width)
     launch(
         adaln_forward_kernel,
-        (triton.cdiv(tokens, block.tokens),),
+        (cdiv(tokens, block.tokens),),
         *(x, shift, scale, weight, bias, index, y, stats, tokens),
         *(x.stride(), shift.stride(), scale.stride()),
         **{"WIDTH": width, "EPS": eps, "CENTRED": centred, "BLOCK_N": block.tokens, "BLOCK_C": block.columns},
@@ -81,7 +81,7 @@ def adaln_backward(
     block = RowBlock.backward(width)
     launch(
         adaln_backward_kernel,
-        (triton.cdiv(tokens, CHUNK),),
+        (cdiv(tokens, CHUNK),),
         *(dy, x, scale, weight, bias, stats, index, offsets, order, dx, asked, tokens, rows),
         *(dy.stride(), x.stride(), scale.stride()),
         **{"WIDTH": width, "CENTRED": centred, "MAIN": block.columns, "REST": block.rest, "CHUNK": CHUNK},

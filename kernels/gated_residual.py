@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sora_fast.kernels._launch import launch
+from sora_fast.kernels._launch import cdiv, launch
 from sora_fast.kernels._rows import CHUNK, RowBlock, Sums, fold, load_fp32, store_sums, store_zeros, walk
 
 
@@ -15,7 +15,7 @@ def gated_residual_forward(residual: Tensor, branch: Tensor, gate: Tensor, index
     block = RowBlock.pointwise(width)
     launch(
         gated_residual_forward_kernel,
-        (triton.cdiv(tokens, block.tokens), triton.cdiv(width, block.columns)),
+        (cdiv(tokens, block.tokens), cdiv(width, block.columns)),
         *(residual, branch, gate, index, out, tokens),
         *(residual.stride(), branch.stride(), gate.stride()),
         **{"WIDTH": width, "BLOCK_N": block.tokens, "BLOCK_C": block.columns},
@@ -40,7 +40,7 @@ def gated_residual_backward(
     block = RowBlock.pointwise_backward(width)
     launch(
         gated_residual_backward_kernel,
-        (triton.cdiv(tokens, CHUNK), triton.cdiv(width, block.columns)),
+        (cdiv(tokens, CHUNK), cdiv(width, block.columns)),
         *(d_out, branch, gate, index, offsets, order, d_residual, d_branch, sums, tokens, rows),
         *(d_out.stride(), branch.stride(), gate.stride()),
         **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": CHUNK},

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sora_fast.kernels._launch import launch
+from sora_fast.kernels._launch import cdiv, launch
 from sora_fast.kernels._rows import (
     CHUNK,
     RowBlock,
@@ -48,7 +48,7 @@ def gated_residual_adaln_forward(
     block = RowBlock.forward(width)
     launch(
         gated_residual_adaln_forward_kernel,
-        (triton.cdiv(tokens, block.tokens),),
+        (cdiv(tokens, block.tokens),),
         *(residual, branch, gate, shift, scale, weight, bias, index, h, y, stats, tokens),
         *(residual.stride(), branch.stride(), gate.stride(), shift.stride(), scale.stride()),
         **{"WIDTH": width, "EPS": eps, "CENTRED": centred, "BLOCK_N": block.tokens, "BLOCK_C": block.columns},
@@ -88,7 +88,7 @@ def gated_residual_adaln_backward(
     block = RowBlock.backward(width)
     launch(
         gated_residual_adaln_backward_kernel,
-        (triton.cdiv(tokens, CHUNK),),
+        (cdiv(tokens, CHUNK),),
         *(dh, dy, h, branch, gate, scale, weight, bias, stats, index, offsets, order),
         *(d_residual, d_branch, asked, tokens, rows),
         *((dy if dh is None else dh).stride(), dy.stride(), h.stride()),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sora_fast.kernels._launch import launch
+from sora_fast.kernels._launch import cdiv, launch
 from sora_fast.kernels._patches import Patches, fitted, patch_columns, patch_origins, patch_runs, store_pixels
 
 
@@ -43,7 +43,7 @@ def scatter_product(
     config = LinearUnpatchifyConfig.choose(x.dtype, patches.is_wide(flat))
     runs = patches.num_runs(num_pixels)
     block = fitted(config.pixels, runs * patches.run_block) // patches.run_block
-    grid = (triton.cdiv(runs, block) * triton.cdiv(patches.num_tokens, config.tokens),)
+    grid = (cdiv(runs, block) * cdiv(patches.num_tokens, config.tokens),)
     launch(
         *(linear_unpatchify_kernel, grid, x, *x.stride(), weight, *weight.stride()),
         *(bias, 0 if bias is None else bias.stride(0), flat, capacity, width, *patches.args),

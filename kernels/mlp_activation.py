@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._fold import fold
-from sora_fast.kernels._launch import launch, next_power_of_two
+from sora_fast.kernels._launch import cdiv, launch, next_power_of_two
 from sora_fast.kernels._rows import load_fp32
 
 
@@ -35,7 +35,7 @@ def mlp_activation_forward(x: Tensor, bias: Tensor | None, *, gated: bool) -> Te
     out = x.new_empty(tokens, width)
     columns = config.columns_for(width)
     launch(
-        *(mlp_activation_forward_kernel, (triton.cdiv(tokens, config.tokens), triton.cdiv(width, columns))),
+        *(mlp_activation_forward_kernel, (cdiv(tokens, config.tokens), cdiv(width, columns))),
         *(x, bias, out, tokens, x.stride(), 0 if bias is None else bias.stride(0)),
         **{"WIDTH": width, "GATED": gated, "BLOCK_N": config.tokens, "BLOCK_C": columns},
         num_warps=config.num_warps,
@@ -50,11 +50,11 @@ def mlp_activation_backward(
     config = MlpActivationConfig()
     tokens, width = d_out.shape
     d_x = x.new_empty(x.shape)
-    chunks = triton.cdiv(tokens, config.chunk)
+    chunks = cdiv(tokens, config.chunk)
     partials = torch.empty(chunks, x.shape[1], dtype=torch.float32, device=x.device) if bias_gradient else None
     columns = config.columns_for(width)
     launch(
-        *(mlp_activation_backward_kernel, (chunks, triton.cdiv(width, columns)), d_out, x, bias, d_x, partials, tokens),
+        *(mlp_activation_backward_kernel, (chunks, cdiv(width, columns)), d_out, x, bias, d_x, partials, tokens),
         *(d_out.stride(), x.stride(), 0 if bias is None else bias.stride(0)),
         **{"WIDTH": width, "GATED": gated, "BLOCK_N": config.tokens, "BLOCK_C": columns, "CHUNK": config.chunk},
         num_warps=config.num_warps,

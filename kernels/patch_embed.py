@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sora_fast.kernels import _rows
 from sora_fast.kernels._fold import fold
-from sora_fast.kernels._launch import launch
+from sora_fast.kernels._launch import cdiv, launch
 from sora_fast.kernels._patches import Patches, fitted, load_pixels, patch_columns, patch_origins, patch_runs
 
 
@@ -53,13 +53,13 @@ class PatchEmbedConfig:
 
     def channels_for(self, num_tokens: int, width: int) -> int:
         """Channels that a program of the forward pass walks over."""
-        groups = triton.cdiv(self.programs, max(1, triton.cdiv(num_tokens, self.tokens)))
-        return triton.cdiv(triton.cdiv(width, self.width), groups) * self.width
+        groups = cdiv(self.programs, max(1, cdiv(num_tokens, self.tokens)))
+        return cdiv(cdiv(width, self.width), groups) * self.width
 
     def chunk_for(self, num_tokens: int, numbers: int) -> int:
         """Tokens in one partial sum of so many numbers: `chunk`, or its first double that keeps to `most_partials`."""
         chunk = self.chunk
-        while chunk < num_tokens and triton.cdiv(num_tokens, chunk) * numbers > self.most_partials:
+        while chunk < num_tokens and cdiv(num_tokens, chunk) * numbers > self.most_partials:
             chunk *= 2
         return chunk
 
@@ -85,7 +85,7 @@ def embed(flat: Tensor, weight: Tensor, bias: Tensor | None, patches: Patches, p
     held = padded <= config.held
     channels = config.channels_for(patches.num_tokens, width) if held else config.width
     # One axis: only the first one of a grid is longer than 65,535.
-    grid = (triton.cdiv(width, channels) * triton.cdiv(patches.num_tokens, config.tokens),)
+    grid = (cdiv(width, channels) * cdiv(patches.num_tokens, config.tokens),)
     launch(
         *(patch_embed_kernel, grid, flat, flat.stride(0), flat.numel()),
         *(weight, *weight.stride(), bias, 0 if bias is None else bias.stride(0)),
@@ -109,11 +109,11 @@ def weight_gradient(grad: Tensor, flat: Tensor, patches: Patches, num_pixels: in
     width = grad.shape[1]
     config = PatchEmbedConfig.choose(flat, patches, width)
     chunk = config.chunk_for(patches.num_tokens, (num_pixels + 1) * width)
-    chunks = triton.cdiv(patches.num_tokens, chunk)
+    chunks = cdiv(patches.num_tokens, chunk)
     partials = torch.empty(chunks, num_pixels + 1, width, dtype=torch.float32, device=grad.device)
     padded = patches.num_runs(num_pixels) * patches.run_block
     block = fitted(config.features, padded)
-    grid = (triton.cdiv(width, config.width), triton.cdiv(padded, block), chunks)
+    grid = (cdiv(width, config.width), cdiv(padded, block), chunks)
     launch(
         *(patch_embed_weight_gradient_kernel, grid, grad, *grad.stride(), flat, flat.stride(0), flat.numel()),
         *(partials, width, *patches.args),
@@ -142,7 +142,7 @@ def table_gradient(grad: Tensor, index: Tensor, offsets: Tensor, order: Tensor) 
     block = _rows.RowBlock.pointwise_backward(width)
     launch(
         patch_embed_table_gradient_kernel,
-        (triton.cdiv(len(index), _rows.CHUNK), triton.cdiv(width, block.columns)),
+        (cdiv(len(index), _rows.CHUNK), cdiv(width, block.columns)),
         *(grad, index, offsets, order, sums, num_tokens, len(index), len(table), grad.stride()),
         **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": _rows.CHUNK},
         num_warps=block.num_warps,

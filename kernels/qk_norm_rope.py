@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sora_fast.kernels._attention_operands import Rows
 from sora_fast.kernels._fold import fold
-from sora_fast.kernels._launch import launch, next_power_of_two
+from sora_fast.kernels._launch import cdiv, launch, next_power_of_two
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class Heads(NamedTuple):
     @property
     def vectors(self) -> tuple[Any, ...]:
         """Both weights, each with its stride."""
-        weights = (self.q_weight, self.k_weight)
-        return tuple(value for weight in weights for value in (weight, 1 if weight is None else weight.stride(0)))
+        q, k = self.q_weight, self.k_weight
+        return q, 1 if q is None else q.stride(0), k, 1 if k is None else k.stride(0)
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -106,7 +107,7 @@ class Places(NamedTuple):
 
     @staticmethod
     def of(coords: Tensor, grids: Tensor | None, scale: Tensor | None) -> "Places":
-        return Places(coords, *(coords if x is None else x for x in (grids, scale)))
+        return Places(coords, coords if grids is None else grids, coords if scale is None else scale)
 
 
 @dataclass(frozen=True)
@@ -126,18 +127,23 @@ class Shape:
     @staticmethod
     def of(*tensors: Tensor) -> "Shape":
         """For all [N, H, D] that a kernel touches, of any strides."""
-        dim = tensors[0].shape[2]
-        pairs = next_power_of_two(dim // 2)
-        aligned = all(x.stride(axis) % 8 == 0 for x in tensors for axis in (0, 1))
-        return Shape(dim, pairs, max(1, QkNormRopeConfig.pairs // pairs), 8 if aligned else 1)
+        return _shape(tensors[0].shape[2], tuple(x.stride() for x in tensors))
 
     def programs(self, x: Tensor) -> int:
         """How many it takes to walk over the tokens of x [N, H, D]."""
-        return triton.cdiv(x.shape[0], self.tokens)
+        return cdiv(x.shape[0], self.tokens)
 
     def rows(self, x: Tensor) -> Rows:
         """x [N, H, D] as a kernel takes it."""
-        return Rows(x, x.stride(0) // self.unit, x.stride(1) // self.unit, x.stride(2))
+        token, head, dim = x.stride()
+        return Rows(x, token // self.unit, head // self.unit, dim)
+
+
+@lru_cache
+def _shape(dim: int, strides: tuple[tuple[int, ...], ...]) -> Shape:
+    pairs = next_power_of_two(dim // 2)
+    aligned = all(stride % 8 == 0 for token, head, _ in strides for stride in (token, head))
+    return Shape(dim, pairs, max(1, QkNormRopeConfig.pairs // pairs), 8 if aligned else 1)
 
 
 def forward(heads: Heads, segment_ids: Tensor, places: Places, rotation: Rotation, eps: float) -> tuple[Tensor, Tensor]:
@@ -179,8 +185,7 @@ def backward(
 
 
 def _empty(heads: Heads) -> tuple[Tensor, Tensor]:
-    q, k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (heads.q, heads.k))
-    return q, k
+    return heads.q.new_empty(heads.q.shape), heads.k.new_empty(heads.k.shape)
 
 
 @triton.jit

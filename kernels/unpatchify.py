@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sora_fast.kernels._launch import launch, next_power_of_two
+from sora_fast.kernels._launch import cdiv, launch, next_power_of_two
 from sora_fast.kernels._patches import Patches, load_pixels, patch_origins, patch_runs, store_pixels
 
 
@@ -49,9 +49,9 @@ def _launch(kernel: Any, tokens: Tensor, flat: Tensor, patches: Patches) -> None
     block_q = min(next_power_of_two(runs), max(1, config.row // (block_c * patches.run_block)))
     block_n = min(config.tokens, config.elements // (block_c * block_q * patches.run_block))
     # One axis: only the first one of a grid is longer than 65,535.
-    parts = triton.cdiv(channels, block_c) * triton.cdiv(runs, block_q)
+    parts = cdiv(channels, block_c) * cdiv(runs, block_q)
     launch(
-        *(kernel, (parts * triton.cdiv(patches.num_tokens, block_n),), tokens, *tokens.stride()),
+        *(kernel, (parts * cdiv(patches.num_tokens, block_n),), tokens, *tokens.stride()),
         *(flat, flat.stride(0), flat.numel(), *patches.args),
         **patches.meta(flat),
         CHANNELS=channels,

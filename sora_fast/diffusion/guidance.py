@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sora_fast.diffusion.join import join_conditioning, join_latents, join_layouts, join_rows, join_texts
 from sora_fast.diffusion.pixels import pixel_segments
+from sora_fast.diffusion.scheduled import scheduled
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents, RowIndex
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Guided:
             raise ValueError("text, labels: both None; guidance needs a condition to strengthen")
         if channels is not None and channels < 1:
             raise ValueError(f"channels: {channels}; it must be at least 1, or None for all")
-        self.model, self.layout, self.channels = model, layout, channels
+        self.layout, self.channels = layout, channels
         self.scale = torch.as_tensor(scale, dtype=torch.float32, device=layout.device).expand(layout.max_segments)
         self.joined = join_layouts(layout, layout)
         self._rows: tuple[RowIndex, RowIndex] | None = None
@@ -52,6 +53,7 @@ class Guided:
             self.inputs["text"] = join_texts(text, null_text)
         if labels is not None:
             self.inputs["labels"] = torch.cat([labels, null_labels])
+        self.model = scheduled(model, self.joined, self.inputs["text"].layout if text is not None else None)
 
     def __call__(self, latents: RaggedLatents, layout: PackedLayout, conditioning: Conditioning) -> RaggedLatents:
         """The guided prediction; `layout` must be the one that this was made for."""

@@ -16,6 +16,7 @@ from sora_fast.diffusion.losses import split_output
 from sora_fast.diffusion.noise import Generators, noise_like
 from sora_fast.diffusion.paths import DDPM, NoisePath, RectifiedFlow
 from sora_fast.diffusion.pixels import PatchSize, pixel_segments, spread, token_to_pixels
+from sora_fast.diffusion.scheduled import scheduled
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
 
 Denoiser = Callable[[RaggedLatents, PackedLayout, Conditioning], RaggedLatents]
@@ -198,6 +199,7 @@ def sample(
         denoised, noise_in_x = path.denoise(x, prediction.to(dtype), to_pixels(sigma))
         return Prediction(denoised, noise_in_x, None if variance is None else variance.to(dtype))
 
+    model = scheduled(model, layout)
     problem = Problem(path, predict, to_pixels, lambda: noise_like(work, generator))
     sigmas = path.sigmas(steps, layout, start=start, spacing=sampler.spacing)
     rows = Conditioning.with_clean(sigmas[0], clean, layout).rows  # the same in every step

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from sora_fast.diffusion.samplers import (
     Sampler,
     sample,
 )
+from sora_fast.diffusion.scheduled import scheduled
 from sora_fast.generation.tasks import Request, pack_requests
 from sora_fast.models import PackedText
 from sora_fast.packing import PackedLayout
@@ -113,7 +115,7 @@ class Engine:
         text = self._text([request.prompt for request in requests])
         scale = torch.tensor([request.guidance for request in requests], dtype=torch.float32, device="cpu")
         if bool((scale == 1).all()):
-            return lambda latents, layout, conditioning: model(latents, layout, conditioning, text=text)
+            return partial(scheduled(model, layout, text.layout), text=text)
         null_text = self._text([""] * len(requests))
         # Not a learned variance: extrapolated, it would leave its bounds.
         channels = model.config.in_channels

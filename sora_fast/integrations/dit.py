@@ -19,6 +19,7 @@ from torch import Tensor
 from sora_fast.diffusion import DDPM, Ancestral, Guided
 from sora_fast.diffusion.noise import Generators
 from sora_fast.diffusion.samplers import sample as run_sampler
+from sora_fast.diffusion.scheduled import scheduled
 from sora_fast.files import is_text, read_tensors, replacing
 from sora_fast.masks import SpacetimeMask
 from sora_fast.models import SoraDiT, SoraDiTConfig
@@ -162,13 +163,14 @@ def sample(
     latents, layout = _packed(model, noise, labels)
     _check_guidance(guidance, channels, len(noise))
     _check_generator(generator, len(noise))
-    denoiser = partial(model, labels=labels)
     if isinstance(guidance, Tensor) or guidance != 1:
         _check_null_class(model.config, guidance)
         null_labels = torch.full_like(labels, model.config.num_classes)
         most = model.config.in_channels
         guided = most if channels is None else min(channels, most)
         denoiser = Guided(model, layout, scale=guidance, labels=labels, null_labels=null_labels, channels=guided)
+    else:
+        denoiser = partial(scheduled(model, layout), labels=labels)
     made = run_sampler(
         denoiser,
         latents,

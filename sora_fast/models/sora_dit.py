@@ -80,6 +80,14 @@ class SoraDiTConfig:
         return SoraDiTConfig(dim=dim, depth=depth, heads=heads, in_channels=in_channels, **options)
 
 
+@dataclass(frozen=True)
+class Schedules:
+    """Who attends whom in all blocks of a model, over one batch: itself, and its text if it reads any."""
+
+    own: TileSchedule
+    text: TileSchedule | None = None
+
+
 class SoraDiT(nn.Module):
     """patch_embed → blocks → final layer → unpatchify; every task is the same forward pass."""
 
@@ -118,12 +126,15 @@ class SoraDiT(nn.Module):
         conditioning: Conditioning,
         text: PackedText | None = None,
         labels: Tensor | None = None,
+        *,
+        schedules: Schedules | None = None,
     ) -> RaggedLatents:
         """Predict the path's target for every video.
 
         latents: S videos (in_channels, T, H, W) at the noise levels of `conditioning`; layout: their token grids,
         ceil(T/pt), ceil(H/ph), ceil(W/pw); text: packed text of the same S segments; labels: [S] int.
         Latents and text of any floating dtype: the model computes in its own, that of its weights or autocast's.
+        schedules: what `schedules_for` gave for this layout and text; None makes them anew, in every call.
         Returns videos of the same sizes, in that dtype, with in_channels channels, twice as many with `learned_sigma`.
         """
         _check_inputs(self.config, layout, text, labels)
@@ -131,13 +142,21 @@ class SoraDiT(nn.Module):
         condition = self._condition(conditioning, text, labels)
         modulations = [block.adaLN_modulation(condition) for block in self.blocks]
         modulations.append(self.final_layer.adaLN_modulation(condition))
-        shared = self._shared(layout, conditioning, text)
+        schedules = schedules or self.schedules_for(layout, None if text is None else text.layout)
+        shared = self._shared(layout, conditioning, text, schedules)
 
         x = self.x_embedder(latents, layout, None if self.pos_embed is None else self.pos_embed(layout))
         h = adaln(x, *modulations[0][:2], shared.rows)
         for block, modulation, following in zip(self.blocks, modulations, modulations[1:], strict=False):
             x, h = block(x, h, modulation, following[:2], shared)
         return self.final_layer(h, layout, latents)
+
+    def schedules_for(self, layout: PackedLayout, text_layout: PackedLayout | None = None) -> Schedules:
+        """What `forward` takes as `schedules`, for every call with these layouts: as in all steps of a sampler."""
+        own = TileSchedule.build(layout, self.config.mask)
+        if self.config.text_dim is None or text_layout is None:
+            return Schedules(own)
+        return Schedules(own, TileSchedule.build(layout, kv_layout=text_layout))
 
     def _own(self, latents: RaggedLatents, text: PackedText | None) -> tuple[RaggedLatents, PackedText | None]:
         """Both in the weights' dtype; under autocast as they are, since there each layer casts for itself."""
@@ -161,12 +180,12 @@ class SoraDiT(nn.Module):
             condition = condition + self.text_embedder(text.pooled)[segment]
         return condition
 
-    def _shared(self, layout: PackedLayout, conditioning: Conditioning, text: PackedText | None) -> BlockContext:
-        schedule = TileSchedule.build(layout, self.config.mask)
+    def _shared(
+        self, layout: PackedLayout, conditioning: Conditioning, text: PackedText | None, schedules: Schedules
+    ) -> BlockContext:
         if self.config.text_dim is None:
-            return BlockContext(layout, schedule, conditioning.rows)
-        text_schedule = TileSchedule.build(layout, kv_layout=text.layout)
-        return BlockContext(layout, schedule, conditioning.rows, text.tokens, text.layout, text_schedule)
+            return BlockContext(layout, schedules.own, conditioning.rows)
+        return BlockContext(layout, schedules.own, conditioning.rows, text.tokens, text.layout, schedules.text)
 
 
 def _position(config: SoraDiTConfig) -> nn.Module | None:

@@ -1,17 +1,76 @@
 """Checks of what the ops are given. Each message names the argument, what came, and what is right."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from sora_fast.packing import PackedLayout, RowIndex
+from sora_fast.packing._bundle import TensorBundle, likeness
 from sora_fast.packing._bundle import may_read as may_read
 
 # What kernels compute with; the torch backend also takes fp64.
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
+
+
+# Kinds of arguments that pass a check once and for all; batches of other sizes are others.
+_MOST = 4096
+
+
+def once(check: Callable[..., None]) -> Callable[..., None]:
+    """`check` of positional arguments, of which it reads shapes, dtypes and devices alone and no values, is not made
+    again for arguments like those that passed it: it takes up to 12 µs of a call's 35.
+
+    Like are tensors and bundles of tensors of the same of those, and other values that are equal.
+    """
+    passed: set[tuple[Any, ...]] = set()
+
+    @wraps(check)
+    def checked(*args: Any) -> None:
+        key = None if torch.compiler.is_compiling() else _likeness(args)
+        if key is not None and key in passed:
+            return
+        check(*args)
+        if key is not None:
+            if len(passed) >= _MOST:
+                passed.clear()
+            passed.add(key)
+
+    return checked
+
+
+_values: set[type] = set()
+
+
+def value(kind: type) -> type:
+    """For a class of values, hashed and compared by content: `once` may take them for alike."""
+    _values.add(kind)
+    return kind
+
+
+def _likeness(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """None if there is an argument of a kind that it does not know."""
+    key: list[Any] = []
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            key.append((arg.shape, arg.dtype, arg.device))
+        elif arg is None or kind is str:
+            key.append(arg)
+        elif kind is float or kind is int or kind is bool:
+            key.append((kind, arg))
+        elif isinstance(arg, TensorBundle):
+            key.append(likeness(arg))
+        elif kind in _values:
+            key.append(arg)
+        else:
+            return None
+    return tuple(key)
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -70,20 +70,13 @@ def choose(
         which a kernel must be proved; None, of an op that computes with integers only.
     Raises ValueError if the backend asked for cannot run here.
     """
-    _check_name(backend, "backend")
-    asked = backend or asked_for()
-    refused: dict[str, str] = {}
-    if asked is not None:
-        reason = _unavailable(op, asked, device.type, offered)
-        if reason is None:
-            return _record(op, asked, refused)
-        if backend is not None:
-            raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
-        refused[asked] = reason
-    chosen, reasons = default(op, device, offered, dtype)
-    if reasons.get("triton", "").startswith(UNPROVED):
-        _remind()
-    return _record(op, chosen, refused | reasons)
+    asked = asked_for()
+    kernels_run = device.type == "cuda" or interpreting()
+    chosen, refused = _decide(op, backend, asked, device, offered, dtype, kernels_run, _records.epoch())
+    record = _calls.get((op, chosen)) or _calls.setdefault((op, chosen), _Record())
+    record.count += 1
+    record.refused.update(refused)
+    return chosen
 
 
 # A graph keeps the choice made while it was traced: Dynamo must neither trace this bookkeeping nor guard on it. This is
@@ -91,10 +84,42 @@ def choose(
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# A choice costs 10 µs, and a small op has 35: it is made once for all that it depends on.
+@lru_cache(maxsize=1024)
+def _decide(
+    op: str,
+    backend: str | None,
+    asked: str | None,
+    device: torch.device,
+    offered: tuple[str, ...],
+    dtype: torch.dtype | None,
+    kernels_run: bool,
+    epoch: int,
+) -> tuple[str, dict[str, str]]:
+    """The backend, and why not those before it. asked: by the user, for all ops; kernels_run: Triton's, on `device`;
+    epoch: of the records."""
+    _check_name(backend, "backend")
+    refused: dict[str, str] = {}
+    wanted = backend or asked
+    if wanted is not None:
+        reason = _unavailable(op, wanted, device.type, offered)
+        if reason is None:
+            return wanted, refused
+        if backend is not None:
+            raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
+        refused[wanted] = reason
+    chosen, reasons = default(op, device, offered, dtype)
+    if reasons.get("triton", "").startswith(UNPROVED):
+        _remind()
+    return chosen, refused | reasons
+
+
 def asked_for() -> str | None:
     """The backend that the user has set for all ops, if one."""
-    asked = _forced.get() or os.environ.get("SORA_FAST_BACKEND") or None
-    _check_name(asked, "SORA_FAST_BACKEND")
+    asked = _forced.get()
+    if asked is None:
+        asked = os.environ.get("SORA_FAST_BACKEND") or None
+        _check_name(asked, "SORA_FAST_BACKEND")
     return asked
 
 
@@ -109,13 +134,6 @@ def default(
             return name, refused
         refused[name] = reason
     raise ValueError(f"backend: none of {offered} can run {op} on {device}: {refused}")
-
-
-def _record(op: str, backend: str, refused: dict[str, str]) -> str:
-    record = _calls.setdefault((op, backend), _Record())
-    record.count += 1
-    record.refused.update(refused)
-    return backend
 
 
 def _check_name(backend: str | None, argument: str) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sora_fast.ops._op import op
 from sora_fast.ops._patches import PatchSize, pixel_index
 from sora_fast.packing import PackedLayout
 
@@ -119,7 +120,7 @@ def _boxes(
     return boxes, rows.view(boxes.shape)
 
 
-@torch.library.custom_op("sora_fast::cut_patches", mutates_args=())
+@op("sora_fast::cut_patches")
 def _cut(
     flat: Tensor,
     offsets: Tensor,
@@ -148,7 +149,7 @@ def _cut(
     return out
 
 
-@torch.library.custom_op("sora_fast::put_patches", mutates_args=())
+@op("sora_fast::put_patches")
 def _put(
     patches: Tensor,
     offsets: Tensor,
@@ -212,7 +213,7 @@ _cut.register_autograd(_cut_backward, setup_context=_save_places)
 _put.register_autograd(_put_backward, setup_context=_save_places)
 
 
-@torch.library.custom_op("sora_fast::linear_of_tokens", mutates_args=())
+@op("sora_fast::linear_of_tokens")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor) -> Tensor:
     used = int(cu_seqlens[-1])
     out = x.new_empty(x.shape[0], weight.shape[0])
@@ -224,7 +225,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor) 
     return out
 
 
-@torch.library.custom_op("sora_fast::linear_of_tokens_backward", mutates_args=())
+@op("sora_fast::linear_of_tokens_backward")
 def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor, needed: list[bool]) -> list[Tensor]:
     """Of x, weight and bias, those that are needed."""
     used = int(cu_seqlens[-1])

@@ -256,7 +256,17 @@ def _replace(file: Path, text: str) -> None:
         raise
 
 
+_epoch = 0
+
+
+def epoch() -> int:
+    """A number that is another one whenever a record may be: for what is kept of `find`."""
+    return _epoch
+
+
 def forget() -> None:
     """Look again at what lies on the disk: another process may have proved something."""
+    global _epoch
+    _epoch += 1
     find.cache_clear()
     _shipped.cache_clear()

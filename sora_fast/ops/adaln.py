@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sora_fast.ops._checks import once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import (
     Index,
@@ -19,6 +20,7 @@ from sora_fast.ops._modulation import (
     without_padding,
 )
 from sora_fast.ops._norm import affine_gradients, check_norm, contiguous, fake_affine, fake_stats, plain_norm
+from sora_fast.ops._op import kernels, op
 
 
 def adaln(
@@ -45,8 +47,7 @@ def adaln(
     Returns [N, C] in x's dtype; statistics are fp32. Padding gives zeros, in the gradients too, whatever stands there.
     Raises TypeError or ValueError for arguments that do not fit together.
     """
-    check_modulated({"x": x}, {"shift": shift, "scale": scale}, index)
-    check_norm("x", x, norm, weight, bias, eps)
+    _check(x, shift, scale, index, norm, weight, bias, eps)
     if backend_for(x, backend) == "torch":
         return plain_adaln(x, shift, scale, index, norm, weight, bias, eps)
     return _adaln(x, shift, scale, contiguous(weight), contiguous(bias), *parts(index), norm, eps)[0]
@@ -77,7 +78,7 @@ def plain_adaln(
     return without_padding(y, index).to(dtype)
 
 
-@torch.library.custom_op("sora_fast::adaln", mutates_args=())
+@op("sora_fast::adaln")
 def _adaln(
     x: Tensor,
     shift: Tensor,
@@ -90,12 +91,10 @@ def _adaln(
     norm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    from sora_fast.kernels.adaln import adaln_forward
-
-    return adaln_forward(x, shift, scale, weight, bias, index, eps=eps, centred=norm == "layer")
+    return kernels("adaln").adaln_forward(x, shift, scale, weight, bias, index, eps=eps, centred=norm == "layer")
 
 
-@torch.library.custom_op("sora_fast::adaln_backward", mutates_args=())
+@op("sora_fast::adaln_backward")
 def _adaln_backward(
     dy: Tensor,
     x: Tensor,
@@ -148,3 +147,18 @@ def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
 
 
 _adaln.register_autograd(_backward, setup_context=_save)
+
+
+@once
+def _check(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    index: Index,
+    norm: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> None:
+    check_modulated({"x": x}, {"shift": shift, "scale": scale}, index)
+    check_norm("x", x, norm, weight, bias, eps)

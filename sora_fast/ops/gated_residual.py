@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sora_fast.ops._checks import once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import (
     Index,
@@ -18,6 +19,7 @@ from sora_fast.ops._modulation import (
     widened,
     without_padding,
 )
+from sora_fast.ops._op import kernels, op
 
 
 def gated_residual(
@@ -33,7 +35,7 @@ def gated_residual(
     Returns [N, C] in the inputs' dtype; products and sums are fp32. Padding gives zeros, in the gradients too,
     whatever stands there. Raises TypeError or ValueError for arguments that do not fit together.
     """
-    check_modulated({"residual": residual, "branch": branch}, {"gate": gate}, index)
+    _check(residual, branch, gate, index)
     if choose("gated_residual", backend, residual.device, offered(residual), residual.dtype) == "torch":
         return plain_gated_residual(residual, branch, gate, index)
     return _gated_residual(residual, branch, gate, *parts(index))
@@ -45,7 +47,7 @@ def plain_gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, index: 
     return without_padding(out, index).to(residual.dtype)
 
 
-@torch.library.custom_op("sora_fast::gated_residual", mutates_args=())
+@op("sora_fast::gated_residual")
 def _gated_residual(
     residual: Tensor,
     branch: Tensor,
@@ -54,12 +56,10 @@ def _gated_residual(
     offsets: Tensor | None,  # only the backward pass reads these two
     tokens: Tensor | None,
 ) -> Tensor:
-    from sora_fast.kernels.gated_residual import gated_residual_forward
-
-    return gated_residual_forward(residual, branch, gate, index)
+    return kernels("gated_residual").gated_residual_forward(residual, branch, gate, index)
 
 
-@torch.library.custom_op("sora_fast::gated_residual_backward", mutates_args=())
+@op("sora_fast::gated_residual_backward")
 def _gated_residual_backward(
     d_out: Tensor,
     branch: Tensor,
@@ -98,3 +98,8 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _gated_residual.register_autograd(_backward, setup_context=_save)
+
+
+@once
+def _check(residual: Tensor, branch: Tensor, gate: Tensor, index: Index) -> None:
+    check_modulated({"residual": residual, "branch": branch}, {"gate": gate}, index)

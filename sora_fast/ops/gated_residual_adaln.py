@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sora_fast.ops._checks import once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import Index, check_modulated, csr, offered_rows, parts, table_gradients
 from sora_fast.ops._norm import affine_gradients, check_norm, contiguous, fake_affine, fake_stats
+from sora_fast.ops._op import kernels, op
 from sora_fast.ops.adaln import plain_adaln
 from sora_fast.ops.gated_residual import plain_gated_residual
 
@@ -44,9 +46,7 @@ def gated_residual_adaln(
     There is no less to keep here: h is also the residual of the next op, which lives as long. The result of the norm,
     another 2C, is kept by the Linear behind it, for its weight; see `DiTBlock`'s norm_recompute.
     """
-    tables = {"gate": gate, "shift": shift, "scale": scale}
-    check_modulated({"residual": residual, "branch": branch}, tables, index)
-    check_norm("residual", residual, norm, weight, bias, eps)
+    _check(residual, branch, gate, shift, scale, index, norm, weight, bias, eps)
     if choose("gated_residual_adaln", backend, residual.device, offered_rows(residual), residual.dtype) == "torch":
         h = plain_gated_residual(residual, branch, gate, index)
         return h, plain_adaln(h, shift, scale, index, norm, weight, bias, eps)
@@ -54,7 +54,7 @@ def gated_residual_adaln(
     return _gated_residual_adaln(residual, branch, gate, shift, scale, *affine, *parts(index), norm, eps)[:2]
 
 
-@torch.library.custom_op("sora_fast::gated_residual_adaln", mutates_args=())
+@op("sora_fast::gated_residual_adaln")
 def _gated_residual_adaln(
     residual: Tensor,
     branch: Tensor,
@@ -69,13 +69,11 @@ def _gated_residual_adaln(
     norm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from sora_fast.kernels.gated_residual_adaln import gated_residual_adaln_forward
-
-    tensors = (residual, branch, gate, shift, scale, weight, bias, index)
-    return gated_residual_adaln_forward(*tensors, eps=eps, centred=norm == "layer")
+    forward = kernels("gated_residual_adaln").gated_residual_adaln_forward
+    return forward(residual, branch, gate, shift, scale, weight, bias, index, eps=eps, centred=norm == "layer")
 
 
-@torch.library.custom_op("sora_fast::gated_residual_adaln_backward", mutates_args=())
+@op("sora_fast::gated_residual_adaln_backward")
 def _gated_residual_adaln_backward(
     dh: Tensor | None,
     dy: Tensor,
@@ -144,3 +142,21 @@ def _backward(ctx: Any, dh: Tensor | None, dy: Tensor | None, *_: None) -> tuple
 
 
 _gated_residual_adaln.register_autograd(_backward, setup_context=_save)
+
+
+@once
+def _check(
+    residual: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    index: Index,
+    norm: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> None:
+    tables = {"gate": gate, "shift": shift, "scale": scale}
+    check_modulated({"residual": residual, "branch": branch}, tables, index)
+    check_norm("residual", residual, norm, weight, bias, eps)

@@ -9,6 +9,7 @@ from sora_fast.ops import _patches_torch
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
+from sora_fast.ops._op import op
 from sora_fast.ops._patches import PatchSize, check_patch_size, geometry
 from sora_fast.ops.unpatchify import _unpatchify_backward, channels_of, unpatchify, videos_of
 from sora_fast.packing import PackedLayout, RaggedLatents
@@ -43,7 +44,7 @@ def linear_unpatchify(
     return RaggedLatents(_linear_unpatchify(x, weight, bias, *places, capacity), offsets, shapes)
 
 
-@torch.library.custom_op("sora_fast::linear_unpatchify", mutates_args=())
+@op("sora_fast::linear_unpatchify")
 def _linear_unpatchify(
     x: Tensor,
     weight: Tensor,

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape, once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
+from sora_fast.ops._op import kernels, op
 
 ACTIVATIONS = ("gelu", "swiglu")
 
@@ -52,14 +53,12 @@ def _torch(x: Tensor, activation: str) -> Tensor:
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
-@torch.library.custom_op("sora_fast::mlp_activation", mutates_args=())
+@op("sora_fast::mlp_activation")
 def _mlp_activation(x: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
-    from sora_fast.kernels.mlp_activation import mlp_activation_forward
-
-    return mlp_activation_forward(x, bias, gated=gated)
+    return kernels("mlp_activation").mlp_activation_forward(x, bias, gated=gated)
 
 
-@torch.library.custom_op("sora_fast::mlp_activation_backward", mutates_args=())
+@op("sora_fast::mlp_activation_backward")
 def _mlp_activation_backward(
     d_out: Tensor, x: Tensor, bias: Tensor | None, gated: bool, bias_gradient: bool
 ) -> tuple[Tensor, Tensor]:
@@ -93,6 +92,7 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
 _mlp_activation.register_autograd(_backward, setup_context=_save)
 
 
+@once
 def _check(x: Tensor, bias: Tensor | None, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: {activation!r}; it must be one of {ACTIVATIONS}")

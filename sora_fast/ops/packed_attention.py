@@ -13,11 +13,12 @@ from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import _attention_device as on_device
 from sora_fast.ops import _attention_peers as peers
 from sora_fast.ops import _attention_torch as plain
-from sora_fast.ops._checks import FLOAT_DTYPES, KERNEL_DTYPES, check_device, check_dtype, check_shape, may_read
+from sora_fast.ops._checks import FLOAT_DTYPES, KERNEL_DTYPES, check_device, check_dtype, check_shape, may_read, once
 from sora_fast.ops._dispatch import choose
+from sora_fast.ops._op import kernels, op
 from sora_fast.packing import PackedLayout
 from sora_fast.schedule import TileSchedule
-from sora_fast.tiles import TokenRanges
+from sora_fast.tiles import TileLists, TokenRanges
 
 # The kernels cover a head by a power of two and the rest (72 = 64 + 16); past 256 nothing would fit on chip.
 MAX_KERNEL_HEAD_DIM = 256
@@ -53,6 +54,8 @@ def packed_attention(
     whatever stands in it. Raises TypeError or ValueError for arguments that do not fit together.
     """
     _check(q, k, v, layout, mask, kv_layout)
+    if isinstance(mask, TileSchedule):
+        _check_batch(mask, layout, kv_layout)
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     if not isinstance(scale, Real) or not math.isfinite(scale):
         raise ValueError(f"scale: {scale!r}; it must be a finite number")
@@ -65,10 +68,10 @@ def packed_attention(
         return getattr(peers, chosen)(q, k, v, schedule, scale=scale, deterministic=deterministic)
     if chosen == "torch" and on_device.fits(q, k):
         return on_device.attention(q, k, v, schedule, scale=scale, lse=return_lse, deterministic=deterministic)
-    op = _plain_attention if chosen == "torch" else _triton_attention
+    attend = _plain_attention if chosen == "torch" else _triton_attention
     tile_sizes = [schedule.layout.tile_size, schedule.kv_layout.tile_size]
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
-    out, lse = op(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule), scale, deterministic)
+    out, lse = attend(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule), scale, deterministic)
     return (out, lse.transpose(0, 1)) if return_lse else out
 
 
@@ -87,15 +90,20 @@ def _kind(schedule: TileSchedule) -> int:
     return _CAUSAL_BOXES if causal else _BOXES
 
 
+# Of a side of a schedule, in order.
+_NAMES = {side: tuple(field.name for field in fields(side)) for side in (TokenRanges, TileLists)}
+
+
 def _tensors(schedule: TileSchedule) -> list[Tensor]:
-    """All that the backends read of a schedule: custom ops take tensors only."""
+    """All that the backends read of a schedule: ops of the dispatcher take tensors only."""
     layout, keys = schedule.layout, schedule.kv_layout
-    boxes = [schedule.query_low, schedule.query_high, schedule.key_place, layout.raster_index]
-    sides = [getattr(side, field.name) for side in (schedule.by_query, schedule.by_key) for field in fields(side)]
+    boxes = (schedule.query_low, schedule.query_high, schedule.key_place, layout.raster_index)
+    names = _NAMES[type(schedule.by_query)]
+    sides = [getattr(side, name) for side in (schedule.by_query, schedule.by_key) for name in names]
     return [layout.cu_seqlens, keys.cu_seqlens, layout.tile_offsets, keys.tile_offsets, *boxes, *sides]
 
 
-@torch.library.custom_op("sora_fast::packed_attention_plain", mutates_args=())
+@op("sora_fast::packed_attention_plain")
 def _plain_attention(
     q: Tensor,
     k: Tensor,
@@ -109,7 +117,7 @@ def _plain_attention(
     return plain.forward(q, k, v, _blocks(schedule, kind, join=plain.may_join(q)), scale)
 
 
-@torch.library.custom_op("sora_fast::packed_attention_plain_backward", mutates_args=())
+@op("sora_fast::packed_attention_plain_backward")
 def _plain_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -140,7 +148,7 @@ def _blocks(schedule: list[Tensor], kind: int, *, join: bool) -> Iterator[plain.
     return plain.tile_blocks(query_tiles, key_tiles, *schedule[8:11], schedule[12], masking)
 
 
-@torch.library.custom_op("sora_fast::packed_attention", mutates_args=())
+@op("sora_fast::packed_attention")
 def _triton_attention(
     q: Tensor,
     k: Tensor,
@@ -151,14 +159,12 @@ def _triton_attention(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    from sora_fast.kernels.packed_attention import forward
-
     by_query, _, boxes = _walks(schedule, kind)
     options = {"tile_sizes": tuple(tile_sizes), "scale": scale, "causal": kind in _BY_RASTER}
-    return forward(q, k, v, by_query, boxes, **options)
+    return kernels("packed_attention").forward(q, k, v, by_query, boxes, **options)
 
 
-@torch.library.custom_op("sora_fast::packed_attention_backward", mutates_args=())
+@op("sora_fast::packed_attention_backward")
 def _triton_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -184,14 +190,13 @@ def _triton_attention_backward(
 
 
 def _walks(schedule: list[Tensor], kind: int) -> tuple[Any, Any, Any]:
-    from sora_fast.kernels._attention_walk import Boxes, Walk
-
+    walks = kernels("_attention_walk")
     _, _, query_tiles, key_tiles, *boxes = schedule[:8]
     sides = schedule[8:]
     half = len(sides) // 2
-    by_query = Walk(query_tiles, key_tiles, *sides[:half])
-    by_key = Walk(key_tiles, query_tiles, *sides[half:])
-    return by_query, by_key, None if kind == _FULL else Boxes(*boxes)
+    by_query = walks.Walk(query_tiles, key_tiles, *sides[:half])
+    by_key = walks.Walk(key_tiles, query_tiles, *sides[half:])
+    return by_query, by_key, None if kind == _FULL else walks.Boxes(*boxes)
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -210,7 +215,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _backward_with(op: Any) -> Any:
+def _backward_with(own: Any) -> Any:
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse, *schedule = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
@@ -218,7 +223,7 @@ def _backward_with(op: Any) -> Any:
             # −∞ is a constant, whatever comes back for it: NaN where two such results were merged by logaddexp.
             grad_lse = grad_lse.masked_fill(lse == -math.inf, 0.0)
         keys = any(ctx.needs_input_grad[1:3])
-        grads = op(grad_out, grad_lse, q, k, v, out, lse, schedule, *ctx.options, keys)
+        grads = own(grad_out, grad_lse, q, k, v, out, lse, schedule, *ctx.options, keys)
         missing = [None] * (3 - len(grads))
         return *grads, *missing, [None] * len(schedule), *[None] * len(ctx.options)
 
@@ -239,6 +244,7 @@ def _offered(q: Tensor) -> tuple[str, ...]:
     return ("torch", "triton") if fits else ("torch",)
 
 
+@once
 def _check(
     q: Tensor,
     k: Tensor,
@@ -276,18 +282,26 @@ def _check(
         if mask.cross != (kv_layout is not None):
             built, given = ("cross", "without") if mask.cross else ("self", "with")
             raise ValueError(f"mask: a schedule of {built}-attention {given} kv_layout; build it {given} one, too")
-        if may_read(mask.overflow):
-            mask.check()
 
 
 def _check_schedule(name: str, scheduled: PackedLayout, given: PackedLayout) -> None:
-    """The schedule was built for a layout like the given one: for that very batch, where looking costs nothing."""
+    """The schedule was built for a layout like the given one."""
     sizes = ("capacity", "max_segments", "max_tiles", "tile_size", "is_raster", "device")
     for size in sizes:
         built, wanted = getattr(scheduled, size), getattr(given, size)
         if built != wanted:
             raise ValueError(f"mask: a schedule for a {name} of {size} {built}, but the {name} has {wanted}")
-    if may_read(given.cu_seqlens) and not (
-        torch.equal(scheduled.cu_seqlens, given.cu_seqlens) and torch.equal(scheduled.tile_offsets, given.tile_offsets)
-    ):
-        raise ValueError(f"mask: a schedule of another batch than the {name}; build it from this one")
+
+
+def _check_batch(schedule: TileSchedule, layout: PackedLayout, kv_layout: PackedLayout | None) -> None:
+    """It was built for this very batch, and had room for it; where looking costs nothing."""
+    if not may_read(schedule.overflow):
+        return
+    pairs = {"layout": (schedule.layout, layout), "kv_layout": (schedule.kv_layout, kv_layout)}
+    for name, (scheduled, given) in pairs.items():
+        if given is not None and not (
+            torch.equal(scheduled.cu_seqlens, given.cu_seqlens)
+            and torch.equal(scheduled.tile_offsets, given.tile_offsets)
+        ):
+            raise ValueError(f"mask: a schedule of another batch than the {name}; build it from this one")
+    schedule.check()

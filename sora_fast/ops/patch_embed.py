@@ -12,6 +12,7 @@ from sora_fast.ops import _patches_torch
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape, may_read
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered, parts, widened
+from sora_fast.ops._op import op
 from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry
 from sora_fast.packing import PackedLayout, RaggedLatents, RowIndex
 
@@ -123,7 +124,7 @@ def _joined(position: Position) -> tuple[Tensor | None, list[int]]:
     return torch.cat(tables), [0 if table is None else table.shape[0] for table in position.tables]
 
 
-@torch.library.custom_op("sora_fast::patch_embed", mutates_args=())
+@op("sora_fast::patch_embed")
 def _patch_embed(
     flat: Tensor,
     weight: Tensor,
@@ -143,7 +144,7 @@ def _patch_embed(
     return kernels.embed(flat, weight, bias, patches, kernels.Additive(table, tuple(table_rows)))
 
 
-@torch.library.custom_op("sora_fast::patch_embed_weight_gradient", mutates_args=())
+@op("sora_fast::patch_embed_weight_gradient")
 def _weight_gradient(
     grad: Tensor,
     flat: Tensor,
@@ -162,14 +163,14 @@ def _weight_gradient(
     return kernels.weight_gradient(grad, flat, patches, num_pixels)
 
 
-@torch.library.custom_op("sora_fast::patch_embed_table_gradient", mutates_args=())
+@op("sora_fast::patch_embed_table_gradient")
 def _table_gradient(grad: Tensor, index: Tensor, offsets: Tensor, order: Tensor) -> Tensor:
     from sora_fast.kernels.patch_embed import table_gradient
 
     return table_gradient(grad, index, offsets, order)
 
 
-@torch.library.custom_op("sora_fast::patch_embed_pixel_gradient", mutates_args=())
+@op("sora_fast::patch_embed_pixel_gradient")
 def _pixel_gradient(
     grad: Tensor,
     weight: Tensor,

@@ -10,12 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_eps, check_layout, check_shape
+from sora_fast.ops._checks import (
+    FLOAT_DTYPES,
+    check_device,
+    check_dtype,
+    check_eps,
+    check_layout,
+    check_shape,
+    once,
+    value,
+)
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered, widened
+from sora_fast.ops._norm import contiguous
+from sora_fast.ops._op import kernels, op
 from sora_fast.packing import PackedLayout
 
 
+@value
 @dataclass(frozen=True)
 class Rope3D:
     """Rotary positions (arXiv:2104.09864) of three axes: each owns a part of the head's channel pairs.
@@ -41,6 +53,9 @@ class Rope3D:
     extent: tuple[float | None, float | None, float | None] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("split", "scale", "extent"):  # lists too; a rope is a key of what is computed from it
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         if self.split is not None and not (
             len(self.split) == 3 and all(isinstance(n, int | np.integer) and n >= 0 and n % 2 == 0 for n in self.split)
         ):
@@ -114,19 +129,22 @@ def qk_norm_rope(
     Returns (q', k'), of the same shapes, in the dtype of q; computed in fp32; zeros for padding.
     Differentiable in q, k and both weights.
     """
-    _check(q, k, q_weight, k_weight, layout, rope)
+    _check(q, k, q_weight, k_weight, layout, rope, eps)
     _check_segment_scale(segment_scale, layout, rope)
-    check_eps(eps)
-    rotation = _rotation(rope, q.shape[2])
+    rotation = (_rotation if torch.compiler.is_compiling() else _kept_rotation)(rope, q.shape[2])
     grids = layout.grids if any(rotation.extent) else None
     if choose("qk_norm_rope", backend, q.device, offered(q), q.dtype) == "torch":
         places = (layout.segment_ids, layout.coords, layout.grids, segment_scale)
         turns = None if rope is None else _turns(*places, *rotation)
         shared = (layout.segment_ids, turns, rotation.interleaved, eps)
         return _NormRope.apply(q, q_weight, *shared), _NormRope.apply(k, k_weight, *shared)
-    places = (layout.segment_ids, layout.coords, grids, segment_scale)
-    contiguous = (None if x is None else x.contiguous() for x in places)  # copies nothing where it is so
-    return _qk_norm_rope(q, k, q_weight, k_weight, *contiguous, *rotation, eps)
+    places = (
+        layout.segment_ids.contiguous(),
+        layout.coords.contiguous(),
+        contiguous(grids),
+        contiguous(segment_scale),
+    )
+    return _qk_norm_rope(q, k, q_weight, k_weight, *places, *rotation, eps)
 
 
 class _NormRope(torch.autograd.Function):
@@ -209,6 +227,24 @@ def _rotation(rope: Rope3D | None, head_dim: int) -> _Rotation:
     return _Rotation(split, float(rope.theta), scale, extent, rope.scaling == "ntk", rope.interleaved)
 
 
+_kept_rotation = lru_cache(_rotation)
+
+
+@lru_cache
+def _kernel_rotation(
+    split: tuple[int, ...],
+    theta: float,
+    scale: tuple[float, ...],
+    extent: tuple[float, ...],
+    ntk: bool,
+    interleaved: bool,
+    scaled: bool,
+) -> Any:
+    """The kernels' own form: some logarithms, 7 µs."""
+    options = list(split), theta, list(scale), list(extent), ntk, interleaved
+    return kernels("qk_norm_rope").Rotation.of(*options, scaled=scaled)
+
+
 def _steps(coords: Tensor, split: Sequence[int]) -> Tensor:
     """[N, D/2]: the coordinate that every channel pair turns by."""
     return torch.cat([coords[:, axis, None].expand(-1, size // 2) for axis, size in enumerate(split)], dim=1)
@@ -221,7 +257,7 @@ def _common_frequencies(rope: Rope3D, head_dim: int) -> Tensor:
     return rope._frequencies(head_dim, torch.ones(1, 3, dtype=torch.float32, device="cpu"), None).float()
 
 
-@torch.library.custom_op("sora_fast::rope_turns", mutates_args=())
+@op("sora_fast::rope_turns")
 def _turns(
     segment_ids: Tensor,
     coords: Tensor,
@@ -253,7 +289,7 @@ def _(segment_ids: Tensor, coords: Tensor, grids: Tensor, scale: Tensor | None, 
     return coords.new_empty(2, coords.shape[0], sum(split) // 2, dtype=torch.float32)
 
 
-@torch.library.custom_op("sora_fast::qk_norm_rope", mutates_args=())
+@op("sora_fast::qk_norm_rope")
 def _qk_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -271,14 +307,14 @@ def _qk_norm_rope(
     interleaved: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    from sora_fast.kernels import qk_norm_rope as kernels
+    own = kernels("qk_norm_rope")
+    places = own.Places.of(coords, grids, segment_scale)
+    options = tuple(split), theta, tuple(scale), tuple(extent), ntk, interleaved
+    rotation = _kernel_rotation(*options, scaled=segment_scale is not None)
+    return own.forward(own.Heads(q, k, q_weight, k_weight), segment_ids, places, rotation, eps)
 
-    places = kernels.Places.of(coords, grids, segment_scale)
-    rotation = kernels.Rotation.of(split, theta, scale, extent, ntk, interleaved, scaled=segment_scale is not None)
-    return kernels.forward(kernels.Heads(q, k, q_weight, k_weight), segment_ids, places, rotation, eps)
 
-
-@torch.library.custom_op("sora_fast::qk_norm_rope_backward", mutates_args=())
+@op("sora_fast::qk_norm_rope_backward")
 def _qk_norm_rope_backward(
     dq: Tensor,
     dk: Tensor,
@@ -299,12 +335,12 @@ def _qk_norm_rope_backward(
     eps: float,
     weights: bool,  # whether anybody asks for the weights' gradients
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from sora_fast.kernels import qk_norm_rope as kernels
-
-    heads = kernels.Heads(q, k, q_weight, k_weight)
-    places = kernels.Places.of(coords, grids, segment_scale)
-    rotation = kernels.Rotation.of(split, theta, scale, extent, ntk, interleaved, scaled=segment_scale is not None)
-    return kernels.backward((dq, dk), heads, segment_ids, places, rotation, eps, weights=weights)
+    own = kernels("qk_norm_rope")
+    heads = own.Heads(q, k, q_weight, k_weight)
+    places = own.Places.of(coords, grids, segment_scale)
+    options = tuple(split), theta, tuple(scale), tuple(extent), ntk, interleaved
+    rotation = _kernel_rotation(*options, scaled=segment_scale is not None)
+    return own.backward((dq, dk), heads, segment_ids, places, rotation, eps, weights=weights)
 
 
 @_qk_norm_rope.register_fake
@@ -333,8 +369,15 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
 _qk_norm_rope.register_autograd(_backward, setup_context=_save)
 
 
+@once
 def _check(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, layout: PackedLayout, rope: Rope3D | None
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    layout: PackedLayout,
+    rope: Rope3D | None,
+    eps: float,
 ) -> None:
     check_layout(layout)
     if rope is not None and not isinstance(rope, Rope3D):
@@ -356,6 +399,7 @@ def _check(
             check_device(name, weight, "q", q.device)
     if rope is not None:
         rope.split_for(q.shape[2])
+    check_eps(eps)
 
 
 def _check_segment_scale(scale: Tensor | None, layout: PackedLayout, rope: Rope3D | None) -> None:

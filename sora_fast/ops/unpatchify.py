@@ -11,6 +11,7 @@ from sora_fast.ops import _patches_torch
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape, may_read
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
+from sora_fast.ops._op import op
 from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry
 from sora_fast.packing import PackedLayout, RaggedLatents
 
@@ -77,15 +78,16 @@ def videos_of(
     if not isinstance(capacity, int | torch.SymInt | np.integer):
         raise TypeError(f"capacity: {type(capacity).__name__}; it must be an int")
     check_grids(shapes, layout, patch_size)
-    pixels = shapes[:, 1:].long().prod(dim=1)
+    sizes = shapes[:, 1:]
+    pixels = sizes.prod(dim=1, dtype=torch.int64)
     offsets = torch.cat([pixels.new_zeros(1), (pixels * channels).cumsum(0)])
     if may_read(offsets) and offsets[-1] > capacity:
         raise ValueError(f"capacity: {capacity} elements, but the videos have {int(offsets[-1])}")
-    channel = torch.where(pixels > 0, channels, 0).to(shapes.dtype)
-    return offsets, torch.cat([channel[:, None], shapes[:, 1:]], dim=1), capacity
+    channel = ((pixels > 0) * channels).to(shapes.dtype)
+    return offsets, torch.cat([channel[:, None], sizes], dim=1), capacity
 
 
-@torch.library.custom_op("sora_fast::unpatchify", mutates_args=())
+@op("sora_fast::unpatchify")
 def _unpatchify(
     tokens: Tensor,
     offsets: Tensor,
@@ -101,7 +103,7 @@ def _unpatchify(
     return kernels.scatter(tokens, Patches(offsets, shapes, segment_ids, coords, tuple(patch_size)), capacity)
 
 
-@torch.library.custom_op("sora_fast::unpatchify_backward", mutates_args=())
+@op("sora_fast::unpatchify_backward")
 def _unpatchify_backward(
     flat: Tensor,
     offsets: Tensor,

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,6 +14,31 @@ Bundle = TypeVar("Bundle", bound="TensorBundle")
 def may_read(tensor: Tensor) -> bool:
     """True if looking at the values costs nothing: on a CPU, outside a compiled graph. Anywhere else it would wait."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def likeness(bundle: "TensorBundle") -> int:
+    """A number that bundles share, in this process, whose tensors have the same shapes, dtypes and devices and whose
+    static values are equal. Quick for a bundle that was seen before."""
+    known = _likeness.get(bundle)
+    if known is None:
+        known = _likeness[bundle] = _numbers.setdefault(_described(bundle), len(_numbers))
+    return known
+
+
+_likeness: "WeakKeyDictionary[TensorBundle, int]" = WeakKeyDictionary()
+_numbers: dict[tuple[Any, ...], int] = {}
+
+
+def _described(bundle: "TensorBundle") -> tuple[Any, ...]:
+    described: list[Any] = [type(bundle)]
+    for field in fields(bundle):
+        value = getattr(bundle, field.name)
+        if isinstance(value, Tensor):
+            value = (tuple(value.shape), value.dtype, value.device)
+        elif isinstance(value, TensorBundle):
+            value = likeness(value)
+        described.append(value)
+    return tuple(described)
 
 
 class TensorBundle:

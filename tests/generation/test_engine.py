@@ -7,6 +7,7 @@ import torch
 
 from sora_fast.generation.engine import SAMPLERS, Engine
 from sora_fast.generation.tasks import Request, extend, image_to_video, join, text_to_video
+from sora_fast.schedule import TileSchedule
 from sora_fast.training.config import write_config
 from sora_fast.training.run import CONFIG, Networks, read_run
 from tests.training.test_trainer import Gradients, Trainer, tiny
@@ -105,6 +106,14 @@ def test_what_a_run_was_not_trained_for_is_said_once(
         engine.generate([Request(frames=1, height=8, width=8, **asked)], steps=1)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == (said is not None) and all(said in message for message in messages)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_schedules_are_built_once_a_request(guidance: float, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, build = [], TileSchedule.build
+    monkeypatch.setattr(TileSchedule, "build", lambda *args, **options: built.append(args) or build(*args, **options))
+    engine.generate([Request("left", 2, 8, 8, guidance=guidance)], steps=4)
+    assert len(built) == 2  # the tokens', and their text's
 
 
 def test_weights_of_another_model_are_refused(run: Path, tmp_path: Path) -> None:

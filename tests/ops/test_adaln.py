@@ -164,12 +164,12 @@ def test_opcheck(device: torch.device) -> None:
     x, shift, scale, weight, bias, index = arguments(Case(tokens=9, width=8, layout="permuted"), device, norm)
     rows = RowIndex.from_index(index, len(scale))
     csr = (index, rows.offsets, rows.tokens)
-    torch.library.opcheck(_adaln, (x, shift, scale, weight, bias, *csr, "layer", 1e-6))
-    torch.library.opcheck(_adaln, (x, shift, scale, None, None, index, None, None, "rms", 1e-6))
+    torch.library.opcheck(_adaln.registered, (x, shift, scale, weight, bias, *csr, "layer", 1e-6))
+    torch.library.opcheck(_adaln.registered, (x, shift, scale, None, None, index, None, None, "rms", 1e-6))
     x, scale, weight, bias = (tensor.detach() for tensor in (x, scale, weight, bias))
     for affine, kind, sums in (((weight, bias), "layer", True), ((weight, None), "rms", False)):
         stats = torch.rand(2 if kind == "layer" else 1, 9, device=device)
-        torch.library.opcheck(_adaln_backward, (x, x, scale, *affine, stats, *csr, kind, sums))
+        torch.library.opcheck(_adaln_backward.registered, (x, x, scale, *affine, stats, *csr, kind, sums))
 
 
 @pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])

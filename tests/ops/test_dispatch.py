@@ -12,6 +12,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_calls", {})
     _dispatch._remind.cache_clear()
+    _dispatch._decide.cache_clear()  # what other tests have let it know of machines that are not there
     for variable in ("SORA_FAST_BACKEND", "SORA_FAST_PROVE", "RANK"):
         monkeypatch.delenv(variable, raising=False)
 
@@ -33,6 +34,7 @@ def _proved(monkeypatch: pytest.MonkeyPatch, *names: tuple[str, torch.dtype | No
         return _records.Record(op, backend, str(dtype), machine, **options) if found else None
 
     monkeypatch.setattr(_records, "find", find)
+    _dispatch._decide.cache_clear()
 
 
 def test_a_kernel_without_a_recorded_pass_is_not_chosen(

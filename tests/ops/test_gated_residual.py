@@ -90,11 +90,11 @@ def test_gradcheck() -> None:
 def test_opcheck(device: torch.device) -> None:
     residual, branch, gate, index = arguments(Case(tokens=9, width=8, layout="permuted"), device)
     rows = RowIndex.from_index(index, len(gate))
-    torch.library.opcheck(_gated_residual, (residual, branch, gate, index, rows.offsets, rows.tokens))
-    torch.library.opcheck(_gated_residual, (residual, branch, gate, index, None, None))
+    torch.library.opcheck(_gated_residual.registered, (residual, branch, gate, index, rows.offsets, rows.tokens))
+    torch.library.opcheck(_gated_residual.registered, (residual, branch, gate, index, None, None))
     given = (residual.detach(), branch.detach(), gate.detach())
     for tables in (True, False):
-        torch.library.opcheck(_gated_residual_backward, (*given, index, rows.offsets, rows.tokens, tables))
+        torch.library.opcheck(_gated_residual_backward.registered, (*given, index, rows.offsets, rows.tokens, tables))
 
 
 @pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])

@@ -121,12 +121,12 @@ def test_opcheck(device: torch.device) -> None:
     *tensors, index = arguments(Case(tokens=9, width=8, layout="permuted"), device, norm)
     rows = RowIndex.from_index(index, Case.rows)
     csr = (index, rows.offsets, rows.tokens)
-    torch.library.opcheck(_gated_residual_adaln, (*tensors, *csr, "layer", 1e-6))
-    torch.library.opcheck(_gated_residual_adaln, (*tensors[:5], None, None, index, None, None, "rms", 1e-6))
+    torch.library.opcheck(_gated_residual_adaln.registered, (*tensors, *csr, "layer", 1e-6))
+    torch.library.opcheck(_gated_residual_adaln.registered, (*tensors[:5], None, None, index, None, None, "rms", 1e-6))
     h, branch, gate, _, scale, weight, bias = (tensor.detach() for tensor in tensors)
     for dh, affine, kind, sums in ((h, (weight, bias), "layer", True), (None, (weight, None), "rms", False)):
         saved = (h, branch, gate, scale, *affine, torch.rand(2 if kind == "layer" else 1, 9, device=device), *csr)
-        torch.library.opcheck(_gated_residual_adaln_backward, (dh, h, *saved, kind, sums))
+        torch.library.opcheck(_gated_residual_adaln_backward.registered, (dh, h, *saved, kind, sums))
 
 
 @pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])

@@ -116,7 +116,7 @@ def test_opcheck(bias: bool, device: torch.device) -> None:
     leaves = [leaf.to(device).requires_grad_() for leaf in inputs.leaves.values()]
     leaves += [] if bias else [None]
     geometry = (latents.offsets, latents.shapes, layout.segment_ids, layout.coords, list(inputs.case.patch_size))
-    torch.library.opcheck(_linear_unpatchify, (*leaves, *geometry, latents.flat.numel()))
+    torch.library.opcheck(_linear_unpatchify.registered, (*leaves, *geometry, latents.flat.numel()))
 
 
 @pytest.mark.parametrize(("backend", "compiler"), [("torch", "aot_eager"), ("triton", "aot_eager")])

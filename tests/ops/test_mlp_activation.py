@@ -144,9 +144,9 @@ def test_opcheck(activation: str, bias: bool, device: torch.device) -> None:
     leaves, d_out = Case(tokens=4, columns=6, activation=activation, bias=bias, layout="permuted").tensors()
     leaves = [leaf.to(device).requires_grad_() for leaf in leaves] + [None] * (not bias)
     gated = activation == "swiglu"
-    torch.library.opcheck(_mlp_activation, (*leaves, gated))
+    torch.library.opcheck(_mlp_activation.registered, (*leaves, gated))
     leaves = [leaf if leaf is None else leaf.detach() for leaf in leaves]
-    torch.library.opcheck(_mlp_activation_backward, (d_out.to(device), *leaves, gated, bias))
+    torch.library.opcheck(_mlp_activation_backward.registered, (d_out.to(device), *leaves, gated, bias))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -488,10 +488,11 @@ def test_opcheck(strides: str, backend: str, device: torch.device) -> None:
         "triton": (module._triton_attention, module._triton_attention_backward),
     }[backend]
     out, lse = op(q, k, v, tensors, *options)
-    torch.library.opcheck(op_backward, (grad_out, torch.rand_like(lse), q, k, v, out, lse, tensors, *options, True))
-    torch.library.opcheck(op_backward, (grad_out, None, q, k, v, out, lse, tensors, *options, False))
+    kept = (q, k, v, out, lse, tensors, *options)
+    torch.library.opcheck(op_backward.registered, (grad_out, torch.rand_like(lse), *kept, True))
+    torch.library.opcheck(op_backward.registered, (grad_out, None, *kept, False))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    torch.library.opcheck(op, (q, k, v, tensors, *options))
+    torch.library.opcheck(op.registered, (q, k, v, tensors, *options))
 
 
 @pytest.mark.parametrize(

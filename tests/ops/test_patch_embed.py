@@ -289,13 +289,13 @@ def test_opcheck(position: str, device: torch.device) -> None:
     for leaf in differentiable:
         if leaf is not None:
             leaf.requires_grad_()
-    torch.library.opcheck(_patch_embed, (*differentiable, rows, *geometry))
+    torch.library.opcheck(_patch_embed.registered, (*differentiable, rows, *geometry))
     d_tokens = inputs.d_tokens.to(device).t().contiguous().t()
     flat, weight = latents.flat.detach(), leaves["weight"].detach()
-    torch.library.opcheck(_weight_gradient, (d_tokens, flat, *geometry, case.num_pixels))
+    torch.library.opcheck(_weight_gradient.registered, (d_tokens, flat, *geometry, case.num_pixels))
     if rows:
-        torch.library.opcheck(_table_gradient, (d_tokens, *parts(_rows_taken(*geometry[2:4], rows))))
-    torch.library.opcheck(_pixel_gradient, (d_tokens, weight, *geometry, len(flat)))
+        torch.library.opcheck(_table_gradient.registered, (d_tokens, *parts(_rows_taken(*geometry[2:4], rows))))
+    torch.library.opcheck(_pixel_gradient.registered, (d_tokens, weight, *geometry, len(flat)))
 
 
 @pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])

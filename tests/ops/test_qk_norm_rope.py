@@ -307,9 +307,9 @@ def test_opcheck(norm: bool, device: torch.device) -> None:
     rest = (*places, *_rotation(ROPES[-1], 8), 1e-6)
     if not norm:
         rest = (*places[:2], None, None, *_rotation(None, 8), 1e-6)
-    torch.library.opcheck(_qk_norm_rope, (q, k, *weights, *rest))
+    torch.library.opcheck(_qk_norm_rope.registered, (q, k, *weights, *rest))
     q, weights = q.detach(), [None if weight is None else weight.detach() for weight in weights]
-    torch.library.opcheck(_qk_norm_rope_backward, (q.clone(), k, q, k, *weights, *rest, norm))
+    torch.library.opcheck(_qk_norm_rope_backward.registered, (q.clone(), k, q, k, *weights, *rest, norm))
 
 
 @pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])

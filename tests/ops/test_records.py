@@ -223,4 +223,5 @@ def test_the_hash_of_attention_covers_both_its_files() -> None:
         "_attention_operands",
         "_attention_walk",
         "_launch",
+        "_plans",
     }

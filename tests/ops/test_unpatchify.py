@@ -110,9 +110,9 @@ def test_opcheck(permuted: bool, device: torch.device) -> None:
     tokens = tokens.t().contiguous().t() if permuted else tokens
     geometry = (latents.offsets, latents.shapes, layout.segment_ids, layout.coords, list(case.patch_size))
     elements = latents.flat.numel()
-    torch.library.opcheck(_unpatchify, (tokens.requires_grad_(), *geometry, elements))
+    torch.library.opcheck(_unpatchify.registered, (tokens.requires_grad_(), *geometry, elements))
     flat = torch.randn(2 * elements, device=device)[:: 1 + permuted]
-    torch.library.opcheck(_unpatchify_backward, (flat, *geometry, case.num_pixels))
+    torch.library.opcheck(_unpatchify_backward.registered, (flat, *geometry, case.num_pixels))
 
 
 @pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])
