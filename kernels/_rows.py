@@ -30,7 +30,9 @@ from sora_fast.kernels._launch import launch, next_power_of_two
 # three tables, written once and read once, add 6% to the traffic of the widest op.
 CHUNK = 32
 
-# A thread's registers in the backward passes on whole rows.
+# A thread's registers in the backward passes on whole rows: 16 warps on a multiprocessor, two rows of 3072 columns at a
+# time, four of 1536. Left to itself the assembler takes 169 for the triple op, and one row fits; or it spills 8 to 24
+# bytes to fit one row more.
 MOST_REGISTERS = 128
 
 

@@ -91,7 +91,12 @@ def gated_residual_adaln_backward(
     tokens, width = h.shape
     rows = gate.shape[0]
     d_residual, d_branch = h.new_empty(tokens, width), branch.new_empty(tokens, width)
-    asked = Sums.empty(scale, 3, tokens, affine=not (weight is None and bias is None)) if sums else None
+    affine = not (weight is None and bias is None)
+    asked = Sums.empty(scale, 3, tokens, affine=affine) if sums else None
+    block = RowBlock.backward(width)
+    # An affine norm needs a few addresses more than 128 registers hold where a thread has 12 columns, and so do the
+    # rows that one warp holds (up to 72 bytes on sm_80 and sm_100); 16 warps have no more.
+    roomy = (affine or block.num_warps == 1) and block.num_warps < 16
     launch(
         gated_residual_adaln_backward_kernel,
         (triton.cdiv(tokens, CHUNK),),
@@ -99,8 +104,8 @@ def gated_residual_adaln_backward(
         *(d_residual, d_branch, asked, tokens, rows),
         *((dy if dh is None else dh).stride(), dy.stride(), h.stride()),
         *(branch.stride(), gate.stride(), scale.stride()),
-        **{"WIDTH": width, "CENTRED": centred, "CHUNK": CHUNK, "maxnreg": MOST_REGISTERS},
-        **RowBlock.backward(width).meta,
+        **{"WIDTH": width, "CENTRED": centred, "CHUNK": CHUNK, "maxnreg": 168 if roomy else MOST_REGISTERS},
+        **block.meta,
     )
     return d_residual, d_branch, *fold(asked, offsets, scale, weight=weight, bias=bias)
 
@@ -159,7 +164,7 @@ def gated_residual_adaln_backward_kernel(
         while position < stop:
             gradient, values, moments = ahead
             # What comes after the reduction is on its way before it, and what the next token needs before that. (dh and
-            # branch ahead of time too would be 16 registers more than the 128.)
+            # branch a token ahead too would spill 32 bytes of 128 registers where a thread has 12 columns.)
             others, branches = (), ()
             if dh is not None:
                 others = load_row(dh, dh_strides, token, columns, WIDTH)
