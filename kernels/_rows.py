@@ -74,7 +74,7 @@ class RowBlock:
         """A whole row, since LayerNorm needs it."""
         columns, rest = split_width(width)
         # 16 elements a thread and what the rest adds: two 16-byte loads a tensor in bf16, with half of the addresses
-        # and of a reduction's steps that 8 take (782 instructions a token and scheduler for 5120 columns, not 1,052).
+        # and of a reduction's steps that 8 take (776 instructions a token and scheduler for 5120 columns, not 1,052).
         # adaln on sm_90 has 4 rows of 5120 columns on a multiprocessor (56 registers), 8 of 3072, 18 of 1152: 40 to 48
         # KB of x on their way.
         return RowBlock(1, columns, num_warps=max(1, columns // 512), rest=rest)
