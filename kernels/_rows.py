@@ -13,6 +13,8 @@ affine, follow d_scale = weight · B + bias · A, and d_weight and d_bias as the
 (1 + scale) · A over the rows.
 """
 
+# ruff: noqa: RUF005 (Triton adds tuples and does not unpack them)
+
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,18 +30,23 @@ from sora_fast.kernels._launch import cdiv, launch, next_power_of_two
 # three tables, written once and read once, add 6% to the traffic of the widest op.
 CHUNK = 32
 
+# A thread's registers in the backward passes on whole rows: 16 warps on a multiprocessor, two rows of 3072 columns at a
+# time, four of 1536. Left to itself the assembler takes 169 for the triple op, and one row fits; or it spills 8 to 24
+# bytes to fit one row more.
+MOST_REGISTERS = 128
+
 
 def split_width(width: int) -> tuple[int, int]:
     """Powers of two that cover `width` together; the second is 0 if the first does alone.
 
-    What is covered and not there costs registers: of the triple op's backward pass on sm_90, in which a thread has 8
-    columns and those of the rest, five programs of 1152 columns fit a multiprocessor (96 registers, 128 threads); of
-    2048 columns it was two (105 registers, 256 threads). 1536: four and two; 3072: two and one. At 5120 a thread has
-    10 columns (98 registers) in place of 16 (128).
+    What is covered and not there costs registers and instructions. adaln forward on sm_90 issued 1,348 instructions a
+    token and scheduler for 5120 columns as 8192, and issues 776 as 4096 + 1024; at 90% of an H200's copy rate a token
+    has 1,230 cycles.
     """
     whole = next_power_of_two(width)
     main = whole // 2
-    rest = next_power_of_two(max(width - main, 1))
+    # No less than an eighth: every thread holds 8 columns of the main part, and one of the rest at the least.
+    rest = max(next_power_of_two(max(width - main, 1)), main // 8)
     # Below 64 columns there is nothing to save.
     return (main, rest) if rest < main and main >= 64 else (whole, 0)
 
@@ -56,39 +63,52 @@ class RowBlock:
     num_warps: int
     rest: int = 0
 
+    @property
+    def meta(self) -> dict[str, int]:
+        """The constants of a kernel on whole rows."""
+        lanes = max(1, min(32 * self.num_warps, self.columns // 8))
+        return {"MAIN": self.columns, "REST": self.rest, "LANES": lanes, "num_warps": self.num_warps}
+
     @staticmethod
     def forward(width: int) -> "RowBlock":
-        """Whole rows, since LayerNorm needs them; of 8,192 elements at the most."""
-        columns = next_power_of_two(width)
-        # At least 1024 elements, so that narrow rows do not make programs of a few cycles.
-        tokens = max(1, 1024 // columns)
-        # 16 elements a thread: two 16-byte loads a tensor in bf16, and far from spilling with five tensors alive.
-        return RowBlock(tokens, columns, num_warps=max(1, tokens * columns // 512))
+        """A whole row, since LayerNorm needs it."""
+        columns, rest = split_width(width)
+        # 16 elements a thread and what the rest adds: two 16-byte loads a tensor in bf16, with half of the addresses
+        # and of a reduction's steps that 8 take (776 instructions a token and scheduler for 5120 columns, not 1,052).
+        # adaln on sm_90 has 4 rows of 5120 columns on a multiprocessor (56 registers), 8 of 3072, 18 of 1152: 40 to 48
+        # KB of x on their way.
+        return RowBlock(1, columns, num_warps=max(1, columns // 512), rest=rest)
 
     @staticmethod
     def backward(width: int) -> "RowBlock":
         """One token after the other, the sums of its row in registers."""
         columns, rest = split_width(width)
-        # 8 elements a thread, a 16-byte load in bf16, and what the rest adds; 16 where a row has 8192, since the 64
-        # registers that 32 warps leave a thread do not hold three fp32 sums and five tensors, and the 128 of 16 nearly
-        # do: past 7,000 columns the triple op spills up to 48 bytes with LayerNorm, a weight and a bias, and up to 192
-        # at odd widths. (8 to 24 bytes elsewhere, as of adaln's with a weight and a bias at 1024 on sm_90, are the
-        # assembler's choice, to fit one program more on a multiprocessor. maxnreg=255 takes them away and up to 72
-        # registers more everywhere.)
+        # 8 elements a thread, a 16-byte load in bf16, and what the rest adds; 16 where a row has 8192.
         return RowBlock(1, columns, num_warps=min(16, max(1, columns // 256)), rest=rest)
 
     @staticmethod
     def pointwise(width: int) -> "RowBlock":
         """Parts of rows, for ops that need no sum over a row."""
-        columns = min(1024, next_power_of_two(width))
+        columns = _fitting_columns(width)
         return RowBlock(1024 // columns, columns, num_warps=4)
 
     @staticmethod
     def pointwise_backward(width: int) -> "RowBlock":
         """One token after the other, for such ops."""
-        columns = min(1024, next_power_of_two(width))
+        columns = _fitting_columns(width)
         # 8 elements a thread, here too.
         return RowBlock(1, columns, num_warps=max(1, columns // 256))
+
+
+def _fitting_columns(width: int) -> int:
+    """The largest power of two up to 1024 whose multiples cover `width` with an eighth to spare at the most; or 128.
+
+    1152 columns in blocks of 1024 are two blocks a token, the second nearly empty; in five of 256, a tenth is.
+    """
+    sizes = (1024, 512, 256, 128)
+    return next(
+        (size for size in sizes if 8 * triton.cdiv(width, size) * size <= 9 * width), min(128, next_power_of_two(width))
+    )
 
 
 @triton.jit
@@ -100,69 +120,190 @@ def load_fp32(pointer, strides, row, column, mask):
 
 
 @triton.jit
-def load_vector(pointer, column, mask):
-    """Elements `column` of a norm's weight or bias, contiguous; zero where `mask` is false."""
-    return tl.load(pointer + column, mask=mask, other=0.0).to(tl.float32)
+def row_columns(MAIN: tl.constexpr, REST: tl.constexpr):
+    """The columns of a row, in one part [MAIN] or in two, [MAIN] and [REST]. Whatever a program holds of a row is such
+    a tuple: a tensor a part."""
+    columns = (tl.arange(0, MAIN),)
+    if REST > 0:
+        columns = columns + (MAIN + tl.arange(0, REST),)
+    return columns
 
 
 @triton.jit
-def norm_rows(x, inside, stats, token, tokens, WIDTH: tl.constexpr, EPS: tl.constexpr, CENTRED: tl.constexpr):
-    """Normed rows of x [tokens, columns], LayerNorm or (not CENTRED) RMSNorm; columns outside must be zero and stay so.
-
-    stats: [2, N] or, if not CENTRED, [1, N]: 1/std, and the mean, are stored there for `normed_again`.
-    """
-    exists = token < tokens
-    if CENTRED:
-        mean = tl.sum(x, axis=1) / WIDTH
-        tl.store(stats + tokens + token, mean, mask=exists)
-        # Centred before squaring: E[x²] − E[x]² loses everything when the mean is large.
-        x = tl.where(inside, x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + EPS)
-    tl.store(stats + token, rstd, mask=exists)
-    return x * rstd[:, None]
+def load_row(matrix, strides, row, columns, WIDTH: tl.constexpr, real=None):
+    """A row of a strided matrix as it is stored, or some rows [n, 1]; zeros where not `real` [n, 1]."""
+    pointer = matrix + row.to(tl.int64) * strides[0]
+    parts = ()
+    for i in tl.static_range(len(columns)):
+        mask = columns[i] < WIDTH
+        if real is not None:
+            mask = mask & real
+        parts = parts + (tl.load(pointer + columns[i].to(tl.int64) * strides[1], mask=mask, other=0.0),)
+    return parts
 
 
 @triton.jit
-def load_stats(stats, token, tokens, CENTRED: tl.constexpr):
-    """Mean (0 if not CENTRED) and 1/std of a row, as `norm_rows` stored them."""
-    mean = tl.load(stats + tokens + token) if CENTRED else 0.0
-    return mean, tl.load(stats + token)
+def load_vector(vector, columns, WIDTH: tl.constexpr):
+    """A norm's weight or bias, contiguous; nothing if it is None."""
+    parts = ()
+    if vector is not None:
+        for i in tl.static_range(len(columns)):
+            parts = parts + (tl.load(vector + columns[i], mask=columns[i] < WIDTH, other=0.0),)
+    return parts
 
 
 @triton.jit
-def read_row(
-    dy, dy_strides, x, x_strides, scale, scale_strides, weight, mean, rstd, token, row, column, sums,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Some columns of a token that was normed and modulated: their normed form again, the gradient of that, and
-    `sums`, of dy and of dy · normed, with theirs added.
-    """
-    inside = column < WIDTH
-    gradient = load_fp32(dy, dy_strides, token, column, inside)
-    normed = (load_fp32(x, x_strides, token, column, inside) - mean) * rstd
-    d_normed = gradient * (1.0 + load_fp32(scale, scale_strides, row, column, inside))
-    if weight is not None:
-        d_normed *= load_vector(weight, column, inside)
-    return normed, d_normed, (sums[0] + gradient, sums[1] + gradient * normed)
+def store_row(matrix, row, columns, parts, WIDTH: tl.constexpr, real=None):
+    """Store a row of a contiguous matrix, or some rows [n, 1]; not those that are not `real` [n, 1]."""
+    pointer = matrix + row.to(tl.int64) * WIDTH
+    for i in tl.static_range(len(columns)):
+        mask = columns[i] < WIDTH
+        if real is not None:
+            mask = mask & real
+        tl.store(pointer + columns[i], parts[i], mask=mask)
 
 
 @triton.jit
-def norm_totals(normed, d_normed, CENTRED: tl.constexpr):
-    """What `norm_gradient` needs of all columns, to be added up over their parts."""
-    along_normed = d_normed * normed
-    # Both sums in one reduction: one round through shared memory, not two.
-    return tl.sum(tl.join(d_normed, along_normed), axis=0) if CENTRED else tl.sum(along_normed, axis=0)
-
-
-@triton.jit
-def norm_gradient(normed, d_normed, rstd, totals, WIDTH: tl.constexpr, CENTRED: tl.constexpr):
-    """Gradient of some columns of a row from that of their normed form."""
-    if CENTRED:
-        along_mean, along_normed = tl.split(totals / WIDTH)
-        d_normed -= along_mean
+def _lane_sums(x, LANES: tl.constexpr):
+    """Of columns [c] or rows [n, c]: sums [LANES] or [n, LANES], of those that a thread holds in bf16 and fp16."""
+    AXIS: tl.constexpr = len(x.shape) - 1
+    COLUMNS: tl.constexpr = x.shape[AXIS]
+    VECTOR: tl.constexpr = min(8, COLUMNS // LANES)
+    if AXIS == 0:
+        x = tl.reshape(x, [COLUMNS // (LANES * VECTOR), LANES, VECTOR])
     else:
-        along_normed = totals / WIDTH
-    return rstd * (d_normed - normed * along_normed)
+        x = tl.reshape(x, [x.shape[0], COLUMNS // (LANES * VECTOR), LANES, VECTOR])
+    return tl.sum(tl.sum(x, axis=AXIS + 2), axis=AXIS)
+
+
+@triton.jit
+def _row_sums(rows, LANES: tl.constexpr):
+    """The sum over a row, its parts together."""
+    total = _lane_sums(rows[0], LANES)
+    for i in tl.static_range(1, len(rows)):
+        total += _lane_sums(rows[i], LANES)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def norm_rows(
+    x, columns, stats, token, tokens,
+    WIDTH: tl.constexpr, EPS: tl.constexpr, CENTRED: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Normed rows of x [n, c], LayerNorm or (not CENTRED) RMSNorm; columns outside must be zero and stay so.
+
+    stats: [2, N] or, if not CENTRED, [1, N]: 1/std, and the mean, are stored there for the backward pass.
+    """
+    if CENTRED:
+        mean = _row_sums(x, LANES) / WIDTH
+        tl.store(stats + tokens + token, mean)
+        # Centred before squaring: E[x²] − E[x]² loses everything when the mean is large.
+        centred = ()
+        for i in tl.static_range(len(columns)):
+            centred = centred + (tl.where(columns[i] < WIDTH, x[i] - mean, 0.0),)
+        x = centred
+    squares = ()
+    for i in tl.static_range(len(columns)):
+        squares = squares + (x[i] * x[i],)
+    rstd = tl.rsqrt(_row_sums(squares, LANES) / WIDTH + EPS)
+    tl.store(stats + token, rstd)
+    normed = ()
+    for i in tl.static_range(len(columns)):
+        normed = normed + (x[i] * rstd,)
+    return normed
+
+
+@triton.jit
+def only_used(rows, used):
+    """Rows [n, c] in fp32, with zeros for those not `used` [n, 1], whatever they hold."""
+    parts = ()
+    for i in tl.static_range(len(rows)):
+        parts = parts + (tl.where(used, rows[i].to(tl.float32), 0.0),)
+    return parts
+
+
+@triton.jit
+def modulate(normed, weight, bias, shift, scale, used):
+    """(normed · weight + bias) · (1 + scale) + shift; zeros where not `used` [n, 1], if shift is zero there.
+
+    weight, bias: (), if the norm has none.
+    """
+    rows = ()
+    for i in tl.static_range(len(normed)):
+        row = normed[i]
+        if len(weight) > 0:
+            row *= weight[i].to(tl.float32)
+        if len(bias) > 0:
+            row += tl.where(used, bias[i].to(tl.float32), 0.0)
+        rows = rows + (row * (1.0 + scale[i].to(tl.float32)) + shift[i].to(tl.float32),)
+    return rows
+
+
+@triton.jit
+def load_normed(
+    dy, dy_strides, x, x_strides, stats, token, tokens, columns, WIDTH: tl.constexpr, CENTRED: tl.constexpr
+):  # fmt: skip
+    """Of a token that was normed, what `norm_again` needs: dy, x, and (mean, 1/std) as `norm_rows` stored them."""
+    mean = tl.full([], 0.0, tl.float32)
+    if CENTRED:
+        mean = tl.load(stats + tokens + token)
+    gradient, values = load_row(dy, dy_strides, token, columns, WIDTH), load_row(x, x_strides, token, columns, WIDTH)
+    return gradient, values, (mean, tl.load(stats + token))
+
+
+@triton.jit
+def load_factor(scale, scale_strides, weight, row, columns, WIDTH: tl.constexpr):
+    """What a normed row is multiplied by, (1 + scale) · weight: the same for all tokens of a table's row."""
+    scales, weights = load_row(scale, scale_strides, row, columns, WIDTH), load_vector(weight, columns, WIDTH)
+    factor = ()
+    for i in tl.static_range(len(columns)):
+        part = 1.0 + scales[i].to(tl.float32)
+        if len(weights) > 0:
+            part *= weights[i].to(tl.float32)
+        factor = factor + (part,)
+    return factor
+
+
+@triton.jit
+def norm_again(dy, x, stats, factor, sums):
+    """Of a token, from what `norm_rows` and `modulate` took: its normed row, the gradient of that, and `sums`, of dy
+    and of dy · normed, with its own added. stats: its mean and 1/std."""
+    normed, d_normed, shift, scale = (), (), (), ()
+    for i in tl.static_range(len(x)):
+        gradient = dy[i].to(tl.float32)
+        part = (x[i].to(tl.float32) - stats[0]) * stats[1]
+        normed = normed + (part,)
+        d_normed = d_normed + (gradient * factor[i],)
+        shift = shift + (sums[0][i] + gradient,)
+        scale = scale + (sums[1][i] + gradient * part,)
+    return normed, d_normed, (shift, scale)
+
+
+@triton.jit
+def norm_gradient(normed, d_normed, rstd, WIDTH: tl.constexpr, CENTRED: tl.constexpr, LANES: tl.constexpr):
+    """Gradient of a row from that of its normed form."""
+    totals = _norm_totals(normed[0], d_normed[0], CENTRED, LANES)
+    for i in tl.static_range(1, len(normed)):
+        totals += _norm_totals(normed[i], d_normed[i], CENTRED, LANES)
+    # All in one reduction: one round through shared memory, with its three barriers, not one a sum and a part.
+    totals = tl.sum(totals, axis=0) / WIDTH
+    if CENTRED:
+        along_mean, along_normed = tl.split(totals)
+    else:
+        along_mean, along_normed = 0.0, totals
+    gradient = ()
+    for i in tl.static_range(len(normed)):
+        gradient = gradient + (rstd * (d_normed[i] - along_mean - normed[i] * along_normed),)
+    return gradient
+
+
+@triton.jit
+def _norm_totals(normed, d_normed, CENTRED: tl.constexpr, LANES: tl.constexpr):
+    along_normed = _lane_sums(d_normed * normed, LANES)
+    if CENTRED:
+        return tl.join(_lane_sums(d_normed, LANES), along_normed)
+    else:
+        return along_normed
 
 
 @triton.jit
@@ -175,11 +316,27 @@ def walk(offsets, rows, tokens, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def store_zeros(matrix, order, begin, end, column, WIDTH: tl.constexpr):
+def run_of(index, offsets, token, position, middle):
+    """The row of the token at `position`, and where its tokens end in this program's walk."""
+    row = tl.load(index + token)
+    # Past `position` whatever the offsets say: nobody checks them, and the walk must come to its end.
+    return row, tl.maximum(position + 1, tl.minimum(middle, tl.load(offsets + row + 1)))
+
+
+@triton.jit
+def store_zeros(matrix, order, begin, end, columns, WIDTH: tl.constexpr):
     """Zero the rows order[begin:end] of a contiguous matrix: the gradient of padding."""
     for position in range(begin, end):
-        row = tl.load(order + position).to(tl.int64)
-        tl.store(matrix + row * WIDTH + column, tl.zeros_like(column), mask=column < WIDTH)
+        store_row(matrix, tl.load(order + position), columns, zero_row(columns), WIDTH)
+
+
+@triton.jit
+def zero_row(columns):
+    """Zeros in fp32."""
+    parts = ()
+    for i in tl.static_range(len(columns)):
+        parts = parts + (tl.zeros(columns[i].shape, tl.float32),)
+    return parts
 
 
 class Sums(NamedTuple):
@@ -206,17 +363,11 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def zero_sums(COLUMNS: tl.constexpr):
-    """Of dy and of dy · normed."""
-    return tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
-
-
-@triton.jit
 def store_sums(
-    sums, values, scale, scale_strides, weight, bias, offsets, row, rows, column,
+    sums, values, scale, scale_strides, weight, bias, offsets, row, rows, columns,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Store what this chunk has added up for a row: `values`, one a table. sums None: nobody asked for it.
+    """Store what this chunk has added up for a row: `values`, a row a table. sums None: nobody asked for it.
 
     scale, weight, bias: of the norm whose tables come last, if the op has one.
     """
@@ -224,19 +375,20 @@ def store_sums(
         TABLES: tl.constexpr = len(values)
         chunk = tl.program_id(0)
         begin, end = tl.load(offsets + row), tl.load(offsets + row + 1)
-        inside = column < WIDTH
         if _is_cut(begin, end, CHUNK):
             slot = 2 * chunk + (begin >= chunk * CHUNK)
             for table in tl.static_range(TABLES):
-                place = sums.parts + (slot * TABLES + table).to(tl.int64) * WIDTH + column
-                tl.store(place, values[table], mask=inside)
+                store_row(sums.parts, slot * TABLES + table, columns, values[table], WIDTH)
         else:
             for table in tl.static_range(TABLES):
-                value = values[table]
-                if table == TABLES - 1 and (weight is not None or bias is not None):
-                    shift = values[table - 1]
-                    value = _scale_sum(sums, shift, value, scale, scale_strides, weight, bias, row, column, WIDTH)
-                _store_table(sums, table, row, rows, column, inside, value, WIDTH)
+                for i in tl.static_range(len(columns)):
+                    value = values[table][i]
+                    if table == TABLES - 1 and (weight is not None or bias is not None):
+                        shift = values[table - 1][i]
+                        value = _scale_sum(
+                            sums, shift, value, scale, scale_strides, weight, bias, row, columns[i], WIDTH
+                        )
+                    _store_table(sums, table, row, rows, columns[i], columns[i] < WIDTH, value, WIDTH)
 
 
 @triton.jit
@@ -254,9 +406,9 @@ def _scale_sum(sums, shift, total, scale, scale_strides, weight, bias, row, colu
     tl.store(place, factor * total, mask=inside)
     tl.store(place + WIDTH, factor * shift, mask=inside)
     if weight is not None:
-        total *= load_vector(weight, column, inside)
+        total *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
-        total += load_vector(bias, column, inside) * shift
+        total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32) * shift
     return total
 
 

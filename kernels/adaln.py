@@ -8,20 +8,26 @@ from torch import Tensor
 from sora_fast.kernels._launch import cdiv, launch
 from sora_fast.kernels._rows import (
     CHUNK,
+    MOST_REGISTERS,
     RowBlock,
     Sums,
     fold,
-    load_fp32,
-    load_stats,
+    load_factor,
+    load_normed,
+    load_row,
     load_vector,
+    modulate,
+    norm_again,
     norm_gradient,
     norm_rows,
-    norm_totals,
-    read_row,
+    only_used,
+    row_columns,
+    run_of,
+    store_row,
     store_sums,
     store_zeros,
     walk,
-    zero_sums,
+    zero_row,
 )
 
 
@@ -43,14 +49,13 @@ def adaln_forward(
     tokens, width = x.shape
     y = x.new_empty(tokens, width)
     stats = x.new_empty(1 + centred, tokens, dtype=torch.float32)
-    block = RowBlock.forward(width)
     launch(
         adaln_forward_kernel,
-        (cdiv(tokens, block.tokens),),
+        (tokens,),
         *(x, shift, scale, weight, bias, index, y, stats, tokens),
         *(x.stride(), shift.stride(), scale.stride()),
-        **{"WIDTH": width, "EPS": eps, "CENTRED": centred, "BLOCK_N": block.tokens, "BLOCK_C": block.columns},
-        num_warps=block.num_warps,
+        **{"WIDTH": width, "EPS": eps, "CENTRED": centred},
+        **RowBlock.forward(width).meta,
     )
     return y, stats
 
@@ -78,106 +83,60 @@ def adaln_backward(
     rows = scale.shape[0]
     dx = x.new_empty(tokens, width)
     asked = Sums.empty(scale, 2, tokens, affine=not (weight is None and bias is None)) if sums else None
-    block = RowBlock.backward(width)
     launch(
         adaln_backward_kernel,
         (cdiv(tokens, CHUNK),),
         *(dy, x, scale, weight, bias, stats, index, offsets, order, dx, asked, tokens, rows),
         *(dy.stride(), x.stride(), scale.stride()),
-        **{"WIDTH": width, "CENTRED": centred, "MAIN": block.columns, "REST": block.rest, "CHUNK": CHUNK},
-        num_warps=block.num_warps,
+        **{"WIDTH": width, "CENTRED": centred, "CHUNK": CHUNK, "maxnreg": MOST_REGISTERS},
+        **RowBlock.backward(width).meta,
     )
     return dx, *fold(asked, offsets, scale, weight=weight, bias=bias)
 
 
 @triton.jit
 def adaln_forward_kernel(
-    x,
-    shift,
-    scale,
-    weight,
-    bias,
-    index,
-    y,
-    stats,
-    tokens,
-    x_strides,
-    shift_strides,
-    scale_strides,
-    WIDTH: tl.constexpr,
-    EPS: tl.constexpr,
-    CENTRED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_C)[None, :]
-    exists = token < tokens
-    row = tl.load(index + token, mask=exists, other=-1)
-    inside = column < WIDTH
-    used = inside & (row >= 0)[:, None]
-    # Padding is read as zeros, shift and bias too, and so comes out as zeros.
-    values = load_fp32(x, x_strides, token[:, None], column, used)
-    normed = norm_rows(values, inside, stats, token, tokens, WIDTH, EPS, CENTRED)
-    if weight is not None:
-        normed *= load_vector(weight, column, inside)
-    if bias is not None:
-        normed += load_vector(bias, column, used)
-    factor = 1.0 + load_fp32(scale, scale_strides, row[:, None], column, used)
-    result = normed * factor + load_fp32(shift, shift_strides, row[:, None], column, used)
-    tl.store(y + token.to(tl.int64)[:, None] * WIDTH + column, result, mask=inside & exists[:, None])
+    x, shift, scale, weight, bias, index, y, stats, tokens, x_strides, shift_strides, scale_strides,
+    WIDTH: tl.constexpr, EPS: tl.constexpr, CENTRED: tl.constexpr,
+    MAIN: tl.constexpr, REST: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    columns = row_columns(MAIN, REST)
+    token = tl.program_id(0)
+    # All that is read is on its way before the first sum is waited for, and x does not wait for the index: padding is
+    # read too, and dropped.
+    row = tl.load(index + token)
+    values = load_row(x, x_strides, token, columns, WIDTH)
+    used = row >= 0
+    scales = load_row(scale, scale_strides, row, columns, WIDTH, used)
+    shifts = load_row(shift, shift_strides, row, columns, WIDTH, used)
+    weights, biases = load_vector(weight, columns, WIDTH), load_vector(bias, columns, WIDTH)
+    normed = norm_rows(only_used(values, used), columns, stats, token, tokens, WIDTH, EPS, CENTRED, LANES)
+    store_row(y, token, columns, modulate(normed, weights, biases, shifts, scales, used), WIDTH)
 
 
 @triton.jit
 def adaln_backward_kernel(
     dy, x, scale, weight, bias, stats, index, offsets, order, dx, sums, tokens, rows,
     dy_strides, x_strides, scale_strides,
-    WIDTH: tl.constexpr, CENTRED: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr, CENTRED: tl.constexpr, CHUNK: tl.constexpr,
+    MAIN: tl.constexpr, REST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    main = tl.arange(0, MAIN)
-    main_sums = zero_sums(MAIN)
-    if REST > 0:
-        rest = MAIN + tl.arange(0, REST)
-        rest_sums = zero_sums(REST)
+    columns = row_columns(MAIN, REST)
     begin, middle, end = walk(offsets, rows, tokens, CHUNK)
-    for position in range(begin, middle):
-        token = tl.load(order + position)
-        row = tl.load(index + token)
-        ends = position + 1 == tl.minimum(middle, tl.load(offsets + row + 1))
-        mean, rstd = load_stats(stats, token, tokens, CENTRED)
-        normed, d_normed, main_sums = read_row(
-            dy, dy_strides, x, x_strides, scale, scale_strides, weight, mean, rstd, token, row, main, main_sums, WIDTH
-        )
-        totals = norm_totals(normed, d_normed, CENTRED)
-        if REST > 0:
-            normed_rest, d_normed_rest, rest_sums = read_row(
-                dy,
-                dy_strides,
-                x,
-                x_strides,
-                scale,
-                scale_strides,
-                weight,
-                mean,
-                rstd,
-                token,
-                row,
-                rest,
-                rest_sums,
-                WIDTH,
-            )
-            totals += norm_totals(normed_rest, d_normed_rest, CENTRED)
-        out = dx + token.to(tl.int64) * WIDTH
-        tl.store(out + main, norm_gradient(normed, d_normed, rstd, totals, WIDTH, CENTRED), mask=main < WIDTH)
-        if REST > 0:
-            result = norm_gradient(normed_rest, d_normed_rest, rstd, totals, WIDTH, CENTRED)
-            tl.store(out + rest, result, mask=rest < WIDTH)
-        if ends:
-            store_sums(sums, main_sums, scale, scale_strides, weight, bias, offsets, row, rows, main, WIDTH, CHUNK)
-            main_sums = zero_sums(MAIN)
-            if REST > 0:
-                store_sums(sums, rest_sums, scale, scale_strides, weight, bias, offsets, row, rows, rest, WIDTH, CHUNK)
-                rest_sums = zero_sums(REST)
-    store_zeros(dx, order, middle, end, main, WIDTH)
-    if REST > 0:
-        store_zeros(dx, order, middle, end, rest, WIDTH)
+    position, last = begin, end - 1
+    token, following = tl.load(order + begin), tl.load(order + tl.minimum(begin + 1, last))
+    ahead = load_normed(dy, dy_strides, x, x_strides, stats, token, tokens, columns, WIDTH, CENTRED)
+    while position < middle:
+        row, stop = run_of(index, offsets, token, position, middle)
+        factor = load_factor(scale, scale_strides, weight, row, columns, WIDTH)
+        totals = zero_row(columns), zero_row(columns)
+        while position < stop:
+            gradient, values, moments = ahead
+            ahead = load_normed(dy, dy_strides, x, x_strides, stats, following, tokens, columns, WIDTH, CENTRED)
+            after = tl.load(order + tl.minimum(position + 2, last))
+            normed, d_normed, totals = norm_again(gradient, values, moments, factor, totals)
+            result = norm_gradient(normed, d_normed, moments[1], WIDTH, CENTRED, LANES)
+            store_row(dx, token, columns, result, WIDTH)
+            token, following, position = following, after, position + 1
+        store_sums(sums, totals, scale, scale_strides, weight, bias, offsets, row, rows, columns, WIDTH, CHUNK)
+    store_zeros(dx, order, middle, end, columns, WIDTH)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._launch import cdiv, launch
-from sora_fast.kernels._rows import CHUNK, RowBlock, Sums, fold, load_fp32, store_sums, store_zeros, walk
+from sora_fast.kernels._rows import CHUNK, RowBlock, Sums, fold, load_fp32, run_of, store_sums, store_zeros, walk
 
 
 def gated_residual_forward(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor) -> Tensor:
@@ -78,40 +78,28 @@ def gated_residual_forward_kernel(
 
 @triton.jit
 def gated_residual_backward_kernel(
-    d_out,
-    branch,
-    gate,
-    index,
-    offsets,
-    order,
-    d_residual,
-    d_branch,
-    sums,
-    tokens,
-    rows,
-    d_out_strides,
-    branch_strides,
-    gate_strides,
-    WIDTH: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    d_out, branch, gate, index, offsets, order, d_residual, d_branch, sums, tokens, rows,
+    d_out_strides, branch_strides, gate_strides,
+    WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < WIDTH
-    d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)
-    begin, middle, end = walk(offsets, rows, tokens, CHUNK)
-    for position in range(begin, middle):
+    position, middle, end = walk(offsets, rows, tokens, CHUNK)
+    while position < middle:
         token = tl.load(order + position)
-        row = tl.load(index + token)
-        ends = position + 1 == tl.minimum(middle, tl.load(offsets + row + 1))
-        gradient = load_fp32(d_out, d_out_strides, token, column, inside)
-        if sums is not None:
-            d_gate += gradient * load_fp32(branch, branch_strides, token, column, inside)
-        written = token.to(tl.int64) * WIDTH + column
-        tl.store(d_residual + written, gradient, mask=inside)
-        tl.store(d_branch + written, gradient * load_fp32(gate, gate_strides, row, column, inside), mask=inside)
-        if ends:
-            store_sums(sums, (d_gate,), None, None, None, None, offsets, row, rows, column, WIDTH, CHUNK)
-            d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)
-    store_zeros(d_residual, order, middle, end, column, WIDTH)
-    store_zeros(d_branch, order, middle, end, column, WIDTH)
+        row, stop = run_of(index, offsets, token, position, middle)
+        # The same for all tokens of the row; a load of it would wait behind the store of d_residual.
+        factor = load_fp32(gate, gate_strides, row, column, inside)
+        d_gate = tl.zeros([BLOCK_C], dtype=tl.float32)
+        while position < stop:
+            token = tl.load(order + position)
+            gradient = load_fp32(d_out, d_out_strides, token, column, inside)
+            if sums is not None:
+                d_gate += gradient * load_fp32(branch, branch_strides, token, column, inside)
+            written = token.to(tl.int64) * WIDTH + column
+            tl.store(d_residual + written, gradient, mask=inside)
+            tl.store(d_branch + written, gradient * factor, mask=inside)
+            position += 1
+        store_sums(sums, ((d_gate,),), None, None, None, None, offsets, row, rows, (column,), WIDTH, CHUNK)
+    store_zeros(d_residual, order, middle, end, (column,), WIDTH)
+    store_zeros(d_branch, order, middle, end, (column,), WIDTH)

@@ -1,5 +1,7 @@
 """gated_residual_adaln: the gate of one branch and the norm of the next, in a single pass over memory."""
 
+# ruff: noqa: RUF005 (Triton adds tuples and does not unpack them)
+
 import torch
 import triton
 import triton.language as tl
@@ -8,20 +10,26 @@ from torch import Tensor
 from sora_fast.kernels._launch import cdiv, launch
 from sora_fast.kernels._rows import (
     CHUNK,
+    MOST_REGISTERS,
     RowBlock,
     Sums,
     fold,
-    load_fp32,
-    load_stats,
+    load_factor,
+    load_normed,
+    load_row,
     load_vector,
+    modulate,
+    norm_again,
     norm_gradient,
     norm_rows,
-    norm_totals,
-    read_row,
+    only_used,
+    row_columns,
+    run_of,
+    store_row,
     store_sums,
     store_zeros,
     walk,
-    zero_sums,
+    zero_row,
 )
 
 
@@ -45,14 +53,13 @@ def gated_residual_adaln_forward(
     tokens, width = residual.shape
     h, y = residual.new_empty(tokens, width), residual.new_empty(tokens, width)
     stats = residual.new_empty(1 + centred, tokens, dtype=torch.float32)
-    block = RowBlock.forward(width)
     launch(
         gated_residual_adaln_forward_kernel,
-        (cdiv(tokens, block.tokens),),
+        (tokens,),
         *(residual, branch, gate, shift, scale, weight, bias, index, h, y, stats, tokens),
         *(residual.stride(), branch.stride(), gate.stride(), shift.stride(), scale.stride()),
-        **{"WIDTH": width, "EPS": eps, "CENTRED": centred, "BLOCK_N": block.tokens, "BLOCK_C": block.columns},
-        num_warps=block.num_warps,
+        **{"WIDTH": width, "EPS": eps, "CENTRED": centred},
+        **RowBlock.forward(width).meta,
     )
     return h, y, stats
 
@@ -84,8 +91,12 @@ def gated_residual_adaln_backward(
     tokens, width = h.shape
     rows = gate.shape[0]
     d_residual, d_branch = h.new_empty(tokens, width), branch.new_empty(tokens, width)
-    asked = Sums.empty(scale, 3, tokens, affine=not (weight is None and bias is None)) if sums else None
+    affine = not (weight is None and bias is None)
+    asked = Sums.empty(scale, 3, tokens, affine=affine) if sums else None
     block = RowBlock.backward(width)
+    # An affine norm needs a few addresses more than 128 registers hold where a thread has 12 columns, and so do the
+    # rows that one warp holds (up to 72 bytes on sm_80 and sm_100); 16 warps have no more.
+    roomy = (affine or block.num_warps == 1) and block.num_warps < 16
     launch(
         gated_residual_adaln_backward_kernel,
         (cdiv(tokens, CHUNK),),
@@ -93,58 +104,43 @@ def gated_residual_adaln_backward(
         *(d_residual, d_branch, asked, tokens, rows),
         *((dy if dh is None else dh).stride(), dy.stride(), h.stride()),
         *(branch.stride(), gate.stride(), scale.stride()),
-        **{"WIDTH": width, "CENTRED": centred, "MAIN": block.columns, "REST": block.rest, "CHUNK": CHUNK},
-        num_warps=block.num_warps,
+        **{"WIDTH": width, "CENTRED": centred, "CHUNK": CHUNK, "maxnreg": 168 if roomy else MOST_REGISTERS},
+        **block.meta,
     )
     return d_residual, d_branch, *fold(asked, offsets, scale, weight=weight, bias=bias)
 
 
 @triton.jit
 def gated_residual_adaln_forward_kernel(
-    residual,
-    branch,
-    gate,
-    shift,
-    scale,
-    weight,
-    bias,
-    index,
-    h,
-    y,
-    stats,
-    tokens,
-    residual_strides,
-    branch_strides,
-    gate_strides,
-    shift_strides,
-    scale_strides,
-    WIDTH: tl.constexpr,
-    EPS: tl.constexpr,
-    CENTRED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_C)[None, :]
-    exists = token < tokens
-    row = tl.load(index + token, mask=exists, other=-1)
-    inside = column < WIDTH
-    used = inside & (row >= 0)[:, None]
-    written = token.to(tl.int64)[:, None] * WIDTH + column
-    total = load_fp32(residual, residual_strides, token[:, None], column, used)
-    factor = load_fp32(gate, gate_strides, row[:, None], column, used)
-    total += factor * load_fp32(branch, branch_strides, token[:, None], column, used)
-    tl.store(h + written, total, mask=inside & exists[:, None])
-    # The norm of h as it is stored: the backward pass sees no other.
-    total = total.to(h.dtype.element_ty).to(tl.float32)
-    normed = norm_rows(total, inside, stats, token, tokens, WIDTH, EPS, CENTRED)
-    if weight is not None:
-        normed *= load_vector(weight, column, inside)
-    if bias is not None:
-        normed += load_vector(bias, column, used)
-    factor = 1.0 + load_fp32(scale, scale_strides, row[:, None], column, used)
-    result = normed * factor + load_fp32(shift, shift_strides, row[:, None], column, used)
-    tl.store(y + written, result, mask=inside & exists[:, None])
+    residual, branch, gate, shift, scale, weight, bias, index, h, y, stats, tokens,
+    residual_strides, branch_strides, gate_strides, shift_strides, scale_strides,
+    WIDTH: tl.constexpr, EPS: tl.constexpr, CENTRED: tl.constexpr,
+    MAIN: tl.constexpr, REST: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    columns = row_columns(MAIN, REST)
+    token = tl.program_id(0)
+    # As in adaln: nothing but the tables waits for the index, and no load for a sum.
+    row = tl.load(index + token)
+    streams = load_row(residual, residual_strides, token, columns, WIDTH)
+    branches = load_row(branch, branch_strides, token, columns, WIDTH)
+    used = row >= 0
+    gates = load_row(gate, gate_strides, row, columns, WIDTH, used)
+    scales = load_row(scale, scale_strides, row, columns, WIDTH, used)
+    shifts = load_row(shift, shift_strides, row, columns, WIDTH, used)
+    weights, biases = load_vector(weight, columns, WIDTH), load_vector(bias, columns, WIDTH)
+    total = _gated(only_used(streams, used), only_used(branches, used), gates, h)
+    store_row(h, token, columns, total, WIDTH)
+    normed = norm_rows(only_used(total, used), columns, stats, token, tokens, WIDTH, EPS, CENTRED, LANES)
+    store_row(y, token, columns, modulate(normed, weights, biases, shifts, scales, used), WIDTH)
+
+
+@triton.jit
+def _gated(streams, branches, gates, h):
+    """streams + branches · gates, as h will hold them: the norm, and the backward pass, see no other."""
+    total = ()
+    for i in tl.static_range(len(streams)):
+        total = total + ((streams[i] + branches[i] * gates[i].to(tl.float32)).to(h.dtype.element_ty),)
+    return total
 
 
 @triton.jit
@@ -152,83 +148,57 @@ def gated_residual_adaln_backward_kernel(
     dh, dy, h, branch, gate, scale, weight, bias, stats, index, offsets, order,
     d_residual, d_branch, sums, tokens, rows,
     dh_strides, dy_strides, h_strides, branch_strides, gate_strides, scale_strides,
-    WIDTH: tl.constexpr, CENTRED: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr, CENTRED: tl.constexpr, CHUNK: tl.constexpr,
+    MAIN: tl.constexpr, REST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    main = tl.arange(0, MAIN)
-    main_gate, main_sums = tl.zeros([MAIN], tl.float32), zero_sums(MAIN)
-    if REST > 0:
-        rest = MAIN + tl.arange(0, REST)
-        rest_gate, rest_sums = tl.zeros([REST], tl.float32), zero_sums(REST)
+    columns = row_columns(MAIN, REST)
     begin, middle, end = walk(offsets, rows, tokens, CHUNK)
-    for position in range(begin, middle):
-        token = tl.load(order + position)
-        row = tl.load(index + token)
-        ends = position + 1 == tl.minimum(middle, tl.load(offsets + row + 1))
-        mean, rstd = load_stats(stats, token, tokens, CENTRED)
-        normed, d_normed, main_sums = read_row(
-            dy, dy_strides, h, h_strides, scale, scale_strides, weight, mean, rstd, token, row, main, main_sums, WIDTH
-        )
-        totals = norm_totals(normed, d_normed, CENTRED)
-        if REST > 0:
-            normed_rest, d_normed_rest, rest_sums = read_row(
-                dy,
-                dy_strides,
-                h,
-                h_strides,
-                scale,
-                scale_strides,
-                weight,
-                mean,
-                rstd,
-                token,
-                row,
-                rest,
-                rest_sums,
-                WIDTH,
-            )
-            totals += norm_totals(normed_rest, d_normed_rest, CENTRED)
-        d_h = norm_gradient(normed, d_normed, rstd, totals, WIDTH, CENTRED)
-        main_gate += _gradients(
-            d_h, dh, dh_strides, branch, branch_strides, gate, gate_strides, d_residual, d_branch, sums, token, row,
-            main, WIDTH,
-        )  # fmt: skip
-        if REST > 0:
-            d_h = norm_gradient(normed_rest, d_normed_rest, rstd, totals, WIDTH, CENTRED)
-            rest_gate += _gradients(
-                d_h, dh, dh_strides, branch, branch_strides, gate, gate_strides, d_residual, d_branch, sums, token, row,
-                rest, WIDTH,
-            )  # fmt: skip
-        if ends:
-            values = main_gate, main_sums[0], main_sums[1]
-            store_sums(sums, values, scale, scale_strides, weight, bias, offsets, row, rows, main, WIDTH, CHUNK)
-            main_gate, main_sums = tl.zeros([MAIN], tl.float32), zero_sums(MAIN)
-            if REST > 0:
-                values = rest_gate, rest_sums[0], rest_sums[1]
-                store_sums(sums, values, scale, scale_strides, weight, bias, offsets, row, rows, rest, WIDTH, CHUNK)
-                rest_gate, rest_sums = tl.zeros([REST], tl.float32), zero_sums(REST)
-    store_zeros(d_residual, order, middle, end, main, WIDTH)
-    store_zeros(d_branch, order, middle, end, main, WIDTH)
-    if REST > 0:
-        store_zeros(d_residual, order, middle, end, rest, WIDTH)
-        store_zeros(d_branch, order, middle, end, rest, WIDTH)
+    position, last = begin, end - 1
+    token, following = tl.load(order + begin), tl.load(order + tl.minimum(begin + 1, last))
+    ahead = load_normed(dy, dy_strides, h, h_strides, stats, token, tokens, columns, WIDTH, CENTRED)
+    while position < middle:
+        row, stop = run_of(index, offsets, token, position, middle)
+        factor = load_factor(scale, scale_strides, weight, row, columns, WIDTH)
+        gates = load_row(gate, gate_strides, row, columns, WIDTH)
+        totals, d_gate = (zero_row(columns), zero_row(columns)), zero_row(columns)
+        while position < stop:
+            gradient, values, moments = ahead
+            # What comes after the reduction is on its way before it, and what the next token needs before that. (dh and
+            # branch a token ahead too would spill 32 bytes of 128 registers where a thread has 12 columns.)
+            others, branches = (), ()
+            if dh is not None:
+                others = load_row(dh, dh_strides, token, columns, WIDTH)
+            if sums is not None:
+                branches = load_row(branch, branch_strides, token, columns, WIDTH)
+            ahead = load_normed(dy, dy_strides, h, h_strides, stats, following, tokens, columns, WIDTH, CENTRED)
+            after = tl.load(order + tl.minimum(position + 2, last))
+            normed, d_normed, totals = norm_again(gradient, values, moments, factor, totals)
+            d_h = norm_gradient(normed, d_normed, moments[1], WIDTH, CENTRED, LANES)
+            d_h, d_out, d_gate = _gradients(d_h, others, branches, gates, d_gate)
+            store_row(d_residual, token, columns, d_h, WIDTH)
+            store_row(d_branch, token, columns, d_out, WIDTH)
+            token, following, position = following, after, position + 1
+        values = d_gate, totals[0], totals[1]
+        store_sums(sums, values, scale, scale_strides, weight, bias, offsets, row, rows, columns, WIDTH, CHUNK)
+    store_zeros(d_residual, order, middle, end, columns, WIDTH)
+    store_zeros(d_branch, order, middle, end, columns, WIDTH)
 
 
 @triton.jit
-def _gradients(
-    total, dh, dh_strides, branch, branch_strides, gate, gate_strides, d_residual, d_branch, sums, token, row, column,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Store both gradients of some columns of a token, and return what the token adds to the gate's.
+def _gradients(d_h, others, branches, gates, d_gate):
+    """A token's gradients of residual and branch, and `d_gate` with what it adds to the gate's.
 
-    total: the gradient of h through its norm.
+    d_h: the gradient of h through its norm; others: that of h from elsewhere, or (). branches: (), where nobody asks
+    for the gate's.
     """
-    inside = column < WIDTH
-    if dh is not None:
-        total += load_fp32(dh, dh_strides, token, column, inside)
-    place = token.to(tl.int64) * WIDTH + column
-    tl.store(d_residual + place, total, mask=inside)
-    d_gate = tl.zeros_like(total)
-    if sums is not None:
-        d_gate = total * load_fp32(branch, branch_strides, token, column, inside)
-    tl.store(d_branch + place, total * load_fp32(gate, gate_strides, row, column, inside), mask=inside)
-    return d_gate
+    d_residual, d_branch, d_gates = (), (), ()
+    for i in tl.static_range(len(d_h)):
+        total, d_gate_part = d_h[i], d_gate[i]
+        if len(others) > 0:
+            total += others[i].to(tl.float32)
+        if len(branches) > 0:
+            d_gate_part += total * branches[i].to(tl.float32)
+        d_residual = d_residual + (total,)
+        d_branch = d_branch + (total * gates[i].to(tl.float32),)
+        d_gates = d_gates + (d_gate_part,)
+    return d_residual, d_branch, d_gates

@@ -1,5 +1,7 @@
 """mlp_activation: the bias and the nonlinearity between the two products of an MLP; one pass each way."""
 
+# ruff: noqa: RUF005 (Triton adds tuples and does not unpack them)
+
 from dataclasses import dataclass
 
 import torch
@@ -9,17 +11,21 @@ from torch import Tensor
 
 from sora_fast.kernels._fold import fold
 from sora_fast.kernels._launch import cdiv, launch, next_power_of_two
-from sora_fast.kernels._rows import load_fp32
 
 
 @dataclass(frozen=True)
 class MlpActivationConfig:
-    """Not measured yet. Memory traffic alone: a thread has 16 bytes of every tensor in flight, twice in fp32."""
+    """Memory traffic alone. A thread asks for 64 bytes at once, 16 of each of 4 rows, or of both halves of 2. In bf16
+    the assembler for sm_90 sends 32 to 64 of them off before it waits for the first: 60 to 96 KB a multiprocessor.
 
-    tokens: int = 2
-    columns: int = 512  # divides the 4608 of DiT-XL; 1 KB of a row in bf16
-    num_warps: int = 4  # 8 elements a thread
-    # Tokens in one partial sum of the bias's gradient: 32k tokens by 4608 columns make 2,304 programs, and the partials
+    The columns have one axis, so that the bias is laid out as the rows are: beside rows of two axes it brought every
+    operand through shared memory, with 6 to 10 barriers a step of the backward pass.
+    """
+
+    columns: int = 1024  # 8 elements a thread; 4.5 blocks are the 4608 of DiT-XL
+    num_warps: int = 4
+    loads: int = 4  # 16 bytes each, before the first is waited for: rows of `x`, or (gated) halves of rows
+    # Tokens in one partial sum of the bias's gradient: 32k tokens by 4608 columns make 1,280 programs, and the partials
     # are 0.5% of the traffic.
     chunk: int = 128
 
@@ -27,17 +33,21 @@ class MlpActivationConfig:
         """Columns of a block: no more than needed."""
         return min(self.columns, next_power_of_two(width))
 
+    def rows_for(self, gated: bool) -> int:
+        """Tokens that are read together."""
+        return self.loads // (1 + gated)
+
 
 def mlp_activation_forward(x: Tensor, bias: Tensor | None, *, gated: bool) -> Tensor:
     """x [N, H] of any strides, bias [H] → tanh-GELU of x + bias, [N, H]; gated: SwiGLU of its halves, [N, H / 2]."""
     config = MlpActivationConfig()
     tokens, width = x.shape[0], x.shape[1] // (1 + gated)
     out = x.new_empty(tokens, width)
-    columns = config.columns_for(width)
+    columns, rows = config.columns_for(width), config.rows_for(gated)
     launch(
-        *(mlp_activation_forward_kernel, (cdiv(tokens, config.tokens), cdiv(width, columns))),
+        *(mlp_activation_forward_kernel, (cdiv(tokens, rows), cdiv(width, columns))),
         *(x, bias, out, tokens, x.stride(), 0 if bias is None else bias.stride(0)),
-        **{"WIDTH": width, "GATED": gated, "BLOCK_N": config.tokens, "BLOCK_C": columns},
+        **{"WIDTH": width, "GATED": gated, "ROWS": rows, "BLOCK_C": columns},
         num_warps=config.num_warps,
     )
     return out
@@ -52,11 +62,11 @@ def mlp_activation_backward(
     d_x = x.new_empty(x.shape)
     chunks = cdiv(tokens, config.chunk)
     partials = torch.empty(chunks, x.shape[1], dtype=torch.float32, device=x.device) if bias_gradient else None
-    columns = config.columns_for(width)
+    columns, rows = config.columns_for(width), config.rows_for(gated)
     launch(
         *(mlp_activation_backward_kernel, (chunks, cdiv(width, columns)), d_out, x, bias, d_x, partials, tokens),
         *(d_out.stride(), x.stride(), 0 if bias is None else bias.stride(0)),
-        **{"WIDTH": width, "GATED": gated, "BLOCK_N": config.tokens, "BLOCK_C": columns, "CHUNK": config.chunk},
+        **{"WIDTH": width, "GATED": gated, "ROWS": rows, "BLOCK_C": columns, "CHUNK": config.chunk},
         num_warps=config.num_warps,
     )
     return d_x, x.new_empty(0, dtype=torch.float32) if partials is None else fold(partials)
@@ -65,60 +75,90 @@ def mlp_activation_backward(
 @triton.jit
 def mlp_activation_forward_kernel(
     x, bias, out, tokens, x_strides, bias_stride,
-    WIDTH: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    token = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    column = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    inside = (token < tokens) & (column < WIDTH)
-    u = _biased(x, x_strides, bias, bias_stride, token, column, inside, WIDTH)
-    if GATED:
-        result = u * tl.sigmoid(u) * _biased(x, x_strides, bias, bias_stride, token, column + WIDTH, inside, 2 * WIDTH)
-    else:
-        result = u * _gelu_gate(u)[0]
-    tl.store(out + token.to(tl.int64) * WIDTH + column, result, mask=inside)
+    first = tl.program_id(0) * ROWS
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < WIDTH
+    rows = _load(x, x_strides, first, tokens, column, inside, WIDTH, GATED, ROWS)
+    biases = _load_bias(bias, bias_stride, column, inside, WIDTH, GATED)
+    for i in tl.static_range(ROWS):
+        u = rows[i][0].to(tl.float32) + biases[0]
+        result = u * (tl.sigmoid(u) if GATED else _gelu_gate(u)[0])
+        if GATED:
+            result *= rows[i][1].to(tl.float32) + biases[1]
+        token = first + i
+        tl.store(out + token.to(tl.int64) * WIDTH + column, result, mask=inside & (token < tokens))
 
 
 @triton.jit
 def mlp_activation_backward_kernel(
     d_out, x, bias, d_x, partials, tokens, d_out_strides, x_strides, bias_stride,
-    WIDTH: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     H: tl.constexpr = 2 * WIDTH if GATED else WIDTH
     chunk = tl.program_id(0)
-    column = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    total_value = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for first in range(chunk * CHUNK, tl.minimum(tokens, (chunk + 1) * CHUNK), BLOCK_N):
-        token = (first + tl.arange(0, BLOCK_N))[:, None]
-        inside = (token < tokens) & (column < WIDTH)
-        gradient = load_fp32(d_out, d_out_strides, token, column, inside)
-        u = _biased(x, x_strides, bias, bias_stride, token, column, inside, WIDTH)
-        written = d_x + token.to(tl.int64) * H + column
-        if GATED:
-            value = _biased(x, x_strides, bias, bias_stride, token, column + WIDTH, inside, H)
-            gate = tl.sigmoid(u)
-            d_value = gradient * u * gate
-            tl.store(written + WIDTH, d_value, mask=inside)
-            total_value += tl.where(inside, d_value, 0.0)
-            d_u = gradient * value * (gate + u * gate * (1.0 - gate))
-        else:
-            gate, slope = _gelu_gate(u)
-            d_u = gradient * (gate + slope)
-        tl.store(written, d_u, mask=inside)
-        total += tl.where(inside, d_u, 0.0)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = column < WIDTH
+    biases = _load_bias(bias, bias_stride, column, inside, WIDTH, GATED)
+    total, total_value = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    for first in range(chunk * CHUNK, tl.minimum(tokens, (chunk + 1) * CHUNK), ROWS):
+        gradients = _load(d_out, d_out_strides, first, tokens, column, inside, WIDTH, False, ROWS)
+        rows = _load(x, x_strides, first, tokens, column, inside, WIDTH, GATED, ROWS)
+        for i in tl.static_range(ROWS):
+            token = first + i
+            # A row past the last is read as zeros, and the gradients of zeros are zeros.
+            exists = inside & (token < tokens)
+            gradient, u = gradients[i][0].to(tl.float32), rows[i][0].to(tl.float32) + biases[0]
+            written = d_x + token.to(tl.int64) * H + column
+            if GATED:
+                gate = tl.sigmoid(u)
+                d_value = gradient * u * gate
+                tl.store(written + WIDTH, d_value, mask=exists)
+                total_value += d_value
+                d_u = gradient * (rows[i][1].to(tl.float32) + biases[1]) * (gate + u * gate * (1.0 - gate))
+            else:
+                gate, slope = _gelu_gate(u)
+                d_u = gradient * (gate + slope)
+            tl.store(written, d_u, mask=exists)
+            total += d_u
     if partials is not None:
         place = partials + chunk.to(tl.int64) * H + column
-        tl.store(place, tl.sum(total, axis=0)[None, :], mask=column < WIDTH)
+        tl.store(place, total, mask=inside)
         if GATED:
-            tl.store(place + WIDTH, tl.sum(total_value, axis=0)[None, :], mask=column < WIDTH)
+            tl.store(place + WIDTH, total_value, mask=inside)
 
 
 @triton.jit
-def _biased(x, x_strides, bias, bias_stride, token, column, inside, END: tl.constexpr):
-    u = load_fp32(x, x_strides, token, column, inside)
-    if bias is not None:
-        u += tl.load(bias + column.to(tl.int64) * bias_stride, mask=column < END, other=0.0).to(tl.float32)
-    return u
+def _load(
+    x, strides, first, tokens, column, inside, WIDTH: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Of each of ROWS tokens from `first` on, as stored: its columns, and (GATED) those of its second half. Zeros for
+    tokens past the last. All are on their way before the first is used."""
+    rows = ()
+    for i in tl.static_range(ROWS):
+        token = first + i
+        place = x + token.to(tl.int64) * strides[0] + column.to(tl.int64) * strides[1]
+        exists = inside & (token < tokens)
+        row = (tl.load(place, mask=exists, other=0.0),)
+        if GATED:
+            row = row + (tl.load(place + WIDTH * tl.cast(strides[1], tl.int64), mask=exists, other=0.0),)
+        rows = rows + (row,)
+    return rows
+
+
+@triton.jit
+def _load_bias(bias, stride, column, inside, WIDTH: tl.constexpr, GATED: tl.constexpr):
+    """In fp32, of the columns and (GATED) of the second half; zeros without a bias."""
+    if bias is None:
+        return tl.zeros(column.shape, tl.float32), tl.zeros(column.shape, tl.float32)
+    else:
+        place = bias + column.to(tl.int64) * stride
+        first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        second = first
+        if GATED:
+            second = tl.load(place + WIDTH * tl.cast(stride, tl.int64), mask=inside, other=0.0).to(tl.float32)
+        return first, second
 
 
 @triton.jit

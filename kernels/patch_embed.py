@@ -280,5 +280,5 @@ def patch_embed_table_gradient_kernel(
         row = tl.load(index + place)
         total += _rows.load_fp32(grad, grad_strides, place % num_tokens, column, inside)
         if position + 1 == tl.minimum(middle, tl.load(offsets + row + 1)):
-            _rows.store_sums(sums, (total,), None, None, None, None, offsets, row, rows, column, WIDTH, CHUNK)
+            _rows.store_sums(sums, ((total,),), None, None, None, None, offsets, row, rows, (column,), WIDTH, CHUNK)
             total = tl.zeros([BLOCK_C], dtype=tl.float32)
