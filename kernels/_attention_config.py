@@ -11,6 +11,7 @@ import torch
 
 from sora_fast.kernels._attention_measured import MEASURED, ONE_PASS_UP_TO
 from sora_fast.kernels._attention_walk import Blocking
+from sora_fast.kernels._launch import cdiv
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class BlockSizes:
     def blocking(self, own_tile: int, other_tile: int, *, causal: bool, described: bool) -> Blocking:
         """Blocks no larger than a tile: more would only be masked away."""
         own, other = min(self.own, own_tile), min(self.other, other_tile)
-        return Blocking(own, other, -(-own_tile // own), -(-other_tile // other), causal, described)
+        return Blocking(own, other, cdiv(own_tile, own), cdiv(other_tile, other), causal, described)
 
     def options(self) -> dict[str, int]:
         """For a launch."""

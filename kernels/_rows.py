@@ -107,7 +107,7 @@ def _fitting_columns(width: int) -> int:
     """
     sizes = (1024, 512, 256, 128)
     return next(
-        (size for size in sizes if 8 * triton.cdiv(width, size) * size <= 9 * width), min(128, next_power_of_two(width))
+        (size for size in sizes if 8 * cdiv(width, size) * size <= 9 * width), min(128, next_power_of_two(width))
     )
 
 

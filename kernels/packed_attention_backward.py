@@ -55,7 +55,7 @@ from sora_fast.kernels._attention_walk import (
     slot_and_head,
     split_walk,
 )
-from sora_fast.kernels._launch import launch, target_arch
+from sora_fast.kernels._launch import cdiv, launch, target_arch
 
 
 class Statistics(NamedTuple):
@@ -167,7 +167,7 @@ def _launch_statistics(p: _Problem, statistics: Statistics) -> None:
     head = Head.of(p.out, p.out, p.grad_out)
     launch(
         packed_attention_statistics_kernel,
-        (triton.cdiv(p.out.shape[0], STATISTICS_BLOCK), p.out.shape[1]),
+        (cdiv(p.out.shape[0], STATISTICS_BLOCK), p.out.shape[1]),
         *(p.lse, p.grad_lse, statistics, head.rows(p.out), head.rows(p.grad_out), p.out.shape[0]),
         HEAD=head,
         BLOCK=STATISTICS_BLOCK,
