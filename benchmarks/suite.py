@@ -116,14 +116,6 @@ class Suite:
         if names:
             self.unreached[phase] = list(names)
 
-    def smoke_of(self, op: str) -> dict[str, int]:
-        """How many plans of an op became what."""
-        statuses = [smoke.status for smoke in self.smoke.values() if smoke.op == op]
-        return {status: statuses.count(status) for status in dict.fromkeys(sorted(statuses, key=_ORDER.index))}
-
-
-_ORDER = [CRASH, FAIL, "PASS", OPEN]
-
 
 def is_wrong(row: Row) -> bool:
     """A failure, or a backend of ours that is too far from the truth."""
