@@ -31,7 +31,7 @@ def versions(session: Session, until: float) -> None:
     """What runs here, and what the device reaches at best; raises Stopped where that is not to be found out."""
     now = time.monotonic()
     until = now + _PATIENCE_OF_VERSIONS * (until - now)
-    task = session.task("versions", ["this machine"], until, commit=session.commit)
+    task = session.task("versions", ["this machine"], until, commit=session.commit, dry=session.dry)
     (verdict,) = session.verdicts("versions", [task], until)
     if verdict.verdict != "passed":
         raise Stopped(f"nothing is known of this machine: {verdict.reason}")
