@@ -27,7 +27,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks import _checkout, cubin
+from benchmarks.hot_loop import aligned, read_loops, table
 from benchmarks.snapshot import FILE, SHARED_LIMIT, Row, Selection, Snapshot
+from benchmarks.ttir import loop_flops
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +54,11 @@ def compile_launch(launch: Launch, target: str) -> Row:
     options, signature, constants, attributes = kernel._pack_args(backend, meta, bound, specialization, options)
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=gpu, options=options.__dict__)
-    found = asdict(cubin.inspect(compiled.asm["cubin"]))
-    return Row(launch.name, target, shared_bytes=compiled.metadata.shared, **found)
+    text = cubin.disassemble(compiled.asm["cubin"])
+    # Not metadata's number of warps: of a specialised kernel that counts those that only load, too.
+    asked = loop_flops(compiled.asm["ttir"])
+    loops = tuple(read_loops(text, warps=options.num_warps, target=target, asked=asked))
+    return Row(launch.name, target, shared_bytes=compiled.metadata.shared, loops=loops, **asdict(cubin.inspect(text)))
 
 
 def record(target: str, selection: Selection) -> Iterator[Launch]:
@@ -99,15 +104,14 @@ def compile_all(target: str, selection: Selection) -> tuple[list[Row], list[str]
 
 
 def _table(rows: Sequence[Row]) -> str:
-    columns = [field.name for field in fields(Row)]
-    lines = [columns, *([str(getattr(row, name)) for name in columns] for row in rows)]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
-    texts = [
-        "  ".join(f"{cell:{'<' if place < 2 else '>'}{widths[place]}}" for place, cell in enumerate(line))
-        for line in lines
-    ]
+    columns = [field.name for field in fields(Row) if field.name != "loops"]
+    lines = aligned(columns, [[str(getattr(row, name)) for name in columns] for row in rows], left=2).splitlines()
     notes = ["", *(f"  ← {row.problem}" if row.problem else "" for row in rows)]
-    return "\n".join(text + note for text, note in zip(texts, notes, strict=True))
+    kernels = "\n".join(text + note for text, note in zip(lines, notes, strict=True))
+    loops = (
+        (f"{row.kernel} {row.target} {place}", loop) for row in rows for place, loop in enumerate(row.loops or (), 1)
+    )
+    return f"{kernels}\n\n{table(loops)}"
 
 
 def _parser() -> argparse.ArgumentParser:

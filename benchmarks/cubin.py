@@ -8,8 +8,9 @@ from pathlib import Path
 
 from triton import knobs
 
-# "        /*0010*/   @P0 LDG.E.128 R4, ...": a line a machine instruction, predicated or not.
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)", re.MULTILINE)
+from benchmarks.pipes import access_bytes
+from benchmarks.sass import functions
+
 _FUNCTION = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:\d+ LOCAL:(?P<local>\d+)")
 
 
@@ -25,22 +26,26 @@ class Cubin:
     wide_stores: int  # 16 bytes a thread to global memory
 
 
-def inspect(cubin: bytes) -> Cubin:
-    """Disassemble `cubin`. Raises `subprocess.CalledProcessError` if cuobjdump cannot read it."""
+def disassemble(cubin: bytes) -> str:
+    """What cuobjdump prints of it. Raises `subprocess.CalledProcessError` if it cannot read it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(file)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    functions = [{k: int(v) for k, v in m.groupdict().items()} for m in _FUNCTION.finditer(text)]
-    if not functions:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def inspect(text: str) -> Cubin:
+    """text: from `disassemble`. Raises ValueError if it lists no function."""
+    usage = [{k: int(v) for k, v in m.groupdict().items()} for m in _FUNCTION.finditer(text)]
+    if not usage:
         raise ValueError(f"cannot read the cubin: cuobjdump lists no function in it\n{text[:2000]}")
-    names = [match["name"].split(".") for match in _INSTRUCTION.finditer(text)]
+    code = [instruction for function in functions(text) for instruction in function]
     return Cubin(
-        registers=max(f["registers"] for f in functions),
-        spills=max(f["stack"] + f["local"] for f in functions),
-        instructions=sum(name[0] != "NOP" for name in names),
-        hgmma=sum(name[0] == "HGMMA" for name in names),
-        wide_loads=sum(name[0] in ("LDG", "LDGSTS") and "128" in name for name in names),
-        wide_stores=sum(name[0] == "STG" and "128" in name for name in names),
+        registers=max(f["registers"] for f in usage),
+        spills=max(f["stack"] + f["local"] for f in usage),
+        instructions=sum(i.op != "NOP" for i in code),
+        hgmma=sum(i.op == "HGMMA" for i in code),
+        wide_loads=sum(i.op in ("LDG", "LDGSTS") and access_bytes(i) == 16 for i in code),
+        wide_stores=sum(i.op == "STG" and access_bytes(i) == 16 for i in code),
     )

@@ -32,9 +32,10 @@ class Rows(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Columns of some rows of one head: the first `Head.main`, and the rest (None, or unused, where that is 0).
+    """Columns of some rows of one head: the first `Head.main`, and the rest (never used where that is 0).
 
-    Of values on chip, of fp32 sums, or of the descriptors that load them.
+    Of values on chip, of fp32 sums, or of the descriptors that load them (None where there are none). What a function
+    returns or a loop carries has no None in it, which Triton 3.6 cannot take.
     """
 
     main: Any
@@ -157,28 +158,32 @@ def _load(x, token, head, exists, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS
 
 
 @jit
-def load_block(x, descriptors, token, head, exists, ROWS: tl.constexpr, HEAD: tl.constexpr):
-    """Rows of one head from `token` on; zeros where a row does not exist (0 · NaN is NaN).
+def load_block(x, token, head, exists, ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """Rows of one head from `token` on; zeros where a row does not exist (0 · NaN is NaN). exists: None: all do."""
+    main = _load(x, token, head, exists, 0, HEAD.main, ROWS, HEAD)
+    rest = _load(x, token, head, exists, HEAD.main, HEAD.rest, ROWS, HEAD) if HEAD.rest else main
+    return Block(main, rest)
 
-    exists: which rows do; None: all. descriptors: bring the rows, if there are any (of None). They know the end of the
-    tensor, not that of a segment, behind which NaN may stand: what does not exist is cleared on chip.
+
+@jit
+def load_next(x, descriptors, token, head, exists, ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """As `load_block`, by `descriptors` where there are any.
+
+    They know the end of the tensor, not that of a segment, behind which NaN may stand: what does not exist is cleared
+    on chip.
     """
-    MAIN: tl.constexpr = HEAD.main
-    REST: tl.constexpr = HEAD.rest
-    rest = None
-    if descriptors is not None and descriptors.main is not None:
+    if descriptors.main is not None:
+        MAIN: tl.constexpr = HEAD.main
+        REST: tl.constexpr = HEAD.rest
         main = descriptors.main.load([head, token, 0]).reshape([ROWS, MAIN])
-        if HEAD.rest:
-            rest = descriptors.rest.load([head, token, MAIN]).reshape([ROWS, REST])
+        rest = descriptors.rest.load([head, token, MAIN]).reshape([ROWS, REST]) if HEAD.rest else main
         if exists is not None:
             main = tl.where(exists[:, None], main, 0.0)
-            if HEAD.rest:
-                rest = tl.where(exists[:, None], rest, 0.0)
+            rest = tl.where(exists[:, None], rest, 0.0) if HEAD.rest else main
+        block = Block(main, rest)
     else:
-        main = _load(x, token, head, exists, 0, MAIN, ROWS, HEAD)
-        if HEAD.rest:
-            rest = _load(x, token, head, exists, MAIN, REST, ROWS, HEAD)
-    return Block(main, rest)
+        block = load_block(x, token, head, exists, ROWS, HEAD)
+    return block
 
 
 @jit
@@ -221,7 +226,7 @@ def load_numbers(data, place, exists, other):
 
 @jit
 def zero_block(ROWS: tl.constexpr, HEAD: tl.constexpr):
-    """Sums that start at 0. (Triton 3.6 carries no None through a loop: an unused rest, which costs nothing.)"""
+    """Sums that start at 0. A rest that is not used costs nothing."""
     MAIN: tl.constexpr = HEAD.main
     REST: tl.constexpr = HEAD.rest if HEAD.rest else 16
     return Block(tl.zeros([ROWS, MAIN], tl.float32), tl.zeros([ROWS, REST], tl.float32))

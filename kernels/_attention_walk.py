@@ -68,7 +68,9 @@ class Blocking:
     """How tiles are cut into blocks; a compile-time constant.
 
     own, other: tokens of a program's block, and of each of those that it walks over. parts, other_parts: such blocks in
-    a tile. causal: partial pairs compare raster places too.
+    a tile. causal: partial pairs compare raster places too. described: what is walked over is a range of tokens, and
+    read by descriptors. What is left of it beside whole blocks, less than one, then needs no loop; without them the
+    loop stays, whose loads go straight to shared memory (in registers, they spill up to 1,512 bytes a thread on sm_80).
     """
 
     own: int
@@ -76,6 +78,7 @@ class Blocking:
     parts: int
     other_parts: int
     causal: bool
+    described: bool
 
 
 class Own(NamedTuple):
@@ -161,8 +164,8 @@ def padding_blocks(walk, num_tiles, num_tokens, heads, BLOCKING: tl.constexpr):
 
 
 @triton.jit
-def stretches(walk, boxes, tile, FROM_END: tl.constexpr, BLOCK: tl.constexpr):
-    """Two stretches: what `tile` meets entirely, and the rest, which is to be asked.
+def split_walk(walk, tile, FROM_END: tl.constexpr, BLOCK: tl.constexpr):
+    """First and last of two stretches: of what `tile` meets entirely, and of the rest, which is to be asked.
 
     Of a range of tokens, as many whole blocks as fit in the part that is met entirely, which is the range's first or,
     FROM_END, its last one.
@@ -170,14 +173,7 @@ def stretches(walk, boxes, tile, FROM_END: tl.constexpr, BLOCK: tl.constexpr):
     begin, split, end = tl.load(walk.begin + tile), tl.load(walk.split + tile), tl.load(walk.end + tile)
     if walk.tiles is None:
         split = end - (end - split) // BLOCK * BLOCK if FROM_END else begin + (split - begin) // BLOCK * BLOCK
-    before, after = Stretch(walk, boxes, begin, split), Stretch(walk, boxes, split, end)
-    return (after, before) if walk.tiles is None and FROM_END else (before, after)
-
-
-@triton.jit
-def is_tail(stretch, ASKED: tl.constexpr):
-    """True for what is left of a range that is met entirely: less than one block, which needs no loop."""
-    return stretch.walk.tiles is None and ASKED == CUT
+    return (split, end, begin, split) if walk.tiles is None and FROM_END else (begin, split, split, end)
 
 
 @triton.jit

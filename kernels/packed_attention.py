@@ -14,6 +14,7 @@ from sora_fast.kernels._attention_operands import (
     add_products,
     describable,
     load_block,
+    load_next,
     products,
     scaled,
     store_block,
@@ -26,12 +27,12 @@ from sora_fast.kernels._attention_walk import (
     TESTED,
     WHOLE,
     Boxes,
+    Stretch,
     Walk,
     block_bounds,
     count_blocks,
     count_slots,
     is_allowed,
-    is_tail,
     item_of,
     load_boxes,
     load_places,
@@ -41,7 +42,7 @@ from sora_fast.kernels._attention_walk import (
     padding_blocks,
     rows_of,
     slot_and_head,
-    stretches,
+    split_walk,
 )
 from sora_fast.kernels._launch import launch, target_arch
 
@@ -70,8 +71,8 @@ def forward(
     lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device)
     head, arch = Head.of(q, k, v, out), target_arch(q.device)
     blocks = block_sizes("forward", q.dtype, head.dim, arch, mask_kind(walk, boxes))
-    blocking = blocks.blocking(*tile_sizes, causal=causal)
     described = walk.tiles is None and describable(arch, k, v)
+    blocking = blocks.blocking(*tile_sizes, causal=causal, described=described)
     launch(
         packed_attention_forward_kernel,
         (num_programs(walk, num_heads, blocking, blocks.per_multiprocessor),),
@@ -152,11 +153,12 @@ def _attend(lse, q, out, keys, walk, boxes, tile, own, scale, HEAD: tl.constexpr
     """The output of one block of queries."""
     BLOCK: tl.constexpr = BLOCKING.own
     tokens, exists = rows_of(own, BLOCKING)
-    queries = load_block(q, None, own.start, own.head, exists, BLOCK, HEAD)
+    queries = load_block(q, own.start, own.head, exists, BLOCK, HEAD)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     sums = Softmax(zero_block(BLOCK, HEAD), tl.zeros([BLOCK], tl.float32), top)
 
-    whole, asked = stretches(walk, boxes, tile, FROM_END=False, BLOCK=BLOCKING.other)
+    first, last, rest_first, rest_last = split_walk(walk, tile, FROM_END=False, BLOCK=BLOCKING.other)
+    whole, asked = Stretch(walk, boxes, first, last), Stretch(walk, boxes, rest_first, rest_last)
     sums = _walk_keys(sums, queries, own, keys, whole, scale, WHOLE if walk.tiles is None else CUT, HEAD, BLOCKING)
     sums = _walk_keys(sums, queries, own, keys, asked, scale, CUT if boxes is None else TESTED, HEAD, BLOCKING)
 
@@ -175,7 +177,7 @@ def _walk_keys(
     if ASKED == TESTED:
         tokens, valid = rows_of(own, BLOCKING)
         box = load_boxes(stretch.boxes, tokens, valid, 1, BLOCKING)
-    if is_tail(stretch, ASKED):
+    if ASKED == CUT and BLOCKING.described:
         if stretch.first < stretch.last:
             bounds = stretch.first, stretch.last
             sums = _meet(sums, queries, own, keys, bounds, box, stretch.boxes, scale, ASKED, HEAD, BLOCKING)
@@ -198,7 +200,7 @@ def _meet(
     tokens = key + tl.arange(0, BLOCK)
     exists = None if ASKED == WHOLE else tokens < stop
     # Whatever stands in keys that do not exist, their scores are replaced.
-    k = load_block(keys.k, keys.k_blocks, key, head, exists if keys.k_blocks.main is None else None, BLOCK, HEAD)
+    k = load_next(keys.k, keys.k_blocks, key, head, exists if keys.k_blocks.main is None else None, BLOCK, HEAD)
     scores = products(queries, k, HEAD)
     if ASKED == TESTED:
         place = load_places(boxes, tokens, exists, 0, BLOCKING)
@@ -213,6 +215,6 @@ def _meet(
     weights = tl.exp2(scores * scale - (finite * scale)[:, None])
     rescale = tl.exp2((sums.top - finite) * scale)
     total = sums.total * rescale + tl.sum(weights, 1)
-    v = load_block(keys.v, keys.v_blocks, key, head, exists, BLOCK, HEAD)
+    v = load_next(keys.v, keys.v_blocks, key, head, exists, BLOCK, HEAD)
     acc = scaled(sums.acc, rescale[:, None], HEAD)
     return Softmax(add_products(acc, weights.to(v.main.dtype), v, HEAD), total, top)

@@ -24,6 +24,7 @@ from sora_fast.kernels._attention_operands import (
     add_products,
     describable,
     load_block,
+    load_next,
     load_numbers,
     products,
     row_products,
@@ -37,12 +38,12 @@ from sora_fast.kernels._attention_walk import (
     TESTED,
     WHOLE,
     Boxes,
+    Stretch,
     Walk,
     block_bounds,
     count_blocks,
     count_slots,
     is_allowed,
-    is_tail,
     item_of,
     load_boxes,
     load_places,
@@ -52,9 +53,16 @@ from sora_fast.kernels._attention_walk import (
     padding_blocks,
     rows_of,
     slot_and_head,
-    stretches,
+    split_walk,
 )
 from sora_fast.kernels._launch import launch, target_arch
+
+
+class Statistics(NamedTuple):
+    """Of every query, [H, N] float32: base-2 logsumexp (+inf of one that met no key), and delta."""
+
+    lse: Tensor
+    delta: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,35 +125,36 @@ def backward(
         grad_out, grad_lse, q, k, v, out, lse, by_query, by_key, boxes, tile_sizes, scale, causal
     )  # fmt: skip
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = torch.empty_like(lse)
+    statistics = Statistics(torch.empty_like(lse), torch.empty_like(lse))
     if keys and not deterministic and is_one_pass_faster(q.shape[2], target_arch(q.device)):
         sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        _launch_delta(problem, delta)
-        _launch_grad_key_value(problem, delta, grad_k, grad_v, sums)
+        _launch_statistics(problem, statistics)
+        _launch_grad_key_value(problem, statistics, grad_k, grad_v, sums)
         return [torch.mul(sums, scale, out=grad_q), grad_k, grad_v]
-    _launch_grad_query(problem, delta, grad_q)
+    _launch_grad_query(problem, statistics, grad_q)
     if not keys:
         return [grad_q]
-    _launch_grad_key_value(problem, delta, grad_k, grad_v, None)
+    _launch_grad_key_value(problem, statistics, grad_k, grad_v, None)
     return [grad_q, grad_k, grad_v]
 
 
-# Rows of a block of the delta kernel, which reads two rows of a head and writes a number. 64 spill 48 bytes a thread at
+# Rows of a block of the kernel that reads two rows of a head and writes two numbers. 64 spill 48 bytes a thread at
 # head dim 192 on sm_100.
-DELTA_BLOCK = 32
+STATISTICS_BLOCK = 32
 
 
-def _launch_grad_query(p: _Problem, delta: Tensor, grad_q: Tensor) -> None:
-    """The first of the two passes; it fills `delta` [H, N] for the second."""
+def _launch_grad_query(p: _Problem, statistics: Statistics, grad_q: Tensor) -> None:
+    """The first of the two passes; it fills `statistics` for the second."""
     head, walk, heads = Head.of(p.q, p.k, p.v, p.out, p.grad_out, grad_q), p.by_query, p.q.shape[1]
     blocks = p.blocks("grad_query", walk)
-    blocking = blocks.blocking(*p.tile_sizes, causal=p.causal)
+    described = p.describes(walk, p.k, p.v)
+    blocking = blocks.blocking(*p.tile_sizes, causal=p.causal, described=described)
     launch(
         packed_attention_grad_query_kernel,
         (num_programs(walk, heads, blocking, blocks.per_multiprocessor),),
-        *(p.lse, p.grad_lse, delta),
+        *(p.lse, p.grad_lse, statistics),
         *(head.rows(x) for x in (p.q, p.k, p.v, p.out, p.grad_out, grad_q)),
-        *head.descriptors((p.k, p.v), blocking.other, wanted=p.describes(walk, p.k, p.v)),
+        *head.descriptors((p.k, p.v), blocking.other, wanted=described),
         *p.numbers(walk, heads),
         HEAD=head,
         BLOCKING=blocking,
@@ -153,34 +162,35 @@ def _launch_grad_query(p: _Problem, delta: Tensor, grad_q: Tensor) -> None:
     )
 
 
-def _launch_delta(p: _Problem, delta: Tensor) -> None:
+def _launch_statistics(p: _Problem, statistics: Statistics) -> None:
     """What the one pass needs beforehand."""
     head = Head.of(p.out, p.out, p.grad_out)
     launch(
-        packed_attention_delta_kernel,
-        (triton.cdiv(p.out.shape[0], DELTA_BLOCK), p.out.shape[1]),
-        *(p.grad_lse, delta, head.rows(p.out), head.rows(p.grad_out), p.out.shape[0]),
+        packed_attention_statistics_kernel,
+        (triton.cdiv(p.out.shape[0], STATISTICS_BLOCK), p.out.shape[1]),
+        *(p.lse, p.grad_lse, statistics, head.rows(p.out), head.rows(p.grad_out), p.out.shape[0]),
         HEAD=head,
-        BLOCK=DELTA_BLOCK,
+        BLOCK=STATISTICS_BLOCK,
         num_warps=4,
     )
 
 
 def _launch_grad_key_value(
-    p: _Problem, delta: Tensor, grad_k: Tensor, grad_v: Tensor, query_sums: Tensor | None
+    p: _Problem, statistics: Statistics, grad_k: Tensor, grad_v: Tensor, query_sums: Tensor | None
 ) -> None:
     """dK and dV; query_sums [N, H, D] float32: add dQ / scale to it, in no fixed order."""
     more = () if query_sums is None else (query_sums,)
     head, walk, heads = Head.of(p.q, p.k, p.v, p.grad_out, grad_k, grad_v, *more), p.by_key, p.k.shape[1]
     blocks = p.blocks("one_pass" if more else "grad_key_value", walk)
-    blocking = blocks.blocking(*reversed(p.tile_sizes), causal=p.causal)
+    described = p.describes(walk, p.q, p.grad_out)
+    blocking = blocks.blocking(*reversed(p.tile_sizes), causal=p.causal, described=described)
     launch(
         packed_attention_grad_key_value_kernel,
         (num_programs(walk, heads, blocking, blocks.per_multiprocessor),),
-        *(p.lse, delta),
+        *statistics,
         *(head.rows(x) for x in (p.q, p.k, p.v, p.grad_out, grad_k, grad_v)),
         head.rows(query_sums) if more else None,
-        *head.descriptors((p.q, p.grad_out), blocking.other, wanted=p.describes(walk, p.q, p.grad_out)),
+        *head.descriptors((p.q, p.grad_out), blocking.other, wanted=described),
         *p.numbers(walk, heads),
         HEAD=head,
         BLOCKING=blocking,
@@ -189,9 +199,10 @@ def _launch_grad_key_value(
 
 
 @triton.jit
-def packed_attention_delta_kernel(
+def packed_attention_statistics_kernel(
+    lse,
     grad_lse,
-    delta,
+    statistics,
     out,
     grad_out,
     num_tokens,
@@ -201,17 +212,24 @@ def packed_attention_delta_kernel(
     start, head = tl.program_id(0) * BLOCK, tl.program_id(1)
     tokens = start + tl.arange(0, BLOCK)
     exists = tokens < num_tokens
-    place = head.to(tl.int64) * num_tokens + tokens
-    do = load_block(grad_out, None, start, head, exists, BLOCK, HEAD)
-    tl.store(delta + place, _row_delta(do, out, grad_lse, place, start, head, exists, HEAD), mask=exists)
+    do = load_block(grad_out, start, head, exists, BLOCK, HEAD)
+    o = load_block(out, start, head, exists, BLOCK, HEAD)
+    _find_statistics(do, o, lse, grad_lse, statistics, tokens, exists, head, num_tokens, HEAD)
 
 
 @triton.jit
-def _row_delta(do, out, grad_lse, place, start, head, exists, HEAD: tl.constexpr):
-    row_delta = row_products(do, load_block(out, None, start, head, exists, do.main.shape[0], HEAD), HEAD)
+def _find_statistics(do, o, lse, grad_lse, statistics, tokens, exists, head, num_tokens, HEAD: tl.constexpr):
+    """Base-2 logsumexp and delta of some queries, which it stores, too."""
+    place = head.to(tl.int64) * num_tokens + tokens
+    row_lse = tl.load(lse + place, mask=exists, other=float("inf"))
+    # A query that met no key: +inf makes every weight zero.
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
+    row_delta = row_products(do, o, HEAD)
     if grad_lse is not None:
         row_delta -= tl.load(grad_lse + place, mask=exists, other=0.0)
-    return row_delta
+    tl.store(statistics.lse + place, row_lse, mask=exists)
+    tl.store(statistics.delta + place, row_delta, mask=exists)
+    return row_lse, row_delta
 
 
 class Keys(NamedTuple):
@@ -233,7 +251,10 @@ class OwnQueries(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """What the other passes walk over, in memory: lse (natural) and delta are [H, num_tokens]; sums: of dQ, or None."""
+    """What the other passes walk over, and the descriptors of it (of None where there are none).
+
+    lse, delta: base-2 logsumexp and delta, [H, num_tokens]. sums: of dQ, or None.
+    """
 
     q: Any
     do: Any
@@ -241,15 +262,15 @@ class Queries(NamedTuple):
     do_blocks: Any
     lse: Any
     delta: Any
-    sums: Any
     num_tokens: Any
+    sums: Any
 
 
 @triton.jit
 def packed_attention_grad_query_kernel(
     lse,
     grad_lse,
-    delta,
+    statistics,
     q,
     k,
     v,
@@ -271,7 +292,7 @@ def packed_attention_grad_query_kernel(
     HEAD: tl.constexpr,
     BLOCKING: tl.constexpr,
 ):
-    """dQ, and on the way delta [H, N] for the other pass."""
+    """dQ, and on the way the statistics for the other pass."""
     first, blocks = padding_blocks(walk, num_tiles, num_queries, num_heads, BLOCKING)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         start = first + block // num_heads * BLOCKING.own
@@ -287,16 +308,15 @@ def packed_attention_grad_query_kernel(
             tile, own = own_block(walk, slot, head, BLOCKING)
             if own.start < own.stop:
                 tokens, exists = rows_of(own, BLOCKING)
-                place = head.to(tl.int64) * num_queries + tokens
-                do = load_block(grad_out, None, own.start, head, exists, BLOCKING.own, HEAD)
-                row_delta = _row_delta(do, out, grad_lse, place, own.start, head, exists, HEAD)
-                tl.store(delta + place, row_delta, mask=exists)
-                row_lse = _load_lse(lse, place, exists)
-                queries = OwnQueries(
-                    load_block(q, None, own.start, head, exists, BLOCKING.own, HEAD), do, row_lse, row_delta
+                do = load_block(grad_out, own.start, head, exists, BLOCKING.own, HEAD)
+                o = load_block(out, own.start, head, exists, BLOCKING.own, HEAD)
+                row_lse, row_delta = _find_statistics(
+                    do, o, lse, grad_lse, statistics, tokens, exists, head, num_queries, HEAD
                 )
+                queries = OwnQueries(load_block(q, own.start, head, exists, BLOCKING.own, HEAD), do, row_lse, row_delta)
                 sums = zero_block(BLOCKING.own, HEAD)
-                whole, asked = stretches(walk, boxes, tile, FROM_END=False, BLOCK=BLOCKING.other)
+                first, last, rest_first, rest_last = split_walk(walk, tile, FROM_END=False, BLOCK=BLOCKING.other)
+                whole, asked = Stretch(walk, boxes, first, last), Stretch(walk, boxes, rest_first, rest_last)
                 sums = _walk_keys(
                     sums, queries, own, keys, whole, scale_log2, WHOLE if walk.tiles is None else CUT, HEAD, BLOCKING
                 )
@@ -304,13 +324,6 @@ def packed_attention_grad_query_kernel(
                     sums, queries, own, keys, asked, scale_log2, CUT if boxes is None else TESTED, HEAD, BLOCKING
                 )
                 store_block(grad_q, own.start, head, exists, scaled(sums, scale, HEAD), HEAD)
-
-
-@triton.jit
-def _load_lse(lse, place, exists):
-    """Base-2 logsumexp of queries; +inf, which makes every weight zero, for those that met no key or do not exist."""
-    loaded = load_numbers(lse, place, exists, float("inf"))
-    return tl.where(loaded == float("-inf"), float("inf"), loaded * LOG2E)
 
 
 @triton.jit
@@ -322,7 +335,7 @@ def _walk_keys(
     if ASKED == TESTED:
         tokens, valid = rows_of(own, BLOCKING)
         box = load_boxes(stretch.boxes, tokens, valid, 1, BLOCKING)
-    if is_tail(stretch, ASKED):
+    if ASKED == CUT and BLOCKING.described:
         if stretch.first < stretch.last:
             bounds = stretch.first, stretch.last
             sums = _meet_keys(sums, queries, own, keys, bounds, box, stretch.boxes, scale_log2, ASKED, HEAD, BLOCKING)
@@ -344,8 +357,8 @@ def _meet_keys(
     key, stop = bounds
     tokens = key + tl.arange(0, BLOCK)
     exists = None if ASKED == WHOLE else tokens < stop
-    k = load_block(keys.k, keys.k_blocks, key, head, exists, BLOCK, HEAD)
-    v = load_block(keys.v, keys.v_blocks, key, head, exists, BLOCK, HEAD)
+    k = load_next(keys.k, keys.k_blocks, key, head, exists, BLOCK, HEAD)
+    v = load_next(keys.v, keys.v_blocks, key, head, exists, BLOCK, HEAD)
     weights = tl.exp2(products(queries.q, k, HEAD) * scale_log2 - queries.lse[:, None])
     slopes = products(queries.do, v, HEAD)
     if ASKED == TESTED:
@@ -367,8 +380,8 @@ class KeySums(NamedTuple):
 
 @triton.jit
 def packed_attention_grad_key_value_kernel(
-    lse,
-    delta,
+    row_lse,
+    row_delta,
     q,
     k,
     v,
@@ -399,7 +412,8 @@ def packed_attention_grad_key_value_kernel(
         store_block(grad_k, start, head, padding, zero_block(BLOCKING.own, HEAD), HEAD)
         store_block(grad_v, start, head, padding, zero_block(BLOCKING.own, HEAD), HEAD)
 
-    queries = Queries(q, grad_out, Block(q_main, q_rest), Block(do_main, do_rest), lse, delta, query_sums, num_queries)
+    blocks = Block(q_main, q_rest), Block(do_main, do_rest)
+    queries = Queries(q, grad_out, *blocks, row_lse, row_delta, num_queries, query_sums)
     slots = count_slots(walk, num_tiles, BLOCKING)
     for step in tl.range(0, tl.cdiv(slots * num_heads, tl.num_programs(0)), disable_licm=True):
         item = item_of(step)
@@ -409,13 +423,14 @@ def packed_attention_grad_key_value_kernel(
             if own.start < own.stop:
                 _, exists = rows_of(own, BLOCKING)
                 keys = Keys(
-                    load_block(k, None, own.start, head, exists, BLOCKING.own, HEAD),
-                    load_block(v, None, own.start, head, exists, BLOCKING.own, HEAD),
+                    load_block(k, own.start, head, exists, BLOCKING.own, HEAD),
+                    load_block(v, own.start, head, exists, BLOCKING.own, HEAD),
                     None,
                     None,
                 )
                 sums = KeySums(zero_block(BLOCKING.own, HEAD), zero_block(BLOCKING.own, HEAD))
-                whole, asked = stretches(walk, boxes, tile, FROM_END=True, BLOCK=BLOCKING.other)
+                first, last, rest_first, rest_last = split_walk(walk, tile, FROM_END=True, BLOCK=BLOCKING.other)
+                whole, asked = Stretch(walk, boxes, first, last), Stretch(walk, boxes, rest_first, rest_last)
                 sums = _walk_queries(
                     sums, keys, own, queries, whole, scale_log2, WHOLE if walk.tiles is None else CUT, HEAD, BLOCKING
                 )
@@ -433,7 +448,7 @@ def _walk_queries(
     """Sum dSᵀ Q and Pᵀ dO over a stretch of the walk, and the heads of a group."""
     tokens, exists = rows_of(own, BLOCKING)
     place = load_places(stretch.boxes, tokens, exists, 1, BLOCKING) if ASKED == TESTED else None
-    if is_tail(stretch, ASKED):
+    if ASKED == CUT and BLOCKING.described:
         if stretch.first < stretch.last:
             bounds = stretch.first, stretch.last
             for member in tl.range(0, HEAD.group, num_stages=1):
@@ -464,18 +479,16 @@ def _meet_queries(
     query, stop = bounds
     tokens = query + tl.arange(0, BLOCK)
     exists = None if ASKED == WHOLE else tokens < stop
-    q = load_block(queries.q, queries.q_blocks, query, head, exists, BLOCK, HEAD)
-    do = load_block(queries.do, queries.do_blocks, query, head, exists, BLOCK, HEAD)
+    q = load_next(queries.q, queries.q_blocks, query, head, exists, BLOCK, HEAD)
+    do = load_next(queries.do, queries.do_blocks, query, head, exists, BLOCK, HEAD)
     scores = products(keys.k, q, HEAD)
     slopes = products(keys.v, do, HEAD)
-    numbers = head.to(tl.int64) * queries.num_tokens + tokens
-    row_lse = _load_lse(queries.lse, numbers, exists)
-    row_delta = load_numbers(queries.delta, numbers, exists, 0.0)
-    weights = tl.exp2(scores * scale_log2 - row_lse[None, :])
+    row_lse, row_delta = _load_statistics(queries, query, head, exists, BLOCK)
+    weights = tl.exp2(scores * scale_log2 - row_lse)
     if ASKED == TESTED:
         box = load_boxes(boxes, tokens, exists, 0, BLOCKING)
         weights = tl.where(is_allowed(box, place, BLOCKING), weights, 0.0)
-    slopes = (weights * (slopes - row_delta[None, :])).to(q.main.dtype)
+    slopes = (weights * (slopes - row_delta)).to(q.main.dtype)
     dv = add_products(sums.dv, weights.to(q.main.dtype), do, HEAD)
     dk = add_products(sums.dk, slopes, q, HEAD)
     if queries.sums is not None:
@@ -484,3 +497,12 @@ def _meet_queries(
         dq = add_products(zero_block(BLOCK, HEAD), tl.trans(slopes), keys.k, HEAD)
         add_block(queries.sums, query, head, exists, dq, HEAD)
     return KeySums(dk, dv)
+
+
+@triton.jit
+def _load_statistics(queries, query, head, exists, BLOCK: tl.constexpr):
+    """Base-2 logsumexp and delta [1, BLOCK] of the queries from `query` on; inf and 0 of what does not exist."""
+    place = head.to(tl.int64) * queries.num_tokens + query + tl.arange(0, BLOCK)
+    row_lse = load_numbers(queries.lse, place, exists, float("inf"))
+    row_delta = load_numbers(queries.delta, place, exists, 0.0)
+    return row_lse[None, :], row_delta[None, :]

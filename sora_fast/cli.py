@@ -268,6 +268,7 @@ def _add_report(commands: "argparse._SubParsersAction") -> None:
         help="JSON of benchmarks.gpu_suite or pytest --benchmark-json; later files are compared with the first",
     )
     add("--out", type=_path, default=Path("report.html"), help="page to write (default: %(default)s)")
+    add("--loops", type=_path, metavar="FILE", help="JSON of benchmarks.aot: also show the kernels' hot loops")
 
 
 def _add_doctor(commands: "argparse._SubParsersAction") -> None:
@@ -573,7 +574,7 @@ def _rate(asked: float | None, given: "Mapping[str, Clip]", config: "RunConfig")
 def _report(a: argparse.Namespace) -> int:
     from sora_fast.report import write_report
 
-    print(*write_report(a.results, a.out), sep="\n")
+    print(*write_report(a.results, a.out, loops=a.loops), sep="\n")
     return 0
 
 

@@ -16,13 +16,19 @@ def table(content: Table) -> str:
 
 
 def document(
-    environment: Table, comparisons: Sequence[Table], plots: Sequence[tuple[str, str]], rows: Table, missing: list[str]
+    environment: Table,
+    comparisons: Sequence[Table],
+    plots: Sequence[tuple[str, str]],
+    tables: Sequence[Table],
+    missing: list[str],
 ) -> str:
     """Everything; plots: (title, file)."""
     parts = ["# Benchmark report", table(environment)]
     for content in comparisons:
         parts += [f"## {content.title}", *([NOISE, table(content)] if content.rows else [NOTHING_IN_COMMON])]
     parts += [f"![{title}]({file})" for title, file in plots]
-    parts += [f"## {rows.title}", table(rows), "## Not measured"]
+    for content in tables:
+        parts += [f"## {content.title}", *([content.note] if content.note else []), table(content)]
+    parts.append("## Not measured")
     parts.append("\n".join(f"- {line}" for line in missing) or "Nothing is missing.")
     return "\n\n".join(parts) + "\n"

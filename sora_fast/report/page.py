@@ -57,14 +57,17 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 
 def document(
-    environment: Table, comparisons: Sequence[Table], plots: Sequence[Plot], rows: Table, missing: list[str]
+    environment: Table,
+    comparisons: Sequence[Table],
+    plots: Sequence[Plot],
+    tables: Sequence[Table],
+    missing: list[str],
 ) -> str:
     """The whole page."""
     parts = [_table(environment, sortable=False)]
     parts += map(_comparison, comparisons)
     parts += ["<h2>Plots</h2>", f'<div class="plots">{"".join(map(_figure, plots))}</div>']
-    search = '<input type="search" placeholder="filter, for example: adaln backward" aria-label="filter the table">'
-    parts += [f"<h2>{escape(rows.title)}</h2>", "<p>Click a column's head to sort by it.</p>", search, _table(rows)]
+    parts += map(_searched, tables)
     listed = "".join(f"<li>{escape(line)}</li>" for line in missing) or "<li>Nothing is missing.</li>"
     parts += ["<h2>Not measured</h2>", f'<ul id="not-measured">{listed}</ul>']
     body = "\n".join(parts)
@@ -91,6 +94,12 @@ def _comparison(content: Table) -> str:
     if not content.rows:
         return f"{head}<p>{NOTHING_IN_COMMON}</p>"
     return f"{head}<p>{escape(_verdict(content))} {NOISE}</p>{_table(content)}"
+
+
+def _searched(content: Table) -> str:
+    search = '<input type="search" placeholder="filter, for example: adaln backward" aria-label="filter the table">'
+    note = f"{content.note} Click a column's head to sort by it.".lstrip()
+    return f"<h2>{escape(content.title)}</h2><p>{escape(note, quote=False)}</p>{search}{_table(content)}"
 
 
 def _verdict(comparison: Table) -> str:

@@ -24,12 +24,16 @@ ENVIRONMENT = ("device", "commit", "date", "torch", "triton", "cuda", "python")
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows; numbers are kept as numbers, so that they sort. `marked`: rows that deserve an eye."""
+    """Columns and rows; numbers are kept as numbers, so that they sort. `marked`: rows that deserve an eye.
+
+    note: what one must know to read it.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     marked: frozenset[int] = frozenset()
+    note: str = ""
 
 
 def text(cell: Cell) -> str:

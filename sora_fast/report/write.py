@@ -7,14 +7,16 @@ from sora_fast.files import check_folder, replacing, write_text
 from sora_fast.report import markdown, page, tables
 from sora_fast.report.compare import labels
 from sora_fast.report.figures import all_plots
+from sora_fast.report.loops import hot_loops
 from sora_fast.report.results import read_result
 
 
-def write_report(files: Sequence[Path], out: Path) -> list[Path]:
+def write_report(files: Sequence[Path], out: Path, *, loops: Path | None = None) -> list[Path]:
     """Write `out` (.html), the same as Markdown, and a PNG a plot beside it; all that was written, the page first.
 
     files: JSON of `benchmarks.gpu_suite` or of pytest-benchmark; the second and later ones are compared with the
-    first. Raises ValueError if a file holds no results, or `out` is not called .html or cannot be written.
+    first. loops: JSON of `benchmarks.aot`, whose hot loops are shown too: bounds beside what was measured. Raises
+    ValueError if a file holds no results, or `out` is not called .html or cannot be written.
     """
     if not files:
         raise ValueError("files is empty; give at least one JSON file of results")
@@ -30,7 +32,8 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
         tables.comparison(results[0], result, (names[0], name))
         for result, name in zip(results[1:], names[1:], strict=True)
     ]
-    rows, missing = tables.everything(results, names), tables.not_measured(results, names)
+    contents = [tables.everything(results, names), *([hot_loops(loops)] if loops else [])]
+    missing = tables.not_measured(results, names)
     plots = all_plots(results, names)
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +43,6 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
             partial.write_bytes(plot.png)
     titled = [(plot.title, file.name) for plot, file in zip(plots, pictures, strict=True)]
     text = out.with_suffix(".md")
-    write_text(text, markdown.document(environment, comparisons, titled, rows, missing))
-    write_text(out, page.document(environment, comparisons, plots, rows, missing))
+    write_text(text, markdown.document(environment, comparisons, titled, contents, missing))
+    write_text(out, page.document(environment, comparisons, plots, contents, missing))
     return [out, text, *pictures]

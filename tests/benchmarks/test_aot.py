@@ -19,17 +19,34 @@ def _compiling(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_spills_are_seen() -> None:
+@pytest.fixture(scope="module")
+def toys() -> dict[str, list[dict[str, Any]]]:
     result = _compiling("-m", "tests.benchmarks.toy_kernels")
     assert result.returncode == 0, result.stderr
-    per_target = dict(zip(("sm_80", "sm_90", "sm_100"), map(json.loads, result.stdout.splitlines()), strict=True))
-    for target, (good, starved) in per_target.items():
+    return dict(zip(("sm_80", "sm_90", "sm_100"), map(json.loads, result.stdout.splitlines()), strict=True))
+
+
+def test_spills_are_seen(toys: dict[str, list[dict[str, Any]]]) -> None:
+    for target, (good, starved, _) in toys.items():
         assert (good["target"], good["spills"], good["problem"]) == (target, 0, "")
         assert good["shared_bytes"] >= 2 * 128 * 128 * 2, "both matrices pass through shared memory"
         assert good["registers"] > 96 >= starved["registers"]
         assert starved["spills"] > 0 and "spills" in starved["problem"]
-    assert per_target["sm_90"][0]["hgmma"] > 0
-    assert per_target["sm_80"][0]["hgmma"] == 0
+    assert toys["sm_90"][0]["hgmma"] > 0
+    assert toys["sm_80"][0]["hgmma"] == 0
+
+
+def test_a_loop_is_read_as_it_was_written(toys: dict[str, list[dict[str, Any]]]) -> None:
+    """One product of 128×128×128 a step by 8 warps, reckoned by hand."""
+    per_target = {target: rows[2]["loops"] for target, rows in toys.items()}
+    for (loop,) in per_target.values():
+        assert (loop["flops"], loop["warps"]) == (2 * 128**3, 8)
+        assert loop["loaded"] == 2 * 128 * 128 * 2 // 256
+    (ampere,), (hopper,), (blackwell,) = per_target.values()
+    assert (ampere["products"], ampere["done"]) == ({"HMMA 16x8x16": 2 * 128**3 // 4096 // 8}, 1)
+    assert hopper["done"] == 1 and all(name.startswith("HGMMA 64x") for name in hopper["products"])
+    assert hopper["waits"] >= 1 and 1024 <= hopper["cycles"]["tensor"] < 1100
+    assert set(blackwell["products"]) == {"UTCHMMA"} and blackwell["cycles"]["tensor"] == 512
 
 
 def _compare(*kernels: str, report: Path) -> list[dict[str, Any]]:
@@ -54,6 +71,16 @@ def test_kernels_cost_what_the_snapshot_says(some: list[dict[str, Any]]) -> None
     assert len(some) >= 12
     assert all(row["instructions"] > 100 and row["spills"] == 0 for row in some)
     assert any(row["wide_loads"] for row in some) and any(row["wide_stores"] for row in some)
+
+
+def test_hot_loops_of_what_ships_are_read(some: list[dict[str, Any]]) -> None:
+    attention = [row for row in some if row["kernel"].startswith("packed_attention")]
+    assert len(attention) >= 3
+    for loop in (loop for row in attention for loop in row["loops"]):
+        assert loop["flops"] % (128 * 128) == 0 and loop["done"] == 1 and loop["barriers"] >= 1, loop
+        assert 0.2 < loop["bound"] <= 1 and loop["cycles"]["tensor"] >= loop["flops"] // 4096, loop
+    others = [row["loops"] for row in some if row["kernel"].startswith(("adaln", "qk_norm"))]
+    assert others and all(loop["loaded"] and not loop["products"] for (loop,) in others)
 
 
 @pytest.mark.slow
