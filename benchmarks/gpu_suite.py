@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from benchmarks.session import Session
 
 
-def run(session: "Session", phases: Sequence[str], seconds: float) -> int:
+def run(session: "Session", seconds: float) -> int:
     """The phases one after the other; 0 if nothing went wrong, even if there was not time for everything."""
     from benchmarks.phases import PHASES
     from benchmarks.session import Stopped
@@ -53,7 +53,7 @@ def run(session: "Session", phases: Sequence[str], seconds: float) -> int:
     stopped = ""
     try:
         with stopping_on_sigterm():
-            for phase, end in ends(phases, seconds).items():
+            for phase, end in ends(session.phases, seconds).items():
                 start = time.monotonic()
                 PHASES[phase](session, began + end)
                 session.suite.seconds[phase] = round(time.monotonic() - start, 1)
@@ -64,6 +64,7 @@ def run(session: "Session", phases: Sequence[str], seconds: float) -> int:
         print(stopped, file=sys.stderr)
         return 2
     session.suite.stopped = stopped
+    session.suite.open("call", [phase for phase in session.phases if phase not in session.suite.seconds])
     session.save()
     print(summary(session.suite))
     return 1 if session.suite.failed else 0
@@ -120,10 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = ", ".join(name for names in everything for name in names)
         parser.error(f"--only {' '.join(options.only)}: nothing is called so; there are {known}")
     # Where anything runs must be known.
-    phases = [phase for phase in SECONDS if phase in ("versions", *(options.phases or SECONDS))]
+    phases = tuple(phase for phase in SECONDS if phase in ("versions", *(options.phases or SECONDS)))
     with tempfile.TemporaryDirectory(prefix="gpu_suite-") as work:
         outbox = Outbox(Path(work), options.out, ("suite.json", "validated.json", TABLE))
-        return run(Session(outbox, ops, wholes, options.dry, options.commit), phases, 60 * options.minutes)
+        return run(Session(outbox, phases, ops, wholes, options.dry, options.commit), 60 * options.minutes)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def versions(session: Session, until: float) -> None:
     """What runs here, and what the device reaches at best; raises Stopped where that is not to be found out."""
     now = time.monotonic()
     until = now + _PATIENCE_OF_VERSIONS * (until - now)
-    task = session.task("versions", ["this machine"], until, commit=session.commit)
+    task = session.task("versions", ["this machine"], until, commit=session.commit, dry=session.dry)
     (verdict,) = session.verdicts("versions", [task], until)
     if verdict.verdict != "passed":
         raise Stopped(f"nothing is known of this machine: {verdict.reason}")
@@ -46,8 +46,9 @@ def versions(session: Session, until: float) -> None:
 
 
 def _planned(session: Session) -> list[tuple[str, str]]:
-    plans = [(plan.op, plan.label) for plan in _headline(session)]
-    return [*plans, *((whole_model.OP, name) for name in _calls(session))]
+    plans = _headline(session) if "headline" in session.phases else []
+    calls = _calls(session) if "model" in session.phases else []
+    return [*((plan.op, plan.label) for plan in plans), *((whole_model.OP, name) for name in calls)]
 
 
 def _calls(session: Session) -> list[str]:
@@ -80,7 +81,9 @@ def _warming(session: Session, until: float) -> list[Task]:
     """A process an op: each holds a GPU's context and one case."""
     plans = _headline(session)
     names = [[plan.name for plan in plans if plan.op == op] for op in dict.fromkeys(plan.op for plan in plans)]
-    tasks = [session.timed("comparing", some, until, seconds=0) for some in names]
+    tasks = [session.timed("comparing", some, until, seconds=0) for some in names if "headline" in session.phases]
+    if "model" not in session.phases:
+        return tasks
     return [session.timed("model", _calls(session), until, seconds=0), *tasks]
 
 
@@ -134,9 +137,7 @@ def tuning(session: Session, until: float) -> None:
 def _use_winners(session: Session) -> None:
     kernels = ROOT / "kernels"
     where = f"{session.suite.record['device']} {session.suite.record['date'][:10]}"
-    major = (
-        int(session.suite.machine.device_class.removeprefix("sm_")[:-1]) if session.on_gpu and not session.dry else 9
-    )
+    major = 9 if session.dry else int(session.suite.machine.device_class.removeprefix("sm_")[:-1])
     text = tune.written(kernels, session.suite.trials, major=major, where=where)
     if text is None:
         return

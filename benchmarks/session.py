@@ -22,10 +22,11 @@ class Stopped(BaseException):
 
 @dataclass
 class Session:
-    """One call. ops, wholes: that it looks at, see benchmarks/grid.py; dry: small, on a CPU too. device: once it is
-    known."""
+    """One call. phases: in their order. ops, wholes: that it looks at (benchmarks/grid.py). dry: small, on a CPU too.
+    device: once it is known."""
 
     outbox: Outbox
+    phases: tuple[str, ...]
     ops: tuple[str, ...]
     wholes: tuple[str, ...]
     dry: bool

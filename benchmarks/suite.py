@@ -41,7 +41,7 @@ class Suite:
     compared: list[Row] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     tests: dict[str, Counts] = field(default_factory=dict)
-    sanitizer: dict[str, Any] = field(default_factory=lambda: {"errors": None, "note": OUT_OF_TIME})
+    sanitizer: dict[str, Any] = field(default_factory=lambda: {"errors": None, "note": "not run"})
     earlier: list[Record] = field(default_factory=list)
     unreached: dict[str, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -115,14 +115,6 @@ class Suite:
         """There was no time for these."""
         if names:
             self.unreached[phase] = list(names)
-
-    def smoke_of(self, op: str) -> dict[str, int]:
-        """How many plans of an op became what."""
-        statuses = [smoke.status for smoke in self.smoke.values() if smoke.op == op]
-        return {status: statuses.count(status) for status in dict.fromkeys(sorted(statuses, key=_ORDER.index))}
-
-
-_ORDER = [CRASH, FAIL, "PASS", OPEN]
 
 
 def is_wrong(row: Row) -> bool:

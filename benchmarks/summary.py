@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from benchmarks.rows import absent, table
-from benchmarks.smoke import PASS
+from benchmarks.smoke import CRASH, FAIL, OPEN, PASS
 from benchmarks.suite import OUT_OF_TIME, Suite, is_wrong
 from benchmarks.tune import name, winners
 from sora_fast.ops._records import BY_TESTS
@@ -20,7 +20,9 @@ def summary(suite: Suite) -> str:
 
 def _smoke(suite: Suite) -> Iterator[str]:
     for op in dict.fromkeys(smoke.op for smoke in suite.smoke.values()):
-        yield f"smoke: {op}: {', '.join(f'{count} {status}' for status, count in suite.smoke_of(op).items())}"
+        statuses = [smoke.status for smoke in suite.smoke.values() if smoke.op == op]
+        counts = (f"{statuses.count(status)} {status}" for status in (CRASH, FAIL, PASS, OPEN) if status in statuses)
+        yield f"smoke: {op}: {', '.join(counts)}"
     for smoke in suite.smoke.values():
         if smoke.status != PASS:
             yield f"  {smoke}"[:400]

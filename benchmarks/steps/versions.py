@@ -10,10 +10,13 @@ from benchmarks.environment import Ceilings, environment
 from sora_fast.ops._records import Machine
 
 
-def step(device: torch.device, *, commit: str | None) -> Callable[[str], Any]:
-    """Of any name: {"device", "environment", "machine", "ceilings"}. commit: see `environment`."""
+def step(device: torch.device, *, commit: str | None, dry: bool) -> Callable[[str], Any]:
+    """Of any name: {"device", "environment", "machine", "ceilings"}; of a CPU the first alone, unless the walk is dry.
+    commit: see `environment`."""
 
     def do(name: str) -> dict[str, Any]:
+        if device.type == "cpu" and not dry:
+            return {"device": "cpu"}
         return {
             "device": "cuda:0" if device.type == "cuda" else "cpu",
             "environment": environment(commit),

@@ -158,7 +158,7 @@ class _Child:
         if "beats" in line:
             self._place = str(line["beats"])
             return
-        if {"ends", "verdict", "reason"} <= line.keys():
+        if {"ends", "verdict", "reason"} <= line.keys() and line["ends"] in self.left.names:
             self._settle(line["ends"], line["verdict"], line["reason"], line.get("found"))
         elif "begins" not in line and "ready" not in line:
             return  # noise

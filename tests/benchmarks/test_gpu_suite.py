@@ -228,6 +228,13 @@ def test_only_some_ops_and_phases(call: Caller) -> None:
     assert not (done.out / tune.TABLE).exists()
 
 
+def test_what_was_not_asked_for_is_not_missed(call: Caller) -> None:
+    children = Children()
+    done = call(children, "--phases", "smoke")
+    assert done.suite["rows"] == [] and done.suite["unreached"] == {} and "not reached" not in done.printed
+    assert [{step for step, *_ in tasks} for tasks in children.calls] == [{"versions"}, {"prover"}]
+
+
 def test_cut_off_everything_so_far_is_there(call: Caller) -> None:
     """By SIGTERM while something is timed."""
 
@@ -240,6 +247,7 @@ def test_cut_off_everything_so_far_is_there(call: Caller) -> None:
 
     done = call(Terminated())
     assert done.suite["stopped"] == "SIGTERM" and "stopped: SIGTERM" in done.printed and done.code == 0
+    assert done.suite["unreached"]["call"] == ["headline", "tuning", "model", "again", "tests", "sanitizer"]
     timed = {row["op"] for row in done.suite["rows"] if not row["failure"]}
     assert "packed_attention" in timed and "adaln" not in timed
     assert {record.op for record in read_list(done.out / "validated.json")} == KERNELS

@@ -166,13 +166,6 @@ def test_a_candidate_is_what_is_launched(kernel: str, mask: str, head_dim: int) 
     assert not any(meta.get("num_stages") == 7 for meta in _launched(item, (16, 16, 2, 3)))
 
 
-@pytest.mark.slow
-def test_candidates_are_judged_and_timed_and_told_as_trials() -> None:
-    found = [tune.read(trial) for trial in tuning.step(CPU, seconds=0.01, dry=True)("D72, boxes, grad_query")]
-    assert [trial.present for trial in found] == [True, False] and all(trial.time.samples >= 3 for trial in found)
-    assert {(trial.head_dim, trial.mask, trial.kernel) for trial in found} == {(72, "boxes", "grad_query")}
-
-
 def test_to_fill_a_cache_everything_runs_once_and_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[int, ...]] = []
     monkeypatch.setattr(tuning, "_case", lambda *_: Broken())

@@ -34,7 +34,7 @@ def test_what_a_child_found_stands_beside_its_verdict() -> None:
 
 
 def test_garbage_is_passed_over() -> None:
-    """Bytes that are no text, JSON that is no line of ours, an end without a verdict."""
+    """Bytes that are no text, JSON that is no line of ours, an end without a verdict, or of a plan that is not its."""
     assert [(v.plan, v.verdict) for v in _judged("garbage", "good")] == [("garbage", "passed"), ("good", "passed")]
 
 
