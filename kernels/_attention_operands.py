@@ -8,6 +8,7 @@ two parts where the head dim is no power of two.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -66,16 +67,13 @@ class Head:
     @staticmethod
     def of(q: Tensor, k: Tensor, *others: Tensor) -> "Head":
         """For queries, keys and all others that a kernel touches: [N, H, D] of any strides."""
-        tensors = (q, k, *others)
-        strides = [x.stride(axis) for x in tensors for axis in (0, 1)]
-        unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
-        reach = max(_LONGEST_BLOCK * x.stride(0) + x.shape[2] * x.stride(2) for x in tensors)
-        dim, group = q.shape[2], q.shape[1] // k.shape[1]
-        return Head(dim, *split_head_dim(dim), group, unit, reach >= 1 << 31, _dot_precision(q.dtype))
+        strides = tuple(x.stride() for x in (q, k, *others))
+        return _head(q.shape[2], q.shape[1] // k.shape[1], strides, _dot_precision(q.dtype))
 
     def rows(self, x: Tensor) -> Rows:
         """x [N, H, D] as a kernel takes it."""
-        return Rows(x, x.stride(0) // self.unit, x.stride(1) // self.unit, x.stride(2))
+        token, head, dim = x.stride()
+        return Rows(x, token // self.unit, head // self.unit, dim)
 
     def descriptors(self, tensors: Sequence[Tensor], rows: int, *, wanted: bool) -> Iterator[TensorDescriptor | None]:
         """Main and rest of each of `tensors` [N, H, D], in blocks of `rows` rows; of None unless `wanted`.
@@ -88,6 +86,13 @@ class Head:
                 yield TensorDescriptor(x, shape, strides, [1, rows, width]) if wanted and width else None
 
 
+@lru_cache
+def _head(dim: int, group: int, strides: tuple[tuple[int, ...], ...], precision: str) -> Head:
+    unit = 8 if all(stride % 8 == 0 for token, head, _ in strides for stride in (token, head)) else 1
+    reach = max(_LONGEST_BLOCK * token + dim * channel for token, _, channel in strides)
+    return Head(dim, *split_head_dim(dim), group, unit, reach >= 1 << 31, precision)
+
+
 def describable(arch: tuple[int, int], *tensors: Tensor) -> bool:
     """True if the tensor memory accelerator of `arch` can read all of `tensors` [N, H, D].
 
@@ -97,9 +102,10 @@ def describable(arch: tuple[int, int], *tensors: Tensor) -> bool:
 
 
 def _is_describable(x: Tensor) -> bool:
-    if x.element_size() != 2 or x.stride(2) != 1 or x.data_ptr() % 16 or 0 in x.shape:
+    token, head, dim = x.stride()
+    if x.element_size() != 2 or dim != 1 or x.data_ptr() % 16 or 0 in x.shape:
         return False
-    return all(0 < x.stride(axis) < 1 << 39 and x.stride(axis) % 8 == 0 for axis in (0, 1))
+    return 0 < token < 1 << 39 and 0 < head < 1 << 39 and token % 8 == 0 and head % 8 == 0
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
