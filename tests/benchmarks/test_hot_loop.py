@@ -87,6 +87,7 @@ def test_loads_under_way() -> None:
     use = ["FADD R20, R5, R9", "STG.E.128 [R16.64], R20", "BAR.SYNC 0x0"]
     together = _read(*loads, *use)
     assert (together.loaded, together.stored, together.in_flight, together.barriers) == (32, 16, 32, 1)
+    assert (together.behind, _read(*use, *loads).behind) == (0, 32)
     assert (together.bound, together.binding, together.products) == (None, "", {})
     behind = _read(loads[0], "FADD R20, R5, R5", loads[1], "FADD R20, R9, R20")
     assert behind.in_flight == 16
