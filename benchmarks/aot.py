@@ -5,7 +5,8 @@
 Every case of benchmarks/cases.py is run forward and backward on small CPU tensors while the kernels' launches are
 recorded instead of made; each launch is then compiled as Triton itself would compile it on that GPU (the same
 specialisation of arguments, the same configuration). What is inspected is therefore what ships. Exit code 1 if a
-kernel does not compile, spills registers, or wants more shared memory than the GPU has.
+kernel does not compile, spills registers, or wants more shared memory than the GPU has. Beneath the kernels stand
+their hot loops, with a bound on their speed that is no measurement: see benchmarks/hot_loop.py.
 
 --check compares with benchmarks/results/aot.json, names every change, and exits with 1 if there is one; under another
 version of Triton than the file's it says so and compares nothing. --update rewrites the file, a target at a time:

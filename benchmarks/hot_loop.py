@@ -46,11 +46,11 @@ class Loop:
 
     flops: that the source asks for. done: how often the matrix instructions do them; more than 1 where warps do the
     same twice or the compiler has unrolled the loop; None if that is not known. products: matrix instructions,
-    "HGMMA 64x128x16" → how many. waits: for matrix instructions under way. barriers: of the block. loaded, stored:
-    bytes of global memory a thread. in_flight: most bytes that a thread has asked for before it needs the first of
-    them. cycles: pipe → what it needs at least. bound: share of the peak rate, None if the loop has no products or
-    their rate is not known; binding: the pipe that sets it. alone: the share that one warpgroup by itself reaches at
-    most; None if not all products are Hopper's.
+    "HGMMA 64x128x16" → how many. waits: for matrix instructions under way. barriers: of the block. local:
+    loads and stores of registers that did not fit. loaded, stored: bytes of global memory a thread. behind: those that
+    it asks for only after a barrier. in_flight: the most that it has asked for before it needs the first of them. cycles: pipe → what it needs at least. bound: share of the peak
+    rate, None if the loop has no products or their rate is not known; binding: the pipe that sets it. alone: the share
+    that one warpgroup by itself reaches at most; None if not all products are Hopper's.
     """
 
     warps: int
@@ -64,6 +64,7 @@ class Loop:
     local: int
     loaded: int
     stored: int
+    behind: int
     in_flight: int
     cycles: Mapping[str, int]
     bound: float | None
@@ -111,6 +112,7 @@ def _read(code: Code, warps: int, rates: Rates, asked: int | None) -> Loop:
     known = all(product for _, product in matrix)
     computed = sum(product.flops * warps // product.warps for _, product in matrix if product)
     flops = asked or computed
+    halts = [place for place, i in enumerate(always) if i.op == "BAR" and not i.name.startswith("BAR.ARV")]
     least = cycles(always, warps=warps, rates=rates)
     if asked and "tensor" not in least:
         least["tensor"] = asked / rates.flops
@@ -121,13 +123,14 @@ def _read(code: Code, warps: int, rates: Rates, asked: int | None) -> Loop:
         instructions=len(always),
         sometimes=len(code.sometimes),
         flops=flops,
-        done=round(computed / asked, 2) if asked and known else None,
+        done=round(computed / asked, 2) if asked and matrix and known else None,
         products=dict(Counter(f"{i.op} {product.shape}" if product else i.op for i, product in matrix)),
         waits=sum(i.name.startswith("WARPGROUP.DEPBAR") for i in always),
-        barriers=sum(i.op == "BAR" and not i.name.startswith("BAR.ARV") for i in always),
+        barriers=len(halts),
         local=sum(i.op in ("LDL", "STL") for i in always),
         loaded=_moved(always, _LOADS),
         stored=_moved(always, _STORES),
+        behind=_moved(always[halts[0] :], _LOADS) if halts else 0,
         in_flight=_in_flight(always),
         cycles={pipe: round(value) for pipe, value in least.items()},
         bound=round(flops / rates.flops / least[binding], 3) if binding else None,
@@ -170,7 +173,7 @@ _PRODUCTS = (
     "local",
     *_PIPES,
 )
-_BYTES = ("loop over memory", "instr", "barriers", "B loaded", "B stored", "B in flight")
+_BYTES = ("loop over memory", "instr", "barriers", "B loaded", "behind", "in flight", "stored")
 
 
 def table(loops: Iterable[tuple[str, Loop]]) -> str:
@@ -181,7 +184,7 @@ def table(loops: Iterable[tuple[str, Loop]]) -> str:
         title = "a block's cycles that a pipe needs at least in an iteration, and the bound from that: not measured"
         parts.append(f"{title}\n{aligned(_PRODUCTS, lines, left=3)}")
     if lines := [_bytes_line(name, loop) for name, loop in loops if not loop.products]:
-        title = "bytes of global memory that a thread loads and stores in an iteration"
+        title = "bytes of global memory a thread and iteration: loaded, of those behind a barrier, most at once; stored"
         parts.append(f"{title}\n{aligned(_BYTES, lines, left=1)}")
     return "\n\n".join(parts)
 
@@ -198,7 +201,7 @@ def _products_line(name: str, loop: Loop) -> tuple[str, ...]:
 
 
 def _bytes_line(name: str, loop: Loop) -> tuple[str, ...]:
-    return name, _count(loop), *map(str, (loop.barriers, loop.loaded, loop.stored, loop.in_flight))
+    return name, _count(loop), *map(str, (loop.barriers, loop.loaded, loop.behind, loop.in_flight, loop.stored))
 
 
 def _count(loop: Loop) -> str:

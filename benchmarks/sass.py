@@ -131,7 +131,6 @@ class Flow:
         always = set.intersection(*map(self._dominators, ends)) if ends else {self._entry}
         if not always & wanted:
             always = always.union(*map(self._dominators, wanted))
-        always &= body
         every = [(block in always, self._blocks[block]) for block in sorted(body)]
         return Code(
             tuple(instruction for runs, block in every if runs for instruction in block),

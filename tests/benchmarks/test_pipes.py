@@ -28,7 +28,7 @@ def _product(line: str) -> Product:
         ("HGMMA.64x32x16.F32.BF16 R88, gdesc[UR16], R88", 24),
         ("HGMMA.64x8x16.F32 R88, gdesc[UR16], R88", 18),
         ("HGMMA.64x32x16.F32.BF16 R88, R120, gdesc[UR16].tnspB, R88", 16),
-        ("HGMMA.64x64x8.F32.TF32 R88, gdesc[UR16], R88", 32),
+        ("HGMMA.64x64x8.F32.TF32 R88, R120, gdesc[UR16], R88", 32),
         ("HMMA.16816.F32.BF16 R4, R8, R12, R4", 1 / 0.629),
     ],
 )

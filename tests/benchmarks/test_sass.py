@@ -49,9 +49,15 @@ def test_stretches_come_in_the_order_of_the_code() -> None:
     assert [_lines(loop.always) for loop in loops] == [[1, 2], [4, 5, 6]]
 
 
+def test_code_that_runs_first_may_stand_last() -> None:
+    loops = _loops("BRA ->4", "HGMMA", "@P0 BRA ->1", "EXIT", "HGMMA", "@P0 BRA ->4", "BRA ->1")
+    assert [_lines(loop.always) for loop in loops] == [[1, 2], [4, 5]]
+
+
 def test_the_form_with_an_exit_and_a_jump_back() -> None:
-    (loop,) = _loops("MOV R1, R2", "HGMMA", "@!P0 CALL.REL.NOINC ->4", "BRA ->1", "EXIT")
-    assert _lines(loop.always) == [1, 2, 3]
+    """The jump out is a call that never returns: only by it is the second loop reached."""
+    loops = _loops("MOV R1, R2", "HGMMA", "@!P0 CALL.REL.NOINC ->4", "BRA ->1", "HGMMA", "@P0 BRA ->4", "EXIT")
+    assert [_lines(loop.always) for loop in loops] == [[1, 2, 3], [4, 5]]
 
 
 def test_paths_that_may_be_left_out_stand_apart() -> None:

@@ -14,7 +14,7 @@ from sora_fast.report.loops import hot_loops
 
 ALL = Selection(tuple(SHARED_LIMIT))
 PRODUCTS, CYCLES = {"HGMMA 64x64x16": 8}, {"tensor": 1024, "mufu": 544}
-LOOP = Loop(8, 370, 65, 1 << 22, 1.0, PRODUCTS, 1, 2, 0, 0, 0, 0, CYCLES, 1.0, "tensor", 0.6)
+LOOP = Loop(8, 370, 65, 1 << 22, 1.0, PRODUCTS, 1, 2, 0, 0, 0, 0, 0, CYCLES, 1.0, "tensor", 0.6)
 FORWARD = Row("adaln[C64]/_forward", "sm_90", 40, 0, 1024, 300, 0, 6, 2, (LOOP, LOOP))
 BACKWARD = replace(FORWARD, kernel="adaln[C64]/_backward", registers=64)
 AMPERE = replace(FORWARD, target="sm_80")

@@ -36,5 +36,12 @@ def test_innermost_loops_with_products_in_order() -> None:
     assert loop_flops(_TTIR) == [4 * 128 * 64 * 80, 2 * 16 * 16 * 32]
 
 
+def test_a_loop_around_a_loop_is_no_innermost_one() -> None:
+    """Not even with products of its own, before or behind the inner one."""
+    dot = "%s = tt.dot %a, %b, %c : tensor<16x16xf32> * tensor<16x16xf32> -> tensor<16x16xf32>"
+    inner = ["%s = scf.for %i = %a to %b step %c {", dot, "}"]
+    assert loop_flops("\n".join(["scf.for %i {", dot, *inner, dot, *inner, "}"])) == [8192, 8192]
+
+
 def test_products_outside_of_loops_are_no_loops() -> None:
     assert loop_flops(_TTIR.replace("scf.for", "scf.execute")) == []
