@@ -46,11 +46,12 @@ class Loop:
 
     flops: that the source asks for. done: how often the matrix instructions do them; more than 1 where warps do the
     same twice or the compiler has unrolled the loop; None if that is not known. products: matrix instructions,
-    "HGMMA 64x128x16" → how many. waits: for matrix instructions under way. barriers: of the block. local:
-    loads and stores of registers that did not fit. loaded, stored: bytes of global memory a thread. behind: those that
-    it asks for only after a barrier. in_flight: the most that it has asked for before it needs the first of them. cycles: pipe → what it needs at least. bound: share of the peak
-    rate, None if the loop has no products or their rate is not known; binding: the pipe that sets it. alone: the share
-    that one warpgroup by itself reaches at most; None if not all products are Hopper's.
+    "HGMMA 64x128x16" → how many. waits: for matrix instructions under way. barriers: of the block. local: loads and
+    stores of registers that did not fit. loaded, stored: bytes of global memory a thread. behind: those that it asks
+    for only after a barrier. in_flight: the most that it has asked for before it needs the first of them. cycles: pipe
+    → what it needs at least. bound: share of the peak rate, None if the loop has no products or their rate is not
+    known; binding: the pipe that sets it. alone: the share that one warpgroup by itself reaches at most; None if not
+    all products are Hopper's.
     """
 
     warps: int
