@@ -160,20 +160,8 @@ def _in_flight(instructions: Sequence[Instruction]) -> int:
 
 
 _PIPES = ("tensor", "shared", "mufu", "fp32", "alu", "lsu", "issue")
-_PRODUCTS = (
-    "hot loop",
-    "products",
-    "binding",
-    "bound",
-    "alone",
-    "done",
-    "instr",
-    "/MFLOP",
-    "waits",
-    "barriers",
-    "local",
-    *_PIPES,
-)
+_COUNTS = ("instr", "/MFLOP", "waits", "barriers", "local")
+_PRODUCTS = ("hot loop", "products", "binding", "bound", "alone", "done", *_COUNTS, *_PIPES)
 _BYTES = ("loop over memory", "instr", "barriers", "B loaded", "behind", "in flight", "stored")
 
 

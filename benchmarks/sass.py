@@ -84,9 +84,13 @@ class Flow:
         self._above = dict(networkx.immediate_dominators(self._graph, self._entry))
 
     def whole(self, ops: frozenset[str]) -> Code:
-        """The function from its start to its end. What runs always: as for `innermost`."""
+        """The function from its start to its end: of several, the one with most code on every way to it.
+
+        What runs always: as for `innermost`.
+        """
         ends = [block for block in self._graph if not self._graph.out_degree(block)]
-        return self._code(set(self._graph), ends, self._holding(ops))
+        ends.sort(key=lambda end: sum(len(self._blocks[block]) for block in self._dominators(end)))
+        return self._code(set(self._graph), ends[-1:], self._holding(ops))
 
     def innermost(self, ops: frozenset[str]) -> Iterator[Code]:
         """Loops with an instruction of `ops` and without such a loop within, in the order of their addresses.

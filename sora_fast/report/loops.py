@@ -7,11 +7,12 @@ from typing import Any
 
 from sora_fast.report.tables import Cell, Table
 
-_COLUMNS = ("kernel", "target", "loop", "products", "binding", "bound, %", "alone, %", "instructions/MFLOP")
-_COLUMNS += ("waits", "barriers")
+_COLUMNS = ("kernel", "target", "loop", "products", "binding", "bound, %", "alone, %", "× asked")
+_COLUMNS += ("instructions/MFLOP", "waits", "barriers")
 _NOTE = (
     "Bounds, not measured: the share of the peak rate that the busiest pipe leaves if all of them work at once without "
-    "a gap, and the share that one warpgroup reaches with a multiprocessor to itself (Triton {})."
+    "a gap, and the share that one warpgroup reaches with a multiprocessor to itself (Triton {}). "
+    "× asked: how often the matrix instructions do what the source asks for; over 1 where warps repeat each other."
 )
 
 
@@ -40,4 +41,5 @@ def _row(row: Mapping[str, Any], place: int, loop: Mapping[str, Any]) -> tuple[C
     shares = ("" if share is None else 100 * share for share in (loop["bound"], loop["alone"]))
     work = loop["instructions"] * loop["warps"] / loop["flops"] * 1e6 if loop["flops"] else ""
     known = (row["kernel"], row["target"], place, products, loop["binding"] or "not modelled")
-    return *known, *shares, work, loop["waits"], loop["barriers"]
+    done = "" if loop["done"] is None else loop["done"]
+    return *known, *shares, done, work, loop["waits"], loop["barriers"]

@@ -92,6 +92,12 @@ def test_a_function_without_a_loop_is_read_as_a_whole() -> None:
     assert (_lines(whole.always), _lines(whole.sometimes)) == ([0, 1, 2, 3, 4], [])
 
 
+def test_a_function_that_may_end_early_is_read_to_its_far_end() -> None:
+    (code,) = functions(listing("LDG.E R2, [R4]", "@P0 BRA ->4", "LDG.E R3, [R4]", "EXIT", "EXIT"))
+    whole = Flow(code).whole(frozenset({"LDG"}))
+    assert (_lines(whole.always), _lines(whole.sometimes)) == ([0, 1, 2, 3], [4])
+
+
 def test_no_instructions_are_refused() -> None:
     assert list(functions("nothing")) == []
     with pytest.raises(ValueError, match="instructions is empty"):

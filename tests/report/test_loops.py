@@ -14,6 +14,7 @@ FORWARD = {
     "warps": 8,
     "instructions": 370,
     "flops": 4_000_000,
+    "done": 1.5,
     "products": {"HGMMA 64x64x16": 8, "HGMMA 64x128x16": 4},
     "waits": 1,
     "barriers": 2,
@@ -21,7 +22,7 @@ FORWARD = {
     "binding": "issue",
     "alone": 0.5,
 }
-BLIND = {**FORWARD, "flops": 0, "products": {"UTCHMMA": 2}, "bound": None, "binding": "", "alone": None}
+BLIND = {**FORWARD, "flops": 0, "done": None, "products": {"UTCHMMA": 2}, "bound": None, "binding": "", "alone": None}
 ROW_KERNEL = {**FORWARD, "products": {}}
 
 
@@ -35,8 +36,8 @@ def test_a_row_a_loop_with_products(tmp_path: Path) -> None:
     table = hot_loops(_save(tmp_path / "aot.json", FORWARD, ROW_KERNEL, BLIND))
     name = ("packed_attention[full,D128]/forward", "sm_90")
     assert table.rows == (
-        (*name, 1, "8×HGMMA 64x64x16 4×HGMMA 64x128x16", "issue", 90.0, 50.0, 740.0, 1, 2),
-        (*name, 3, "2×UTCHMMA", "not modelled", "", "", "", 1, 2),
+        (*name, 1, "8×HGMMA 64x64x16 4×HGMMA 64x128x16", "issue", 90.0, 50.0, 1.5, 740.0, 1, 2),
+        (*name, 3, "2×UTCHMMA", "not modelled", "", "", "", "", 1, 2),
     )
     assert len(table.columns) == len(table.rows[0])
     assert "not measured" in table.note and "Triton 3.7.1" in table.note
@@ -51,7 +52,7 @@ def test_they_stand_on_the_page_and_in_the_markdown(tmp_path: Path) -> None:
     for text in (out.read_text(), out.with_suffix(".md").read_text()):
         assert text.count("Hot loops") == 1 and "Bounds, not measured" in text
         assert text.index("Everything measured") < text.index("Hot loops")
-    assert "| issue | 90 | 50 | 740 | 1 | 2 |" in out.with_suffix(".md").read_text()
+    assert "| issue | 90 | 50 | 1.5 | 740 | 1 | 2 |" in out.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize(
