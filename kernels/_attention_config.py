@@ -69,7 +69,7 @@ _TABLES: dict[str, dict[int, tuple[_Entry, ...]]] = {
             _Entry(256, BlockSizes(64, 32, 8, 2)),
         ),
         # At head dim 128: 128×128: 498 for 128 keys, 128×64: 349 for 64. With masks to test, 128×128 spills past 64.
-        # At 256, 128×64: 442 and N = 64, some bytes spilled around the loops; 128×32: 451 for half the work, N = 32.
+        # At 256, 128×64: 442 and N = 64, some bytes spilled around the loops; 128×32: 451 for half of it, N = 32.
         9: (
             _Entry(64, BlockSizes(128, 128, 8, 3)),
             _Entry(128, BlockSizes(128, 64, 8, 3), full=BlockSizes(128, 128, 8, 2)),
@@ -136,7 +136,7 @@ _TABLES: dict[str, dict[int, tuple[_Entry, ...]]] = {
         ),
         # dQ is a product of 64 rows or of Ampere's instructions: blocks of 64. 128×64 spills at 128, 40 accesses in a
         # loop of 649. Past 128 everything of 64 rows spills in its loop, 64×64 by 131 accesses at 192; of 64×32, 732
-        # instructions at 192, only dQ is Ampere's. That spills at 256 and a window, too; 32×16, all Ampere's, does not.
+        # instructions at 192, only dQ is Ampere's. It spills at 256 and a window; 32×16, all Ampere's, does not.
         9: (
             _Entry(96, BlockSizes(128, 64, 8, 2)),
             _Entry(128, BlockSizes(64, 64, 8, 2)),
