@@ -100,7 +100,7 @@ def test_every_head_dim_has_blocks_for_every_mask(kernel: str, arch: tuple[int, 
         for mask in ("full", "past", "boxes"):
             blocks = block_sizes(kernel, torch.bfloat16, head_dim, arch, mask)
             assert 16 <= blocks.other <= 128, head_dim
-            # Products of 64 rows a warpgroup of four warps, where they are Hopper's, and never of fewer than N = 32. (Of
+            # Products of 64 rows a warpgroup of four warps, where they are Hopper's, and not of fewer than N = 32. (Of
             # one pass, which no GPU takes by default, not past head dim 128.)
             if arch == HOPPER and (kernel != "one_pass" or head_dim <= 128):
                 warpgroups = blocks.num_warps // 4
