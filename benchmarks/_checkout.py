@@ -23,6 +23,6 @@ class _KernelsFinder(MetaPathFinder):
 
 
 def make_importable() -> None:
-    """Let `sora_fast.kernels` be found at the root of this checkout, if no installed place has it."""
+    """Let `sora_fast.kernels` be found at the root of this checkout, whatever is installed: that may be another one."""
     if _KernelsFinder not in sys.meta_path:
-        sys.meta_path.append(_KernelsFinder)
+        sys.meta_path.insert(0, _KernelsFinder)

@@ -38,6 +38,9 @@ class SpacetimeMask:
     causal_tokens: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("t", "h", "w", "stride", "clamp"):  # lists too; a mask is a key of what is computed from it
+            if not isinstance(getattr(self, name), tuple):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, (low, high), clamped in zip("thw", (self.t, self.h, self.w), self.clamp, strict=True):
             if not all(bound is None or isinstance(bound, int) for bound in (low, high)):
                 raise TypeError(f"{name}: interval ({low}, {high}); its bounds must be integers or None")

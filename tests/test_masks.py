@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,3 +101,9 @@ def test_which_masks_see_the_past() -> None:
     others = [SpacetimeMask.full(), SpacetimeMask(t=(None, 1)), SpacetimeMask(t=(None, 0), w=(0, 0))]
     others += [SpacetimeMask(t=(None, 0), stride=(2, 1, 1)), SpacetimeMask(t=(None, -1), causal_tokens=True)]
     assert all(mask.sees_past for mask in past) and not any(mask.sees_past for mask in others)
+
+
+def test_lists_are_tuples() -> None:
+    """A mask is a key of what is computed from it."""
+    mask = SpacetimeMask(t=[None, 0], stride=[1, 2, 1], clamp=[False, False, False])
+    assert mask == SpacetimeMask(t=(None, 0), stride=(1, 2, 1)) and hash(mask) == hash(replace(mask))

@@ -70,6 +70,7 @@ def choose(
         which a kernel must be proved; None, of an op that computes with integers only.
     Raises ValueError if the backend asked for cannot run here.
     """
+    _check_name(backend, "backend")
     asked = asked_for()
     kernels_run = device.type == "cuda" or interpreting()
     chosen, refused = _decide(op, backend, asked, device, offered, dtype, kernels_run, _records.epoch())

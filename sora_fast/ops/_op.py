@@ -3,7 +3,8 @@
 `torch.library.custom_op` takes 9 to 20 µs a call beside the kernel's own, and 50 with gradients, of the 35 that a small
 op has. Here an eager call of plain tensors that nobody watches does not go through the dispatcher, whose part is 3 to
 17 µs (lists are dear), and its gradient comes from an `autograd.Function`. Everything that looks at ops (compilers,
-tracers, modes, functorch, profilers, tensor subclasses) sees one op of one schema, as ever.
+tracers, modes, functorch, profilers, tensor subclasses) sees one op of one schema, as ever; observers of single
+functions (torch.profiler.ExecutionTraceObserver) see the kernels alone.
 """
 
 import sys
@@ -93,7 +94,7 @@ def _are_plain(args: tuple[Any, ...]) -> bool:
     for arg in args:
         kind = type(arg)
         if kind in _TENSORS:
-            if arg.is_meta or arg.is_neg() or arg._is_zerotensor():
+            if arg.is_meta or arg.is_neg() or arg._is_zerotensor() or _is_wrapped(arg):
                 return False
         elif kind is list:
             if not _LISTED.issuperset(map(type, arg)):
@@ -101,6 +102,11 @@ def _are_plain(args: tuple[Any, ...]) -> bool:
         elif kind not in _NUMBERS:
             return False
     return True
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Whether it stands for a batch of others (torch.autograd.grad's is_grads_batched), or for one that is traced."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._is_functional_tensor(tensor)
 
 
 def _untraced(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,4 +133,5 @@ def _function(of: Op) -> type[torch.autograd.Function]:
             # A list is no tensor to this class, and has no gradient at all.
             return tuple(None if isinstance(grad, list) else grad for grad in of._gradients(ctx, *grads))
 
+    Function.__name__ = Function.__qualname__ = of._name.rpartition(":")[2]  # which PyTorch's messages name
     return Function

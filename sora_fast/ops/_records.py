@@ -267,6 +267,6 @@ def epoch() -> int:
 def forget() -> None:
     """Look again at what lies on the disk: another process may have proved something."""
     global _epoch
-    _epoch += 1
     find.cache_clear()
     _shipped.cache_clear()
+    _epoch += 1  # last: what another thread keeps under the new number must not be of the old records

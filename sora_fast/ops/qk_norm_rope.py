@@ -54,8 +54,8 @@ class Rope3D:
 
     def __post_init__(self) -> None:
         for name in ("split", "scale", "extent"):  # lists too; a rope is a key of what is computed from it
-            value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+            given = getattr(self, name)
+            object.__setattr__(self, name, tuple(given) if isinstance(given, list | np.ndarray) else given)
         if self.split is not None and not (
             len(self.split) == 3 and all(isinstance(n, int | np.integer) and n >= 0 and n % 2 == 0 for n in self.split)
         ):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from itertools import count
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -21,12 +22,16 @@ def likeness(bundle: "TensorBundle") -> int:
     static values are equal. Quick for a bundle that was seen before."""
     known = _likeness.get(bundle)
     if known is None:
-        known = _likeness[bundle] = _numbers.setdefault(_described(bundle), len(_numbers))
+        if len(_numbers) >= _MOST:
+            _numbers.clear()
+        known = _likeness[bundle] = _numbers.setdefault(_described(bundle), next(_unused))
     return known
 
 
 _likeness: "WeakKeyDictionary[TensorBundle, int]" = WeakKeyDictionary()
 _numbers: dict[tuple[Any, ...], int] = {}
+_unused = count()  # no number twice, whichever threads ask at once
+_MOST = 4096
 
 
 def _described(bundle: "TensorBundle") -> tuple[Any, ...]:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -69,3 +71,27 @@ def test_a_sampler_builds_one_schedule(
 
 def _labels(of: int) -> Tensor:
     return torch.full((len(SHAPES),), of)
+
+
+class _OfItsOwn(SoraDiT):
+    def forward(self, latents: RaggedLatents, layout: PackedLayout, conditioning: Conditioning) -> RaggedLatents:
+        return latents
+
+
+class _Wrapper:
+    def __init__(self, model: SoraDiT) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, latents: RaggedLatents, layout: PackedLayout, conditioning: Conditioning) -> RaggedLatents:
+        return latents
+
+
+def test_a_model_that_takes_no_schedules_gets_none(
+    model: SoraDiT, latents: RaggedLatents, layout: PackedLayout
+) -> None:
+    conditioning = Conditioning.per_segment(torch.tensor([0.3, 0.8]), layout)
+    for other in (_OfItsOwn(model.config), _Wrapper(model)):
+        assert scheduled(other, layout)(latents, layout, conditioning) is latents

@@ -106,3 +106,48 @@ def test_every_head_dim_has_blocks_for_every_mask(kernel: str, arch: tuple[int, 
                 warpgroups = blocks.num_warps // 4
                 assert blocks.own >= 64, head_dim
                 assert blocks.other // max(1, warpgroups * 64 // blocks.own) >= 32, head_dim
+
+
+def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor, lengths: list[int]) -> list[Any]:
+    """Output and gradients, video by video. Heads of keys are repeated over their group."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    parts = []
+    for a, b, c in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        b, c = (x.repeat_interleave(group, 1) for x in (b, c))
+        scores = torch.einsum("qhd,khd->hqk", a, b) * q.shape[2] ** -0.5
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), c))
+    out = torch.cat(parts)
+    return [x.detach() for x in (out, *torch.autograd.grad(out, (q, k, v), slope))]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tile_size", "group", "dtype"),
+    [
+        ([47, 20], 16, 3, torch.float16),  # what is left of whole blocks, for every head of a group
+        ([32], 32, 1, torch.float32),  # the last tile is full, and of several blocks
+        ([127, 40], 128, 1, torch.float16),  # one key less than a block, and a neighbour behind it
+    ],
+)
+def test_ends_of_videos(
+    device: torch.device, lengths: list[int], tile_size: int, group: int, dtype: torch.dtype
+) -> None:
+    layout = PackedLayout.from_grids([(1, 1, n) for n in lengths], tile_size=tile_size, device=device)
+    torch.manual_seed(0)
+    q, slope = torch.randn(2, sum(lengths), 2 * group, 16, dtype=dtype)
+    k, v = torch.randn(2, sum(lengths), 2, 16, dtype=dtype)
+    given = [x.to(device).requires_grad_() for x in (q, k, v)]
+    out = packed_attention(*given, layout, backend="triton")
+    results = [x.detach().cpu() for x in (out, *torch.autograd.grad(out, given, slope.to(device)))]
+    plain, exact = (_dense(*(x.to(kind) for x in (q, k, v, slope)), lengths) for kind in (dtype, torch.float64))
+    for name, *values in zip(("out", "q", "k", "v"), results, plain, exact, strict=True):
+        assert_within_rule(*values, name=name, terms=4.0)
+
+
+def test_a_gradient_that_descriptors_cannot_read_is_read_by_pointers() -> None:
+    q, k, v = (_WIDE.detach().requires_grad_() for _ in range(3))
+    with recording(HOPPER) as recorder, use_backend("triton"):
+        out = packed_attention(q, k, v, PackedLayout.from_grids([(1, 1, len(q))]))
+        torch.autograd.grad(out.sum(), (q, k, v))  # ones, expanded
+    described = [meta["BLOCKING"].described for _, _, meta in recorder.launches if "BLOCKING" in meta]
+    assert described == [True, True, False]  # forward, dQ (of k and v), dK and dV

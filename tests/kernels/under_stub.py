@@ -46,6 +46,11 @@ def kernel(x, y, size, factor, pair, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def kernel_alike(x, y, size, factor, pair, BLOCK: tl.constexpr):
+    tl.store(pair.first + tl.program_id(0), size)
+
+
+@triton.jit
 def described_kernel(block, y):
     tl.store(y, tl.sum(tl.sum(block.load([0, 0]).to(tl.float32), 1), 0))
 
@@ -87,6 +92,12 @@ def a_plan_takes_the_launches_after_the_first() -> None:
     call()
     with replaced(triton.JITFunction, "run", None):  # Triton's own way
         launch(kernel, (2,), X, None, 64, 2.0, Pair(OUT, 5), BLOCK=64, num_warps=4)
+
+
+@check
+def kernels_called_alike_are_different_kernels() -> None:
+    arguments = (X, None, 64, 2.0, Pair(OUT, 5))
+    assert both(kernel, *arguments, BLOCK=64).kernel != both(kernel_alike, *arguments, BLOCK=64).kernel
 
 
 @check

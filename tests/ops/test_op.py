@@ -103,6 +103,18 @@ def test_modes_and_profilers_see_the_op(gradients: bool) -> None:
     assert "sora_fast_test::power" in [event.key for event in profile.key_averages()]
 
 
+def test_batches_of_gradients_go_through_the_dispatcher() -> None:
+    from sora_fast.ops import adaln
+
+    x, table = torch.randn(4, 8, requires_grad=True), torch.randn(2, 2, 8)
+    index = torch.tensor([0, 1, 0, -1], dtype=torch.int32)
+    out = adaln(x, *table, index, backend="triton")
+    slopes = torch.randn(3, *out.shape)
+    (batch,) = torch.autograd.grad(out, x, slopes, is_grads_batched=True, retain_graph=True)
+    for one, slope in zip(batch, slopes, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(out, x, slope, retain_graph=True)[0])
+
+
 class _Sub(Tensor):
     pass
 

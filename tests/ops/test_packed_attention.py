@@ -374,7 +374,7 @@ def test_the_backward_form_obeys_deterministic(deterministic: bool | None, every
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     finally:
         torch.use_deterministic_algorithms(False)
-    first = "grad_query" if deterministic or (deterministic is None and everywhere) else "delta"
+    first = "grad_query" if deterministic or (deterministic is None and everywhere) else "statistics"
     names = [kernel.fn.__name__ for kernel, *_ in recorder.launches]
     assert names == [f"packed_attention_{name}_kernel" for name in ("forward", first, "grad_key_value")]
 
