@@ -1,4 +1,4 @@
-"""Kernels compile for Hopper without a GPU, do not spill, and attention uses Hopper's matrix instructions."""
+"""Kernels compile for Hopper without a GPU, do not spill in their loops, and attention uses Hopper's matrix instructions."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks._checkout import ROOT
+from benchmarks.snapshot import Row
 
 
 def _compiling(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -69,7 +70,7 @@ def some(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_kernels_cost_what_the_snapshot_says(some: list[dict[str, Any]]) -> None:
     """The whole table is for `make aot ARGS=--check`."""
     assert len(some) >= 12
-    assert all(row["instructions"] > 100 and row["spills"] == 0 for row in some)
+    assert all(row["instructions"] > 100 and not Row.of(row).problem for row in some)
     assert any(row["wide_loads"] for row in some) and any(row["wide_stores"] for row in some)
 
 
@@ -89,7 +90,7 @@ def test_shipped_kernels_compile_for_hopper(some: list[dict[str, Any]], tmp_path
     others = ("gated_residual[C1152", "[full,D72", "[window,D64", "[cross,D96", "qk_norm_rope[D72")
     others += ("linear_unpatchify[C1152", "H4608")
     rows = some + _compare(*others, report=tmp_path / "aot.json")
-    assert [row for row in rows if row["spills"]] == []
+    assert [row["kernel"] for row in rows if Row.of(row).problem] == []
     attention = [row for row in rows if row["kernel"].startswith("packed_attention")]
     assert sum(row["hgmma"] > 0 for row in attention) >= 8, attention
     compiled = {row["kernel"].split("[")[0] for row in rows}
