@@ -1,4 +1,4 @@
-"""Kernels compile for Hopper without a GPU, do not spill in their loops, and attention uses Hopper's matrix instructions."""
+"""Kernels compile for Hopper without a GPU, spill nothing in their loops, and attention uses Hopper's instructions."""
 
 import json
 import os
