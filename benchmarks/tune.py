@@ -4,10 +4,10 @@ A number changes only where a candidate is faster than the present one beyond th
 in processes, by benchmarks/steps/tuning.py; the winners go to kernels/_attention_measured.py, which is written whole.
 """
 
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 from benchmarks.timing import Timing
@@ -162,10 +162,8 @@ _ONE_PASS = "ONE_PASS_UP_TO: dict[int, tuple[int, str]]"
 
 def _read(table: Path) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """MEASURED and ONE_PASS_UP_TO of a file, which need not be the one in use."""
-    spec = importlib.util.spec_from_file_location("_table", table)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.MEASURED, module.ONE_PASS_UP_TO
+    found = run_path(str(table))  # not an import, which may take what it kept of a file written in the same second
+    return found["MEASURED"], found["ONE_PASS_UP_TO"]
 
 
 def _table(head: str, entries: Mapping[Any, tuple[Any, str]]) -> str:

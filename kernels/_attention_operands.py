@@ -81,9 +81,10 @@ class Head:
         They must be `describable`. (Triton takes descriptors one by one only, not in tuples.)
         """
         for x in tensors:
-            shape, strides = [x.shape[1], x.shape[0], x.shape[2]], [x.stride(1), x.stride(0), 1]
+            (n, h, d), (token, head, _) = x.shape, x.stride()
             for width in (self.main, self.rest):
-                yield TensorDescriptor(x, shape, strides, [1, rows, width]) if wanted and width else None
+                described = wanted and width
+                yield TensorDescriptor(x, [h, n, d], [head, token, 1], [1, rows, width]) if described else None
 
 
 @lru_cache
@@ -98,14 +99,18 @@ def describable(arch: tuple[int, int], *tensors: Tensor) -> bool:
 
     It is Hopper's; 16-byte addresses and strides, and rows in one piece, are what cuTensorMapEncodeTiled asks for.
     """
-    return arch[0] >= 9 and all(_is_describable(x) for x in tensors)
-
-
-def _is_describable(x: Tensor) -> bool:
-    token, head, dim = x.stride()
-    if x.element_size() != 2 or dim != 1 or x.data_ptr() % 16 or 0 in x.shape:
+    if arch[0] < 9:
         return False
-    return 0 < token < 1 << 39 and 0 < head < 1 << 39 and token % 8 == 0 and head % 8 == 0
+    for x in tensors:  # all() of a generator takes longer
+        if x.element_size() != 2 or x.data_ptr() % 16 or not x.numel() or not _are_describable(x.stride()):
+            return False
+    return True
+
+
+@lru_cache
+def _are_describable(strides: tuple[int, ...]) -> bool:
+    token, head, dim = strides
+    return dim == 1 and all(0 < stride < 1 << 39 and stride % 8 == 0 for stride in (token, head))
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
