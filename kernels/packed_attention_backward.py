@@ -233,7 +233,7 @@ def _find_statistics(do, o, lse, grad_lse, statistics, tokens, exists, head, num
 
 
 class Keys(NamedTuple):
-    """What the first pass walks over: k and v, and their descriptors (of None where there are none)."""
+    """k and v: in memory, with their descriptors (of None where there are none), or blocks of them, without."""
 
     k: Any
     v: Any
