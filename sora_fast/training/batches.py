@@ -19,6 +19,7 @@ from sora_fast.packing._bundle import TensorBundle
 from sora_fast.packing.packer import PackRules, StreamingPacker
 from sora_fast.training.data import Sample, Source
 from sora_fast.training.distributed import World
+from sora_fast.training.interruption import Stopped
 
 Item = TypeVar("Item")
 
@@ -260,6 +261,7 @@ def prefetch(items: Iterator[Item], depth: int = 2, *, in_step: bool = False) ->
         wanted.put(True)
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
+    left_alone = False
     try:
         while True:
             item, error = made.get()
@@ -269,7 +271,11 @@ def prefetch(items: Iterator[Item], depth: int = 2, *, in_step: bool = False) ->
                 raise error
             wanted.put(True)
             yield item
+    except Stopped:
+        left_alone = True  # it may be stuck in the very item that was waited for
+        raise
     finally:
         ending.set()
         wanted.put(False)
-        thread.join()
+        if not left_alone:
+            thread.join()

@@ -42,6 +42,9 @@ def new_config(o: TrainOptions) -> RunConfig:
             ema_decay=o.ema_decay,
             precision="bfloat16" if o.bf16 else "float32",
             compile=None if o.no_compile else "inductor",
+            compile_scope=o.compile,
+            recompute=o.recompute,
+            accumulate=o.accumulate,
             seed=o.seed,
             save_every=o.save_every,
         ),
@@ -72,9 +75,11 @@ def resumed_config(o: TrainOptions) -> RunConfig:
     config = moved(config, data=o.data, text_encoder=o.text_encoder)
     if not Path(config.data.folder).is_dir():
         raise ValueError(f"{config.data.folder} is no folder; say where the run's data is now: --data FOLDER")
-    changes = {name: getattr(o, name) for name in o.given & {"lr", "save_every"}}
+    changes = {name: getattr(o, name) for name in o.given & {"lr", "save_every", "recompute"}}
     if o.given & {"steps", "minutes"}:  # either takes the place of what limited the run
         changes |= {"steps": o.steps, "minutes": o.minutes}
+    if "compile" in o.given:
+        changes |= {"compile": "inductor", "compile_scope": o.compile}
     if o.no_compile:
         changes["compile"] = None
     return replace(config, train=replace(config.train, **changes))

@@ -15,6 +15,7 @@ class TrainOptions:
     out: Path
     data: str | None = None
     resume: bool = False
+    replay: bool = False
     device: str | None = None
     minutes: float | None = None
     steps: int | None = None
@@ -35,12 +36,15 @@ class TrainOptions:
     save_every: int = 500
     seed: int = 0
     bf16: bool = False
+    accumulate: int = 1
+    recompute: str | None = None
+    compile: str = "auto"
     no_compile: bool = False
     given: frozenset[str] = frozenset()
 
 
 # What can be said of a run that goes on.
-CHANGEABLE = ("lr", "minutes", "steps", "save_every", "no_compile", "data", "text_encoder")
+CHANGEABLE = ("lr", "minutes", "steps", "save_every", "recompute", "compile", "no_compile", "data", "text_encoder")
 
 
 def spelled(names: Iterable[str]) -> str:
