@@ -1,6 +1,7 @@
 """From what was asked for to the configuration of a run: of a new one, and of one that goes on."""
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from sora_fast.training.run import RunConfig, TextConfig, TrainConfig, check_new
 
 # Static sizes of a batch that cost time even where they are not used: enough for small images, not for the worst case.
 MOST_SEGMENTS, MOST_TEXT = 256, 8192
+# Data workers, where nothing is said.
+MOST_WORKERS = 8
 
 
 def new_config(o: TrainOptions) -> RunConfig:
@@ -44,9 +47,10 @@ def new_config(o: TrainOptions) -> RunConfig:
             compile=None if o.no_compile else "inductor",
             seed=o.seed,
             save_every=o.save_every,
+            workers=_workers(o),
         ),
         text=text,
-        data=DataConfig(o.data, o.max_frames, o.max_side, o.fps, channels),
+        data=DataConfig(o.data, o.max_frames, o.max_side, o.fps, channels, clips=o.clips),
         fps=o.fps or 8.0,
     )
 
@@ -72,12 +76,20 @@ def resumed_config(o: TrainOptions) -> RunConfig:
     config = moved(config, data=o.data, text_encoder=o.text_encoder)
     if not Path(config.data.folder).is_dir():
         raise ValueError(f"{config.data.folder} is no folder; say where the run's data is now: --data FOLDER")
-    changes = {name: getattr(o, name) for name in o.given & {"lr", "save_every"}}
+    changes = {name: getattr(o, name) for name in o.given & {"lr", "save_every", "workers"}}
     if o.given & {"steps", "minutes"}:  # either takes the place of what limited the run
         changes |= {"steps": o.steps, "minutes": o.minutes}
     if o.no_compile:
         changes["compile"] = None
     return replace(config, train=replace(config.train, **changes))
+
+
+def _workers(o: TrainOptions) -> int:
+    """As many data workers as the options ask for, or as suit this machine."""
+    if o.workers is not None:
+        return o.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 def _batch_config(o: TrainOptions, source: FolderSource) -> BatchConfig:

@@ -1,9 +1,7 @@
 import itertools
 import json
 import logging
-import threading
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from sora_fast.models.codecs import IdentityCodec
 from sora_fast.models.text import ByteTextEncoder
 from sora_fast.packing import token_grid
 from sora_fast.packing.packer import PackRules
-from sora_fast.training.batches import Batch, BatchConfig, Batches, prefetch
+from sora_fast.training.batches import Batch, BatchConfig, Batches
 from sora_fast.training.data import Sample
 from sora_fast.training.distributed import World
 
@@ -80,10 +78,10 @@ def test_packs_are_planned_over_all_workers_together() -> None:
     """Every sample once, and the packs of a step of almost the same cost, which they are not if dealt in turn."""
     source, options = Shapes(image_video_mix(20_000)), {"capacity": 32_768, "max_segments": 1000, "look_ahead": 128}
     workers = _of_workers(8, source, **options)
-    together = [[batches.next_packs() for _ in range(30)] for batches in workers]
+    together = [[batches.plan.next_packs() for _ in range(30)] for batches in workers]
     assert all(packs == together[0] for packs in together), "they agree without a word"
     alone = _batches(source, **options)
-    dealt = [[alone.next_packs()[0] for _ in range(8)] for _ in range(30)]
+    dealt = [[alone.plan.next_packs()[0] for _ in range(8)] for _ in range(30)]
 
     def waiting(steps: list[list[list[int]]]) -> float:
         """The share of the workers' time that is spent waiting for the slowest."""
@@ -104,7 +102,7 @@ def test_planning_for_a_thousand_workers_is_quick() -> None:
     )
     start = time.process_time()
     for _ in range(11):
-        batches.next_packs()
+        batches.plan.next_packs()
     assert time.process_time() - start < 11 * 0.5
 
 
@@ -121,8 +119,8 @@ def test_goes_on_with_another_number_of_workers(before: int, after: int) -> None
     state = second[0][-1].resume
     held = [place for place, _ in state["packer"]["waiting"]]
     held += [place for pack in state["packer"]["ready"] for place in pack]
-    held = [batches._index(place) for place in held]
-    assert sorted(seen + held) == sorted(batches._index(place) for place in range(state["position"]))
+    held = [batches.plan.index(place) for place in held]
+    assert sorted(seen + held) == sorted(batches.plan.index(place) for place in range(state["position"]))
     assert len(seen) == len(set(seen))
 
 
@@ -168,10 +166,10 @@ def test_other_data_is_not_gone_on_with() -> None:
 
 def test_epochs_are_complete_and_in_different_orders() -> None:
     batches = _batches(_DataSet(10), look_ahead=1)
-    orders = [[batches._index(epoch * 10 + place) for place in range(10)] for epoch in range(3)]
+    orders = [[batches.plan.index(epoch * 10 + place) for place in range(10)] for epoch in range(3)]
     assert all(sorted(order) == list(range(10)) for order in orders)
     assert orders[0] != orders[1]
-    assert [_batches(_DataSet(10), seed=1)._index(place) for place in range(10)] != orders[0]
+    assert [_batches(_DataSet(10), seed=1).plan.index(place) for place in range(10)] != orders[0]
 
 
 def test_captions_are_dropped_at_the_asked_rate() -> None:
@@ -205,47 +203,3 @@ def test_oversized() -> None:
     assert last.skipped > 0
     with pytest.raises(ValueError, match="all 6 samples are longer than the capacity of 1 tokens"):
         _take(_batches(_DataSet(6), capacity=1, oversized="skip"), 1)
-
-
-def test_prefetch_keeps_order_and_ends_its_thread() -> None:
-    before = threading.active_count()
-    items = prefetch(iter(range(100)), depth=3)
-    assert list(itertools.islice(items, 50)) == list(range(50))
-    items.close()
-    assert threading.active_count() == before
-
-
-def test_prefetch_ends_with_its_items() -> None:
-    assert list(prefetch(iter(range(7)), depth=3)) == list(range(7))
-
-
-def test_prefetch_in_step_makes_as_many_wherever_it_is_stopped() -> None:
-    """Two workers, of which one is slow; each item takes an exchange with the other."""
-    meeting, made = threading.Barrier(2, timeout=60), [[], []]
-
-    def items(worker: int) -> Iterator[int]:
-        for number in itertools.count():
-            if worker:
-                time.sleep(0.01)
-            meeting.wait()
-            made[worker].append(number)
-            yield number
-
-    ahead = [prefetch(items(worker), depth=2, in_step=True) for worker in range(2)]
-    threads = [threading.Thread(target=lambda one=one: (list(itertools.islice(one, 5)), one.close())) for one in ahead]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert made[0] == made[1] == list(range(7)), "two more than were taken"
-
-
-def test_prefetch_hands_on_errors() -> None:
-    def broken() -> Iterator[int]:
-        yield 1
-        raise OSError("the disk is gone")
-
-    items = prefetch(broken())
-    assert next(items) == 1
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(items)

@@ -1,0 +1,104 @@
+"""From a planned pack to its tensors: read, decoded, encoded, laid out. What worker processes do."""
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from sora_fast.models.codecs import Codec
+from sora_fast.packing import PackedLayout, RaggedLatents, token_grid
+from sora_fast.packing.order import Grid
+from sora_fast.training.batch import Batch, BatchConfig
+from sora_fast.training.data import Sample, Source, UnusableSample
+from sora_fast.training.plan import CAPTION, CLIP, Pack
+
+
+class Made(NamedTuple):
+    """batch: without prompts; captions: of its samples, in order.
+
+    lost: names of samples that could not be used, with the reason; notes: of those that were, but not as expected.
+    """
+
+    batch: Batch
+    captions: list[str]
+    lost: dict[str, str]
+    notes: dict[str, str]
+
+
+class _Encoded(NamedTuple):
+    video: Tensor
+    caption: str
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes batches of packs; the same one of the same pack, in whatever process.
+
+    The arguments are those of `Batches`. If the source has a method `draw(index, random)`, that gives the samples, at
+    random but always the same for a position of the stream. `name(index)`, if it has that, is what is left out where a
+    sample proves unusable, its file; else the sample alone is.
+    """
+
+    source: Source
+    config: BatchConfig
+    codec: Codec
+    patch_size: Grid
+    seed: int
+
+    def name(self, index: int) -> str:
+        """Of a sample, for messages and for what is to be left out."""
+        return self.source.name(index) if hasattr(self.source, "name") else f"sample {index}"
+
+    def make(
+        self, pack: Pack, *, without: Collection[str] = (), at: Callable[[int], None] = lambda index: None
+    ) -> Made:
+        """without: names of samples that are not touched. at: told of each sample before it is read."""
+        c, lost, notes = self.config, {}, {}
+        encoded = list(self._encoded(pack, without, at, lost, notes))
+        # Equal lengths side by side: on a CPU they share one call of attention.
+        encoded.sort(key=lambda item: math.prod(token_grid(item.video.shape, self.patch_size)))
+        videos = [item.video for item in encoded]
+        grids = [token_grid(video.shape, self.patch_size) for video in videos]
+        elements = c.capacity * self.codec.spec.channels * math.prod(self.patch_size)
+        batch = Batch(
+            RaggedLatents.from_list(videos, capacity=elements, max_segments=c.max_segments),
+            PackedLayout.from_grids(grids, order=c.order, capacity=c.capacity, max_segments=c.max_segments),
+            None,
+            useful=sum(map(math.prod, grids)),
+            skipped=pack.skipped,
+            resume=pack.resume,
+        )
+        return Made(batch, [item.caption for item in encoded], lost, notes)
+
+    def _encoded(
+        self,
+        pack: Pack,
+        without: Collection[str],
+        at: Callable[[int], None],
+        lost: dict[str, str],
+        notes: dict[str, str],
+    ) -> Iterator[_Encoded]:
+        for position, index in zip(pack.positions, pack.indices, strict=True):
+            if (name := self.name(index)) in without or name in lost:
+                continue
+            at(index)
+            try:
+                sample = self._sample(position, index)
+            except UnusableSample as error:
+                lost[name] = str(error)
+                continue
+            if sample.note:
+                notes[name] = sample.note
+            yield _Encoded(self.codec.encode(sample.video), self._caption(sample, position))
+
+    def _sample(self, position: int, index: int) -> Sample:
+        if hasattr(self.source, "draw"):
+            return self.source.draw(index, np.random.default_rng((self.seed, CLIP, position)))
+        return self.source[index]
+
+    def _caption(self, sample: Sample, position: int) -> str:
+        dropped = np.random.default_rng((self.seed, CAPTION, position)).random()
+        return "" if dropped < self.config.caption_dropout else sample.caption
