@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 WRONG, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
+DROP_HELP = """share of a sample's tokens that are left out, for more samples a second: 0.5, always so much; beta:0.5,
+another one for every sample, so much in the mean; resolution:0.2-0.6, from the smallest to the largest sample;
+decreasing:0.8-0.2, over the run, which needs --steps (default: none)"""
+
 TRAIN_HELP = """\
 Train a video model on a folder of your own videos and images.
 
@@ -177,6 +181,7 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     add("--lr", type=POSITIVE, help=f"peak learning rate (default: {defaults.lr})")
     add("--ema-decay", type=DECAY, help=f"of the averaged weights (default: {defaults.ema_decay})")
     add("--caption-dropout", type=SHARE, help=f"share of captions left out (default: {defaults.caption_dropout})")
+    add("--drop", metavar="RULE", type=filled, help=DROP_HELP)
     add("--save-every", type=COUNT, help=f"steps between checkpoints (default: {defaults.save_every})")
     add("--seed", type=SEED, help=f"default: {defaults.seed}")
     add("--bf16", action="store_true", help="compute in bfloat16 (for GPUs)")

@@ -11,6 +11,7 @@ from sora_fast.models.codecs import IdentityCodec
 from sora_fast.packing import token_grid
 from sora_fast.training.batches import BatchConfig
 from sora_fast.training.data import DataConfig, FolderSource
+from sora_fast.training.dropping import drop_rule
 from sora_fast.training.options import CHANGEABLE, TrainOptions, spelled
 from sora_fast.training.run import RunConfig, TextConfig, TrainConfig, check_new, moved, read_run
 
@@ -102,7 +103,9 @@ def _batch_config(o: TrainOptions, source: FolderSource) -> BatchConfig:
                 f"{path} has {tokens} tokens, more than a batch of --capacity {o.capacity} holds; raise it, or lower "
                 "--max-frames or --max-side, or use a larger --patch"
             )
-    segments = min(o.capacity // min(lengths), MOST_SEGMENTS)
+    drop = o.drop and drop_rule(o.drop, steps=o.steps, tokens=lengths)
+    shortest = max(1, int(min(lengths) * (1 - drop.most if drop else 1)))
+    segments = min(o.capacity // shortest, MOST_SEGMENTS)
     longest = max(len(caption.encode()) for caption in source.captions)
     return BatchConfig(
         capacity=o.capacity,
@@ -110,4 +113,5 @@ def _batch_config(o: TrainOptions, source: FolderSource) -> BatchConfig:
         text_capacity=min(segments * (longest + 2), MOST_TEXT),
         look_ahead=max(128, 2 * segments),
         caption_dropout=o.caption_dropout,
+        drop=drop or None,
     )

@@ -13,7 +13,7 @@ from sora_fast.packing import PackedLayout, RaggedLatents, token_grid
 from sora_fast.packing.order import Grid
 from sora_fast.training.batch import Batch, BatchConfig
 from sora_fast.training.data import Sample, Source, UnusableSample
-from sora_fast.training.plan import CAPTION, CLIP, Pack
+from sora_fast.training.plan import CAPTION, CLIP, KEEP, Pack
 
 
 class Made(NamedTuple):
@@ -29,8 +29,16 @@ class Made(NamedTuple):
 
 
 class _Encoded(NamedTuple):
+    """keep: raster indices of the tokens that stay; None: all."""
+
     video: Tensor
     caption: str
+    grid: Grid
+    keep: np.ndarray | None
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid) if self.keep is None else len(self.keep)
 
 
 @dataclass(frozen=True)
@@ -59,15 +67,15 @@ class Maker:
         c, lost, notes = self.config, {}, {}
         encoded = list(self._encoded(pack, without, at, lost, notes))
         # Equal lengths side by side: on a CPU they share one call of attention.
-        encoded.sort(key=lambda item: math.prod(token_grid(item.video.shape, self.patch_size)))
-        videos = [item.video for item in encoded]
-        grids = [token_grid(video.shape, self.patch_size) for video in videos]
-        elements = c.capacity * self.codec.spec.channels * math.prod(self.patch_size)
+        encoded.sort(key=lambda item: item.tokens)
+        videos, grids = [item.video for item in encoded], [item.grid for item in encoded]
+        keep = None if pack.kept is None else [item.keep for item in encoded]
+        elements = c.pixel_capacity * self.codec.spec.channels * math.prod(self.patch_size)
         batch = Batch(
             RaggedLatents.from_list(videos, capacity=elements, max_segments=c.max_segments),
-            PackedLayout.from_grids(grids, order=c.order, capacity=c.capacity, max_segments=c.max_segments),
+            PackedLayout.from_grids(grids, order=c.order, capacity=c.capacity, max_segments=c.max_segments, keep=keep),
             None,
-            useful=sum(map(math.prod, grids)),
+            useful=sum(item.tokens for item in encoded),
             skipped=pack.skipped,
             resume=pack.resume,
         )
@@ -81,7 +89,8 @@ class Maker:
         lost: dict[str, str],
         notes: dict[str, str],
     ) -> Iterator[_Encoded]:
-        for position, index in zip(pack.positions, pack.indices, strict=True):
+        kept = pack.kept or (None,) * len(pack.positions)
+        for position, index, count in zip(pack.positions, pack.indices, kept, strict=True):
             if (name := self.name(index)) in without or name in lost:
                 continue
             at(index)
@@ -92,7 +101,15 @@ class Maker:
                 continue
             if sample.note:
                 notes[name] = sample.note
-            yield _Encoded(self.codec.encode(sample.video), self._caption(sample, position))
+            video = self.codec.encode(sample.video)
+            grid = token_grid(video.shape, self.patch_size)
+            keep = None if count is None else self._keep(position, math.prod(grid), count)
+            yield _Encoded(video, self._caption(sample, position), grid, keep)
+
+    def _keep(self, position: int, tokens: int, count: int) -> np.ndarray:
+        """The tokens of a sample that stay; all, if it has fewer than it was planned to keep."""
+        random = np.random.default_rng((self.seed, KEEP, position))
+        return np.sort(random.choice(tokens, size=min(count, tokens), replace=False, shuffle=False))
 
     def _sample(self, position: int, index: int) -> Sample:
         if hasattr(self.source, "draw"):

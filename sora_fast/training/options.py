@@ -33,6 +33,7 @@ class TrainOptions:
     lr: float = 1e-3
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
+    drop: str | None = None
     save_every: int = 500
     seed: int = 0
     bf16: bool = False

@@ -62,7 +62,7 @@ class MakerPool:
         if method == "forkserver":
             self._context.set_forkserver_preload([__name__])
         self._maker, self._lose, self._deaths = maker, lose, 0
-        self._template = maker.make(Pack((), (), 0, {})).batch.to("meta")
+        self._template = maker.make(Pack((), (), None, 0, {})).batch.to("meta")
         self._slots = count * _AHEAD
         self._memory = self._context.RawArray(ctypes.c_byte, self._slots * _bytes(self._template))
         self._reading = self._context.RawArray(ctypes.c_int64, count)

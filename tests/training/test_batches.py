@@ -10,7 +10,8 @@ import torch
 from benchmarks.lengths import Shapes, image_video_mix
 from sora_fast.models.codecs import IdentityCodec
 from sora_fast.models.text import ByteTextEncoder
-from sora_fast.packing import token_grid
+from sora_fast.packing import BetaDrop, ConstantDrop, ResolutionDrop, SigmoidDrop, token_grid
+from sora_fast.packing.dropping import DropRule
 from sora_fast.packing.packer import PackRules
 from sora_fast.training.batches import Batch, BatchConfig, Batches
 from sora_fast.training.data import Sample
@@ -38,12 +39,18 @@ class _DataSet(_Stream):
 
 
 def _batches(
-    source: _Stream, *, seed: int = 0, text: bool = False, world: World | None = None, **options: object
+    source: _Stream,
+    *,
+    seed: int = 0,
+    text: bool = False,
+    world: World | None = None,
+    workers: int = 0,
+    **options: object,
 ) -> Batches:
     config = BatchConfig(**{"capacity": 512, "max_segments": 16, "look_ahead": 24, **options})  # type: ignore[arg-type]
     encoder = ByteTextEncoder(8, layers=1) if text else None
     given = {"patch_size": PATCH, "codec": IdentityCodec(1), "text": encoder, "seed": seed, "world": world}
-    return Batches(source, config, **given)
+    return Batches(source, config, **given, workers=workers)
 
 
 def _take(batches: Batches, count: int) -> list[Batch]:
@@ -203,3 +210,69 @@ def test_oversized() -> None:
     assert last.skipped > 0
     with pytest.raises(ValueError, match="all 6 samples are longer than the capacity of 1 tokens"):
         _take(_batches(_DataSet(6), capacity=1, oversized="skip"), 1)
+
+
+RULES = [
+    ConstantDrop(0.5),
+    BetaDrop(0.5, max_rate=0.85),
+    ResolutionDrop(0.2, 0.6, min_tokens=4, max_tokens=200),
+    SigmoidDrop(12, high=0.8, low=0.2),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_dropped_tokens_make_room_for_other_samples(rule: DropRule) -> None:
+    whole, dropped = (_take(_batches(_Stream(), drop=drop, max_segments=64), 12) for drop in (None, rule))
+    assert sum(batch.useful for batch in dropped) / (12 * 512) > 0.9
+    assert sum(len(_numbers(batch)) for batch in dropped) > 1.25 * sum(len(_numbers(batch)) for batch in whole)
+    for batch in dropped:
+        lengths = batch.layout.cu_seqlens.diff()
+        assert batch.useful == int(lengths.sum())
+        for number, video in enumerate(batch.latents.to_list()):
+            sample = _Stream()[int(video.flatten()[0])]
+            assert torch.equal(video, sample.video)
+            kept = batch.layout.raster_index[batch.layout.segment_ids == number]
+            assert len(kept.unique()) == len(kept) == int(lengths[number])
+            assert int(kept.max()) < int(batch.layout.grids[number].prod())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_dropping_resumes_to_the_bit(rule: DropRule, workers: int) -> None:
+    whole = _take(_batches(_Stream(), drop=rule), 10)
+    resumed = _batches(_Stream(), drop=rule, workers=workers)
+    resumed.load_state_dict(json.loads(json.dumps(whole[3].resume)))
+    for before, after in zip(whole[4:], _take(resumed, 6), strict=True):
+        assert _equal(before, after)
+        assert torch.equal(before.layout.raster_index, after.layout.raster_index)
+    other = _take(_batches(_Stream(), drop=rule, seed=1), 10)
+    assert not all(torch.equal(a.layout.raster_index, b.layout.raster_index) for a, b in zip(whole, other, strict=True))
+
+
+def test_a_decreasing_rule_goes_by_the_steps() -> None:
+    """Each of the workers that train together sees the same share fall."""
+    source, rule = _Shaped(1000), SigmoidDrop(20, high=0.8, low=0.2)
+    shares = []
+    for batches in _of_workers(2, source, drop=rule, max_segments=64):
+        taken = _take(batches, 20)
+        full = [sum(int(grid.prod()) for grid in batch.layout.grids) for batch in taken]
+        shares.append([1 - batch.useful / tokens for batch, tokens in zip(taken, full, strict=True)])
+    for falling in shares:
+        assert falling[0] > 0.75
+        assert falling[-1] < 0.3
+        assert max(b - a for a, b in itertools.pairwise(falling)) < 0.1
+    assert shares[0] == pytest.approx(shares[1], abs=0.05)
+
+
+def test_dropping_goes_on_with_another_number_of_workers() -> None:
+    source, rule = _Shaped(300), BetaDrop(0.5, max_rate=0.85)
+    first = [_take(batches, 3) for batches in _of_workers(2, source, drop=rule)]
+    assert first[0][-1].resume == first[1][-1].resume
+    for batches in _of_workers(3, source, drop=rule):
+        batches.load_state_dict(json.loads(json.dumps(first[0][-1].resume)))
+        assert all(batch.useful > 400 for batch in _take(batches, 4))
+
+
+def test_most_that_can_be_dropped() -> None:
+    with pytest.raises(ValueError, match=r"drop: .* may drop 1 of the tokens; 0.9 is the most"):
+        BatchConfig(drop=BetaDrop(0.5))
