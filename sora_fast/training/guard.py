@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sora_fast.training.step import Pack
+from sora_fast.training.step import NoisyPack
 
 LAG = 4
 
@@ -18,7 +18,7 @@ LAG = 4
 class Diverged(FloatingPointError):
     """`limit` steps in a row were left out. step, packs: the first of them, and what this worker computed it on."""
 
-    def __init__(self, step: int, last: int, packs: Sequence[Pack]) -> None:
+    def __init__(self, step: int, last: int, packs: Sequence[NoisyPack]) -> None:
         super().__init__(
             f"the loss or its gradient is not finite in {last - step + 1} steps in a row, {step} to {last}; none "
             "of them has changed the weights"
@@ -31,10 +31,10 @@ class Guard:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._waiting: deque[tuple[int, Sequence[Pack], Tensor, torch.cuda.Event | None]] = deque()
-        self._row: list[tuple[int, Sequence[Pack]]] = []
+        self._waiting: deque[tuple[int, Sequence[NoisyPack], Tensor, torch.cuda.Event | None]] = deque()
+        self._row: list[tuple[int, Sequence[NoisyPack]]] = []
 
-    def watch(self, step: int, packs: Sequence[Pack], bad: Tensor) -> None:
+    def watch(self, step: int, packs: Sequence[NoisyPack], bad: Tensor) -> None:
         """Take note of a step. bad: [] bool, on any device."""
         self._waiting.append((step, packs, *_fetched(bad)))
         self.settle(LAG if bad.is_cuda else 0)

@@ -22,6 +22,7 @@ class TrainOptions:
     max_frames: int = 16
     max_side: int = 64
     fps: float | None = None
+    clips: str = "anywhere"
     grey: bool = False
     dim: int = 256
     depth: int = 6
@@ -33,6 +34,7 @@ class TrainOptions:
     lr: float = 1e-3
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
+    drop: str | None = None
     save_every: int = 500
     seed: int = 0
     bf16: bool = False
@@ -40,11 +42,13 @@ class TrainOptions:
     recompute: str | None = None
     compile: str = "auto"
     no_compile: bool = False
+    workers: int | None = None
     given: frozenset[str] = frozenset()
 
 
 # What can be said of a run that goes on.
-CHANGEABLE = ("lr", "minutes", "steps", "save_every", "recompute", "compile", "no_compile", "data", "text_encoder")
+_TRAINING = ("lr", "minutes", "steps", "save_every", "recompute", "compile", "no_compile")
+CHANGEABLE = (*_TRAINING, "workers", "data", "text_encoder")
 
 
 def spelled(names: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from sora_fast.packing import RaggedLatents
 from sora_fast.packing._bundle import TensorBundle
 from sora_fast.training import checkpoint
 from sora_fast.training.run import Networks, read_run
-from sora_fast.training.step import Pack, PackLoss
+from sora_fast.training.step import NoisyPack, PackLoss
 
 REPLAY = "replay"
 
@@ -36,7 +36,7 @@ class Finding:
         return f"step {self.step}, worker {self.worker}, pack {self.pack}: loss {self.loss:.4g}; {where}"
 
 
-def save(folder: Path, rank: int, step: int, networks: Networks, packs: Sequence[Pack]) -> Path:
+def save(folder: Path, rank: int, step: int, networks: Networks, packs: Sequence[NoisyPack]) -> Path:
     """Keep the packs of a worker's step, and the weights, in place of what was kept before; returns where."""
     flat = [_flattened(pack) for pack in packs]
     tensors = {"model": networks.trained()} | {f"pack-{number}": named for number, (named, _) in enumerate(flat)}
@@ -58,13 +58,13 @@ def replay(folder: Path, device: torch.device | str = "cpu") -> list[Finding]:
             for name, parameter in networks.trained().items():
                 parameter.copy_(saved.tensors["model"][name])
         for number, static in enumerate(saved.state["static"]):
-            pack = _rebuilt(Pack, saved.tensors[f"pack-{number}"], static).to(device)
+            pack = _rebuilt(NoisyPack, saved.tensors[f"pack-{number}"], static).to(device)
             loss, where = examine(PackLoss(networks, config.train.precision), pack)
             findings.append(Finding(saved.step, int(root.name.removeprefix("worker-")), number, loss, where))
     return findings
 
 
-def examine(loss_of: PackLoss, pack: Pack) -> tuple[float, str | None]:
+def examine(loss_of: PackLoss, pack: NoisyPack) -> tuple[float, str | None]:
     """The loss of a pack, and the first place, in the order of computation, that holds a value that is not finite.
 
     Looked at: the weights, the data, the modules' outputs, the loss, the gradients of the modules' outputs, those of

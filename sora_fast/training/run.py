@@ -92,6 +92,7 @@ class TrainConfig:
     accumulate: packs a step, of each worker; the gradient is that of the mean over all their pixels.
     nonfinite_limit: steps in a row whose loss or gradient is not finite, and which are left out, before the run stops.
     save_every, log_every: steps. keep: checkpoints.
+    workers: processes that make batches; 0: a thread. Changes no bit.
     """
 
     steps: int | None = None
@@ -117,6 +118,7 @@ class TrainConfig:
     save_every: int = 500
     log_every: int = 10
     keep: int = 2
+    workers: int = 0
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
@@ -126,6 +128,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: {value}; it must be positive")
+        if self.workers < 0:
+            raise ValueError(f"workers: {self.workers}; it must be 0 or more")
         choices = {"precision": PRECISIONS, "compile_scope": SCOPES, "recompute": (None, *HOW)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -25,7 +25,7 @@ from sora_fast.training.run import Networks
 
 
 @dataclass(frozen=True, eq=False)
-class Pack(TensorBundle):
+class NoisyPack(TensorBundle):
     """All that the loss of a pack depends on, beside the weights: S segments, N tokens, P pixels.
 
     sigma: [S] noise levels. noise: [P]. clean: [N] bool, tokens given as they are.
@@ -41,7 +41,7 @@ class Pack(TensorBundle):
 
 def drawn(
     batch: Batch, path: NoisePath, generator: torch.Generator, entropy: Sequence[int], clean_share: float
-) -> Pack:
+) -> NoisyPack:
     """A batch with what is random about its step: a function of `entropy` alone, on the generator's device."""
     seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     generator.manual_seed(int(seed >> 1))
@@ -49,17 +49,17 @@ def drawn(
     noise = noise_like(batch.latents, generator)
     ends = random_clean_ends(batch.layout, generator, share=clean_share)
     clean = clean_frames(batch.layout, *ends)
-    return Pack(batch.latents, batch.layout, batch.prompts, sigma, noise, clean)
+    return NoisyPack(batch.latents, batch.layout, batch.prompts, sigma, noise, clean)
 
 
 class PackLoss(nn.Module):
-    """Pack → (the mean over the pixels that count, [] float32; their number, [] int64)."""
+    """NoisyPack → (the mean over the pixels that count, [] float32; their number, [] int64)."""
 
     def __init__(self, networks: Networks, precision: str) -> None:
         super().__init__()
         self.networks, self.precision = networks, precision
 
-    def forward(self, pack: Pack) -> tuple[Tensor, Tensor]:
+    def forward(self, pack: NoisyPack) -> tuple[Tensor, Tensor]:
         with computing(self.precision, pack.noise.device.type):
             return counted_loss(
                 self.networks,
@@ -75,8 +75,8 @@ class PackLoss(nn.Module):
 
 
 def take_gradients(
-    loss_of: Callable[[Pack], tuple[Tensor, Tensor]],
-    packs: Sequence[Pack],
+    loss_of: Callable[[NoisyPack], tuple[Tensor, Tensor]],
+    packs: Sequence[NoisyPack],
     parameters: Sequence[nn.Parameter],
     world: World | None = None,
 ) -> Tensor:
@@ -95,7 +95,9 @@ def take_gradients(
 
 
 def _accumulated(
-    loss_of: Callable[[Pack], tuple[Tensor, Tensor]], packs: Sequence[Pack], parameters: Sequence[nn.Parameter]
+    loss_of: Callable[[NoisyPack], tuple[Tensor, Tensor]],
+    packs: Sequence[NoisyPack],
+    parameters: Sequence[nn.Parameter],
 ) -> tuple[Tensor, Tensor]:
     sums, counts = [], []
     for pack in packs:

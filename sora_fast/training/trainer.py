@@ -14,16 +14,17 @@ from tqdm import tqdm
 
 from sora_fast.proof import prove_at_start
 from sora_fast.training import checkpoint, optim, replay
-from sora_fast.training.batches import Batch, Batches, prefetch
+from sora_fast.training.batches import Batch, Batches
 from sora_fast.training.compiling import compile_loss
 from sora_fast.training.data import Source
 from sora_fast.training.distributed import World, local_rank
 from sora_fast.training.guard import Diverged, Guard
 from sora_fast.training.interruption import Interruption, Stopped
+from sora_fast.training.prefetch import prefetch
 from sora_fast.training.recompute import recompute
 from sora_fast.training.run import CHECKPOINTS, LOG, Networks, RunConfig, check_resumable, create_run, update_run
 from sora_fast.training.runlog import RunLog
-from sora_fast.training.step import Pack, PackLoss, drawn, take_gradients, update
+from sora_fast.training.step import NoisyPack, PackLoss, drawn, take_gradients, update
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Trainer:
             text=self.networks.text,
             seed=c.seed,
             world=self.world,
+            workers=c.workers,
         )
         self.generator = torch.Generator(self.device)
         self.compiling: str | None = None
@@ -254,7 +256,7 @@ class Trainer:
         if self.leads:
             self._log.add(loss, norm, {"step": self.step} | row)
 
-    def _packs(self, batches: Sequence[Batch]) -> list[Pack]:
+    def _packs(self, batches: Sequence[Batch]) -> list[NoisyPack]:
         """Those of this worker's next step, on the device, with what is random about them."""
         packs = []
         for number, batch in enumerate(batches):

@@ -11,7 +11,7 @@ from sora_fast.diffusion.noise import noise_like
 from sora_fast.packing import PackedLayout, RaggedLatents, token_grid
 from sora_fast.training.batches import Prompts
 from sora_fast.training.run import Networks, RunConfig
-from sora_fast.training.step import Pack
+from sora_fast.training.step import NoisyPack
 from tests.training.test_trainer import tiny
 
 CAPACITY, SEGMENTS, TEXT = 128, 6, 64
@@ -30,7 +30,7 @@ def networks(*, depth: int = 1, precision: str = "float32", seed: int = 0) -> Ne
     return made
 
 
-def pack(of: Networks, seed: int) -> Pack:
+def pack(of: Networks, seed: int) -> NoisyPack:
     """Images and short and long clips; some tokens dropped, some clean; captions, empty ones, or none at all."""
     random, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     shapes = [
@@ -47,7 +47,7 @@ def pack(of: Networks, seed: int) -> Pack:
     prompts = Prompts(*of.text.tokenize(captions, capacity=TEXT, max_segments=SEGMENTS))
     sigma = of.path.sample_sigma(layout, generator)
     clean = clean_frames(layout, *random_clean_ends(layout, generator, share=0.5))
-    return Pack(latents, layout, prompts, sigma, noise_like(latents, generator), clean)
+    return NoisyPack(latents, layout, prompts, sigma, noise_like(latents, generator), clean)
 
 
 def _kept(tokens: int, random: np.random.Generator) -> np.ndarray | None:
@@ -57,11 +57,11 @@ def _kept(tokens: int, random: np.random.Generator) -> np.ndarray | None:
     return random.permutation(tokens)[: CAPACITY // SEGMENTS]
 
 
-def joined(first: Pack, second: Pack) -> Pack:
+def joined(first: NoisyPack, second: NoisyPack) -> NoisyPack:
     """Both in one pack of twice the capacity."""
     layouts, texts = (first.layout, second.layout), (first.prompts.layout, second.prompts.layout)
     noises = [replace(pack.latents, flat=pack.noise) for pack in (first, second)]
-    return Pack(
+    return NoisyPack(
         join_latents(first.latents, second.latents),
         join_layouts(*layouts),
         Prompts(join_tokens(first.prompts.ids, second.prompts.ids, texts), join_layouts(*texts)),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_fast.training import optim
-from sora_fast.training.step import Pack, PackLoss, drawn, take_gradients, update
+from sora_fast.training.step import NoisyPack, PackLoss, drawn, take_gradients, update
 from tests.tracing import Computed
 from tests.training.packs import joined, networks, pack
 
@@ -94,7 +94,7 @@ class _Trained:
         self.trained = lambda: dict(module.named_parameters())
 
 
-def _on_meta(bundle: Pack) -> Pack:
+def _on_meta(bundle: NoisyPack) -> NoisyPack:
     return bundle._map(lambda tensor: torch.empty_like(tensor, device="meta"))
 
 
