@@ -10,7 +10,7 @@ Modulation tables (M rows, not N tokens) are products too, and so bfloat16; gate
 No loss scaling: bfloat16 has float32's range.
 """
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -19,4 +19,4 @@ PRECISIONS = ("float32", "bfloat16")
 
 def computing(precision: str, device_type: str) -> AbstractContextManager:
     """Inside, the forward pass computes in `precision`, one of `PRECISIONS`. The backward pass follows by itself."""
-    return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bfloat16")
+    return torch.autocast(device_type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
