@@ -198,9 +198,8 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     )
     add(
         "--compile",
-        choices=("auto", "blocks", "model"),
-        help="what torch.compile makes one graph of: the blocks (starts sooner), the whole model and its loss, or what "
-        "suits the length of the run (default)",
+        choices=("blocks", "model"),
+        help="what torch.compile makes one graph of: the blocks, which starts sooner (default), or model and loss",
     )
     add("--no-compile", action="store_true", help="without torch.compile: starts sooner, runs slower")
 

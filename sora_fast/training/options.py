@@ -40,7 +40,7 @@ class TrainOptions:
     bf16: bool = False
     accumulate: int = 1
     recompute: str | None = None
-    compile: str = "auto"
+    compile: str = "blocks"
     no_compile: bool = False
     workers: int | None = None
     given: frozenset[str] = frozenset()

@@ -214,7 +214,7 @@ class Trainer:
             recompute(self.networks.model.blocks, c.recompute)
         if c.compile is not None:
             blocks, options = self.networks.model.blocks, {"backend": c.compile, "scope": c.compile_scope}
-            self.compiling = compile_loss(loss, blocks, **options, device=self.device, minutes=c.minutes)
+            self.compiling = compile_loss(loss, blocks, **options, device=self.device)
         return loss
 
     def _progress(self) -> float:
