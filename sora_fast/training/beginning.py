@@ -108,7 +108,8 @@ def _batch_config(o: TrainOptions, source: FolderSource) -> BatchConfig:
                 f"{path} has {tokens} tokens, more than a batch of --capacity {o.capacity} holds; raise it, or lower "
                 "--max-frames or --max-side, or use a larger --patch"
             )
-    drop = o.drop and drop_rule(o.drop, steps=o.steps, tokens=lengths)
+    batches = o.steps and o.steps * o.accumulate  # which is what a rule counts
+    drop = o.drop and drop_rule(o.drop, steps=batches, tokens=lengths)
     shortest = max(1, int(min(lengths) * (1 - drop.most if drop else 1)))
     segments = min(o.capacity // shortest, MOST_SEGMENTS)
     longest = max(len(caption.encode()) for caption in source.captions)

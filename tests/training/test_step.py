@@ -44,6 +44,30 @@ def test_packs_one_after_the_other_are_one_pack_of_them_all() -> None:
         torch.testing.assert_close(one.grad, other, rtol=1e-4, atol=1e-7)
 
 
+def test_several_packs_of_several_workers() -> None:
+    """What each gives to `World.mean` is, weighted as that does, the one mean over the pixels of them all."""
+    loss_of = PackLoss(networks(), "float32")
+    parameters = list(loss_of.networks.trained().values())
+    packs = [pack(loss_of.networks, seed) for seed in (1, 4, 5, 7)]
+    given: list[tuple[list[Tensor], Tensor]] = []
+
+    class _Worker:
+        def mean(self, tensors: list[Tensor], weight: Tensor) -> None:
+            given.append(([tensor.clone() for tensor in tensors], weight))
+
+    for mine in (packs[:2], packs[2:]):
+        loss_of.networks.zero_grad()
+        take_gradients(loss_of, mine, parameters, _Worker())  # type: ignore[arg-type]
+    loss_of.networks.zero_grad()
+    pairs = [joined(*packs[:2]), joined(*packs[2:])]
+    whole = take_gradients(loss_of, [joined(*pairs)], parameters)
+    weights = [weight for _, weight in given]
+    assert weights[0] != weights[1]
+    pairs_of_means = zip(given[0][0], given[1][0], strict=True)
+    means = [(weights[0] * one + weights[1] * other) / sum(weights) for one, other in pairs_of_means]
+    torch.testing.assert_close(means, [whole, *(p.grad for p in parameters)], rtol=1e-4, atol=1e-7)
+
+
 def test_packs_without_a_pixel_to_learn_from() -> None:
     loss_of = PackLoss(networks(), "float32")
     parameters = list(loss_of.networks.trained().values())
