@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from sora_fast.training import replay
 from sora_fast.training.config import write_config
 from sora_fast.training.run import CONFIG, Networks
-from sora_fast.training.step import PackLoss
+from sora_fast.training.step import NoisyPack, PackLoss
 from tests.training.packs import networks, pack
 
 
@@ -25,6 +26,13 @@ def test_a_pack_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert [(f.step, f.worker, f.pack) for f in findings] == [(12, 0, 0), (12, 1, 0), (12, 1, 1)]
     assert [f.loss for f in findings] == [expected[0], *expected]
     assert str(findings[0]).endswith("; all is finite here")
+
+
+def test_a_pack_without_text_comes_back() -> None:
+    given = replace(pack(networks(), 1), prompts=None)
+    back = replay._rebuilt(NoisyPack, *replay._flattened(given))
+    assert back.prompts is None and back.layout.tile_size == given.layout.tile_size
+    assert torch.equal(back.layout.coords, given.layout.coords) and torch.equal(back.noise, given.noise)
 
 
 def test_nothing_is_kept(tmp_path: Path) -> None:
