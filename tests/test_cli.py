@@ -578,6 +578,24 @@ def test_data_options_reach_the_run_and_the_workers_may_change(
     assert "--clips: a run keeps what it was made with" in capsys.readouterr().err
 
 
+def test_options_of_the_step_reach_the_run_and_some_may_change(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    line = ["train", "--out", str(tmp_path / "run")]
+    options = "--accumulate 2 --recompute block --compile model --drop decreasing:0.6-0.2 --workers 0 --steps 2"
+    assert main([*line, "--data", str(folder), *SMALL, *options.split()]) == 0
+    train = read_run(tmp_path / "run").train
+    assert (train.accumulate, train.recompute, train.compile, train.compile_scope) == (2, "block", None, "model")
+    assert train.batch.drop == SigmoidDrop(4, 0.6, 0.2), "of four batches"
+    assert main([*line, "--resume", "--steps", "3", "--recompute", "selective"]) == 0
+    assert read_run(tmp_path / "run").train.recompute == "selective"
+    capsys.readouterr()
+    assert main([*line, "--resume", "--accumulate", "3"]) == 2
+    assert "--accumulate: a run keeps what it was made with" in capsys.readouterr().err
+    assert main([*line, "--replay"]) == 2
+    assert "no step is kept there for a replay" in capsys.readouterr().err
+
+
 def test_a_run_from_before_there_was_a_choice_goes_on_with_first_frames(folder: Path, tmp_path: Path) -> None:
     line = ["train", "--out", str(tmp_path / "run")]
     assert main([*line, "--data", str(folder), *SMALL, "--steps", "2", "--clips", "first"]) == 0
