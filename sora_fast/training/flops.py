@@ -8,9 +8,18 @@ from functools import lru_cache
 import torch
 
 from sora_fast.masks import SpacetimeMask
-from sora_fast.models import SoraDiTConfig
+from sora_fast.models import SoraDiT
 from sora_fast.packing import PackedLayout
 from sora_fast.training.batches import Batch
+
+# What of a SoraDiT runs on the rows of the modulation tables, on segments, on text tokens, on nothing; all else runs on
+# tokens. The first that fits.
+_PLACES = {
+    "segments": ("text_embedder",),
+    "rows": ("adaLN_modulation", "t_embedder.mlp"),
+    "texts": ("cross.kv",),
+    "nothing": ("embedding_table", "pos_embed"),
+}
 
 
 @dataclass(frozen=True)
@@ -21,58 +30,55 @@ class Flops:
     attention: int
 
     @property
-    def forward(self) -> int:
-        return self.linear + self.attention
-
-    @property
     def step(self) -> int:
         """Forward and backward: each product once forward and twice backward.
 
         What is computed twice to save memory (attention's scores, recomputed activations) counts once, as is the custom
         for MFU (PaLM, arXiv 2204.02311, appendix B).
         """
-        return 3 * self.forward
+        return 3 * (self.linear + self.attention)
 
 
-def batch_flops(config: SoraDiTConfig, batch: Batch) -> Flops:
-    """Of the model on a batch that is still on the host; padding counts nothing, nor does the text encoder.
+class FlopCount:
+    """Counts the products of a SoraDiT: of the tokens that are there, and not of padding; the text encoder's are none.
 
-    Where tokens were dropped, the pairs of a mask that is not full are those of the whole grid times the square of the
-    share that stays: what a random choice leaves on average.
+    Tables of shifts, scales and gates are made per noise level, of which two a segment are counted (given frames have
+    one of their own). Where tokens were dropped, the pairs of a mask that is not full are those of the whole grid times
+    the square of the share that stays: what a random choice leaves on average.
     """
-    lengths, grids = _lengths(batch.layout), batch.layout.grids.tolist()
-    texts = [0] * len(lengths) if batch.prompts is None else _lengths(batch.prompts.layout)
-    return model_flops(config, lengths, grids, texts)
 
+    def __init__(self, model: SoraDiT) -> None:
+        self.mask = model.config.mask
+        self.reads_text = model.config.text_dim is not None
+        self.width = model.config.depth * model.config.dim
+        self.weights = dict.fromkeys(("tokens", *_PLACES), 0)
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                place = (place for place, parts in _PLACES.items() if any(part in name for part in parts))
+                self.weights[next(place, "tokens")] += weight.numel()
 
-def model_flops(
-    config: SoraDiTConfig, lengths: Sequence[int], grids: Sequence[Sequence[int]], texts: Sequence[int]
-) -> Flops:
-    """Of segments with so many tokens, of grids (T, H, W), and so many text tokens.
+    def batch(self, batch: Batch) -> Flops:
+        """Of a batch that has not left the host: ValueError if it has."""
+        texts = None if batch.prompts is None else _lengths(batch.prompts.layout)
+        return self.segments(_lengths(batch.layout), batch.layout.grids.tolist(), texts)
 
-    Tables of shifts, scales and gates are made per noise level, not per token; two a segment are counted (given frames
-    have a level of their own).
-    """
-    tokens, rows = sum(lengths), 2 * sum(length > 0 for length in lengths)
-    reads_text = config.text_dim is not None
-    hidden = int(config.mlp_ratio * config.dim)
-    mlp = (3 if config.mlp == "swiglu" else 2) * config.dim * hidden
-    per_token = config.depth * (4 * config.dim**2 + mlp + reads_text * 2 * config.dim**2)
-    patch = config.in_channels * math.prod(config.patch_size)
-    per_token += (3 if config.learned_sigma else 2) * patch * config.dim
-    per_row = (config.depth * (9 if reads_text else 6) + 2) * config.dim**2 + (256 + config.dim) * config.dim
-    per_text = config.depth * 2 * config.dim * config.text_dim if reads_text else 0
-    pairs = sum(_pairs(config.mask, length, tuple(grid)) for length, grid in zip(lengths, grids, strict=True))
-    if reads_text:
-        pairs += sum(length * text for length, text in zip(lengths, texts, strict=True))
-    linear = 2 * (tokens * per_token + rows * per_row + sum(texts) * per_text)
-    return Flops(linear, 4 * config.depth * config.dim * pairs)
+    def segments(
+        self, lengths: Sequence[int], grids: Sequence[Sequence[int]], texts: Sequence[int] | None = None
+    ) -> Flops:
+        """Of segments of so many tokens, of grids (T, H, W), with so many text tokens."""
+        texts = texts if self.reads_text and texts is not None else [0] * len(lengths)
+        segments = sum(length > 0 for length in lengths)
+        calls = {"tokens": sum(lengths), "rows": 2 * segments, "segments": segments, "texts": sum(texts), "nothing": 0}
+        linear = sum(2 * calls[place] * count for place, count in self.weights.items())
+        own = sum(_pairs(self.mask, length, tuple(grid)) for length, grid in zip(lengths, grids, strict=True))
+        across = sum(length * text for length, text in zip(lengths, texts, strict=True))
+        return Flops(linear, 4 * self.width * (own + across))
 
 
 def _pairs(mask: SpacetimeMask, length: int, grid: tuple[int, int, int]) -> int:
-    if mask.is_full:
+    if mask.is_full or not length:
         return length**2
-    return round(_whole_pairs(mask, grid) * (length / math.prod(grid)) ** 2) if length else 0
+    return round(_whole_pairs(mask, grid) * (length / math.prod(grid)) ** 2)
 
 
 @lru_cache(maxsize=1 << 12)
