@@ -67,7 +67,10 @@ class Meter:
         }
         if joules is not None and self._joules is not None and joules > self._joules:
             spent = joules - self._joules
-            found |= {"watts": spent / seconds, "joules_per_1k_tokens": 1e3 * spent * self.workers / max(sums.useful, 1)}
+            found |= {
+                "watts": spent / seconds,
+                "joules_per_1k_tokens": 1e3 * spent * self.workers / max(sums.useful, 1),
+            }
         self._sums, self._began, self._joules = _Sums(), now, joules
         return found
 
