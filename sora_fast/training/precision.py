@@ -4,7 +4,7 @@ import torch
 
 from sora_fast.training.ceiling import measured_ceiling
 
-# Autocast's casts and what stays in float32 take their share: on two cores of an AMD EPYC (AVX512-BF16, no AMX) products
+# Casts and what stays in float32 take their share: on two cores of an AMD EPYC (AVX512-BF16, no AMX) products
 # are 2.1 times as fast in bfloat16 and a step 1.5 times. Below this a step would gain next to nothing.
 _WORTH_IT = 1.5
 
