@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from sora_fast.arguments import COUNT, DECAY, FINITE, POSITIVE, SEED, SHARE, filled, path, sizes
 from sora_fast.generation.options import SampleOptions
 from sora_fast.training.options import CHANGEABLE, TrainOptions, spelled
+from sora_fast.training.recipe import CPU, GPU, HEAD_DIM, LR
 
 if TYPE_CHECKING:
     from sora_fast.proof import Report
@@ -147,10 +148,10 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     )
     add("--grey", action="store_true", help="one grey channel in place of RGB")
     add = parser.add_argument_group("model").add_argument
-    add("--dim", type=COUNT, help=f"width (default: {defaults.dim})")
-    add("--depth", type=COUNT, help=f"transformer blocks (default: {defaults.depth})")
-    add("--heads", type=COUNT, help=f"attention heads (default: {defaults.heads})")
-    add("--patch", type=sizes("1x4x4"), metavar="TxHxW", help="pixels in a token (default: 1x4x4)")
+    add("--dim", type=COUNT, help=f"width (default: {CPU.dim} on a CPU, {GPU.dim} on a GPU)")
+    add("--depth", type=COUNT, help=f"transformer blocks (default: {CPU.depth}, or {GPU.depth} on a GPU)")
+    add("--heads", type=COUNT, help=f"attention heads (default: one for {HEAD_DIM} of the width)")
+    add("--patch", type=sizes("1x4x4"), metavar="TxHxW", help="pixels in a token (default: 1x8x8, or 1x4x4 on a GPU)")
     add(
         "--text-encoder",
         metavar="FOLDER",
@@ -159,14 +160,26 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         "along, which takes 255 bytes); beside --resume: where it is now",
     )
     add = parser.add_argument_group("training").add_argument
-    add("--capacity", type=COUNT, help=f"tokens in a batch (default: {defaults.capacity})")
+    add(
+        "--capacity",
+        type=COUNT,
+        help=f"tokens in a batch (default: {CPU.capacity}, or {GPU.capacity} on a GPU; more if a file is longer)",
+    )
     add("--optimizer", choices=("adamw", "muon"), help=f"default: {defaults.optimizer}")
-    add("--lr", type=POSITIVE, help=f"peak learning rate (default: {defaults.lr})")
-    add("--ema-decay", type=DECAY, help=f"of the averaged weights (default: {defaults.ema_decay})")
+    add("--lr", type=POSITIVE, help=f"peak learning rate (default: {LR['muon']:g}, with adamw {LR['adamw']:g})")
+    add(
+        "--ema-decay",
+        type=DECAY,
+        help=f"of the averaged weights (default: {CPU.ema_decay}, or {GPU.ema_decay} on a GPU)",
+    )
     add("--caption-dropout", type=SHARE, help=f"share of captions left out (default: {defaults.caption_dropout})")
     add("--save-every", type=COUNT, help=f"steps between checkpoints (default: {defaults.save_every})")
     add("--seed", type=SEED, help=f"default: {defaults.seed}")
-    add("--bf16", action="store_true", help="compute in bfloat16 (for GPUs)")
+    add(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        help="of products and activations; auto measures whether bfloat16 is faster here (default: auto)",
+    )
     add("--no-compile", action="store_true", help="without torch.compile: starts sooner, runs slower")
 
 
@@ -270,11 +283,11 @@ def _train_together(o: TrainOptions, device: str, world: "World") -> int:
     from sora_fast.training.data import FolderSource
     from sora_fast.training.trainer import Trainer
 
-    config = resumed_config(o) if o.resume else new_config(o)
+    config = resumed_config(o) if o.resume else new_config(o, device)
     source = FolderSource(config.data, progress=world.rank == 0, world=world)
     print(source.summary)
     if not o.resume:
-        config = fitted(config, o, source)
+        config = fitted(config, o, source, device)
     if source.rate_summary:
         print(f"{source.rate_summary}; what is made will run at {config.fps:g}")
     trainer = Trainer(config, source, o.out, device=device, resume=o.resume)
