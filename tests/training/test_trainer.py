@@ -14,9 +14,10 @@ import torch
 
 from sora_fast.diffusion.paths import DDPM
 from sora_fast.models import SoraDiTConfig
+from sora_fast.packing import SigmoidDrop
 from sora_fast.training import checkpoint, trainer
 from sora_fast.training.batches import BatchConfig
-from sora_fast.training.data import Sample
+from sora_fast.training.data import Sample, UnusableSample
 from sora_fast.training.run import CHECKPOINTS, CONFIG, LOG, RunConfig, TextConfig, TrainConfig, read_run
 from sora_fast.training.trainer import Trainer, read_log
 
@@ -102,6 +103,48 @@ def test_interrupted_then_resumed_to_the_bit(whole: Path, tmp_path: Path, capsys
     assert resumed.step == stopped.step
     assert resumed.fit(progress=False)
     _assert_same_run(whole, folder)
+
+
+def test_data_workers_change_no_bit(whole: Path, tmp_path: Path) -> None:
+    assert Trainer(tiny(workers=2), Gradients(), tmp_path / "run").fit(progress=False)
+    _assert_same_run(whole, tmp_path / "run")
+
+
+def test_resumed_with_dropped_tokens_to_the_bit(tmp_path: Path) -> None:
+    drop = SigmoidDrop(12, high=0.7, low=0.1)
+    config = tiny(batch=replace(tiny().train.batch, drop=drop, max_segments=16))
+    assert Trainer(config, Gradients(), tmp_path / "whole").fit(progress=False)
+    stopped = Trainer(config, Gradients(interrupt_at=60), tmp_path / "run")
+    assert not stopped.fit(progress=False)
+    assert 0 < stopped.step < 12
+    assert Trainer(read_run(tmp_path / "run"), Gradients(), tmp_path / "run", resume=True).fit(progress=False)
+    _assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+class Unusable(Gradients):
+    """None of the first samples can be used: whole packs are empty."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.lost:
+            raise UnusableSample("nothing knows it")
+        return super().__getitem__(index)
+
+    lost = frozenset()
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        return tuple(super().__getitem__(index).video.shape)
+
+
+def test_a_pack_of_which_nothing_can_be_used_changes_nothing(tmp_path: Path) -> None:
+    source = Unusable()
+    source.lost = frozenset(range(10_000))
+    trainer = Trainer(tiny(steps=2), source, tmp_path / "run")
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    assert trainer.fit(progress=False)
+    rows = read_log(tmp_path / "run" / LOG)
+    assert [row["useful"] for row in rows] == [0, 0]
+    assert all(row["loss"] == row["norm"] == 0 and row["skipped"] > 0 for row in rows)
+    assert all(torch.allclose(p, before[name], atol=1e-3) for name, p in trainer.parameters.items())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
