@@ -137,6 +137,11 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         action="store_true",
         help=f"go on with the run in --out as it was, except for {spelled(CHANGEABLE)}",
     )
+    add(
+        "--replay",
+        action="store_true",
+        help="run the step again, alone, that the run in --out broke off at as not finite, and say where it goes wrong",
+    )
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     add = parser.add_argument_group("how long, in all (one of the two)").add_argument
     add("--minutes", type=POSITIVE, help="train for so long (default: 30)")
@@ -197,6 +202,18 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         help="of products and activations; auto measures whether bfloat16 is faster here (default: auto)",
+    )
+    add("--accumulate", type=COUNT, metavar="N", help="batches a step: as one that is N times as large (default: 1)")
+    add(
+        "--recompute",
+        choices=("block", "selective"),
+        help="keep less for the backward pass and compute it again: all of a block, or all but products and attention",
+    )
+    add(
+        "--compile",
+        choices=("auto", "blocks", "model"),
+        help="what torch.compile makes one graph of: the blocks (starts sooner), the whole model and its loss, or what "
+        "suits the length of the run (default)",
     )
     add("--no-compile", action="store_true", help="without torch.compile: starts sooner, runs slower")
 
@@ -284,15 +301,27 @@ def _train(a: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(a).items() if name != "command"}
     options = TrainOptions(**given, given=frozenset(given.keys() - {"out"}))
+    device = own_device(options.device)
+    if options.replay:
+        return _replay(options, device)
     if not options.resume and options.data is None:
         raise ValueError("train needs --data FOLDER, for a new run, or --resume")
-    device = own_device(options.device)
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(joined(device))
         if world.rank:  # the user hears it once
             stack.enter_context(contextlib.redirect_stdout(None))
             logging.getLogger().setLevel(logging.ERROR)
         return _train_together(options, device, world)
+
+
+def _replay(o: TrainOptions, device: str) -> int:
+    from sora_fast.training.replay import replay
+
+    if others := sorted(o.given - {"replay", "device"}):
+        raise ValueError(f"{spelled(others)}: beside --replay there can be --out and --device")
+    for finding in replay(o.out, device):
+        print(finding)
+    return 0
 
 
 def _train_together(o: TrainOptions, device: str, world: "World") -> int:
@@ -313,12 +342,19 @@ def _train_together(o: TrainOptions, device: str, world: "World") -> int:
         trainer.networks.text.check(source.captions)
     if o.resume:
         print(f"going on from step {trainer.step}")
+    if trainer.compiling is not None:
+        print(trainer.compiling)
     resume = f"sora-fast train --resume --out {o.out}"
     before = trainer.step
     try:
         finished = trainer.fit()
     except FloatingPointError as error:
-        raise FloatingPointError(f"{error}: {resume} --lr {config.train.lr / 3:.1g}") from error
+        raise FloatingPointError(
+            f"{error}. To see where: sora-fast train --replay --out {o.out}. To go on from the last checkpoint with a "
+            f"smaller rate: {resume} --lr {config.train.lr / 3:.1g}"
+        ) from error
+    if trainer.skipped_steps:
+        print(f"{trainer.skipped_steps} steps were skipped: their loss or gradient was not finite")
     if not finished:
         print(f"Saved at step {trainer.step}. To go on: {resume}")
         return INTERRUPTED

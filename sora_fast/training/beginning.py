@@ -71,6 +71,9 @@ def new_config(o: TrainOptions, device: str) -> RunConfig:
             clean_share=CLEAN_SHARE,
             precision=o.precision if o.precision != "auto" else fitting_precision(torch.device(device))[0],
             compile=None if o.no_compile else "inductor",
+            compile_scope=o.compile,
+            recompute=o.recompute,
+            accumulate=o.accumulate,
             seed=o.seed,
             save_every=o.save_every,
             workers=_workers(o),
@@ -114,9 +117,11 @@ def resumed_config(o: TrainOptions) -> RunConfig:
     config = moved(config, data=o.data, text_encoder=o.text_encoder)
     if not Path(config.data.folder).is_dir():
         raise ValueError(f"{config.data.folder} is no folder; say where the run's data is now: --data FOLDER")
-    changes = {name: getattr(o, name) for name in o.given & {"lr", "save_every", "workers"}}
+    changes = {name: getattr(o, name) for name in o.given & {"lr", "save_every", "recompute", "workers"}}
     if o.given & {"steps", "minutes"}:  # either takes the place of what limited the run
         changes |= {"steps": o.steps, "minutes": o.minutes}
+    if "compile" in o.given:
+        changes |= {"compile": "inductor", "compile_scope": o.compile}
     if o.no_compile:
         changes["compile"] = None
     return replace(config, train=replace(config.train, **changes))

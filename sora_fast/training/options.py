@@ -16,6 +16,7 @@ class TrainOptions:
     out: Path
     data: str | None = None
     resume: bool = False
+    replay: bool = False
     device: str | None = None
     minutes: float | None = None
     steps: int | None = None
@@ -38,13 +39,17 @@ class TrainOptions:
     save_every: int = 500
     seed: int = 0
     precision: str = "auto"
+    accumulate: int = 1
+    recompute: str | None = None
+    compile: str = "auto"
     no_compile: bool = False
     workers: int | None = None
     given: frozenset[str] = frozenset()
 
 
 # What can be said of a run that goes on.
-CHANGEABLE = ("lr", "minutes", "steps", "save_every", "no_compile", "workers", "data", "text_encoder")
+_TRAINING = ("lr", "minutes", "steps", "save_every", "recompute", "compile", "no_compile")
+CHANGEABLE = (*_TRAINING, "workers", "data", "text_encoder")
 
 
 def spelled(names: Iterable[str]) -> str:

@@ -5,11 +5,14 @@ import threading
 from collections.abc import Iterator
 from typing import TypeVar
 
+from sora_fast.training.interruption import Stopped
+
 Item = TypeVar("Item")
 
 
 def prefetch(items: Iterator[Item], depth: int = 2, *, in_step: bool = False) -> Iterator[Item]:
-    """The same items in the same order, made up to `depth` ahead in a thread that ends with the generator.
+    """The same items in the same order, made up to `depth` ahead in a thread that ends with the generator; with the
+    process, if waiting for an item was given up (`Stopped`).
 
     in_step: making them takes exchanges with other workers, of whom each is to make the same number: `depth` more than
         were taken, also where the generator ends before.
@@ -32,6 +35,7 @@ def prefetch(items: Iterator[Item], depth: int = 2, *, in_step: bool = False) ->
         wanted.put(True)
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
+    left_alone = False
     try:
         while True:
             item, error = made.get()
@@ -41,7 +45,11 @@ def prefetch(items: Iterator[Item], depth: int = 2, *, in_step: bool = False) ->
                 raise error
             wanted.put(True)
             yield item
+    except Stopped:
+        left_alone = True  # it may be stuck in the very item that was waited for
+        raise
     finally:
         ending.set()
         wanted.put(False)
-        thread.join()
+        if not left_alone:
+            thread.join()
