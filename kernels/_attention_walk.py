@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._launch import num_multiprocessors
-from sora_fast.schedule import GUARD
+from sora_fast.packing.coordinates import GUARD
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))

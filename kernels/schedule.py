@@ -1,4 +1,4 @@
-"""TileSchedule, filled on the device in two or three launches, with the same numbers as `sora_fast.tiles` gives.
+"""TileSchedule, filled on the device in two or three launches, with the same numbers as `sora_fast.schedule` gives.
 
 1. By tiles: what every token is tested with, 12 bytes a token written for 12 to 20 read; and the range that the tile
    meets, or its bounding box.
@@ -17,10 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._launch import launch, next_power_of_two
-from sora_fast.packing.layout import MAX_GRID
-from sora_fast.schedule import GUARD
+from sora_fast.packing.coordinates import GUARD, H_SHIFT, MAX_GRID, T_SHIFT
 
-_GUARD = tl.constexpr(GUARD)
+_GUARD, _T_SHIFT, _H_SHIFT = (tl.constexpr(number) for number in (GUARD, T_SHIFT, H_SHIFT))
 _LARGEST_T, _LARGEST_H, _LARGEST_W = (tl.constexpr(size) for size in MAX_GRID)
 # Places that a step of a search looks at: three steps find one of 2 million tokens.
 _SEARCH = tl.constexpr(128)
@@ -233,7 +232,7 @@ def _write_places(
 
 @triton.jit
 def _packed(t, h, w):
-    return t << 20 | h << 10 | w
+    return t << _T_SHIFT | h << _H_SHIFT | w
 
 
 @triton.jit

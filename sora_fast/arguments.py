@@ -31,3 +31,29 @@ def number(kind: type, rule: str, fits: Callable[[float], bool]) -> Callable[[st
         return value
 
     return parse
+
+
+def sizes(example: str) -> Callable[[str], tuple[int, ...]]:
+    """Positive whole numbers with an x between, as many as in the example: "64x48" gives (64, 48)."""
+    count = len(example.split("x"))
+
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            numbers = tuple(int(part) for part in text.lower().split("x"))
+        except ValueError:
+            numbers = ()
+        if len(numbers) != count or min(numbers) < 1:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {count} positive whole numbers with an x between, like {example}"
+            )
+        return numbers
+
+    return parse
+
+
+COUNT = number(int, "a whole number of at least 1", lambda value: value >= 1)
+SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+POSITIVE = number(float, "a positive number", lambda value: 0 < value < math.inf)
+FINITE = number(float, "a finite number", math.isfinite)
+SHARE = number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+DECAY = number(float, "a number of at least 0 and less than 1", lambda value: 0 <= value < 1)

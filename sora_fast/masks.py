@@ -1,20 +1,26 @@
 """SpacetimeMask: which tokens may attend which, as three intervals of coordinates."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from sora_fast.packing.layout import PackedLayout
 
 Interval = tuple[int | None, int | None]
 
 UNBOUNDED: Interval = (None, None)
 # Beyond every coordinate, and far from the int32 limits when an offset is added.
 _FAR = 1 << 20
+
+
+class Tokens(Protocol):
+    """What a mask asks of a `PackedLayout`, which is built on masks and so not imported here."""
+
+    segment_ids: Tensor
+    grids: Tensor
+    coords: Tensor
+    raster_index: Tensor
 
 
 @dataclass(frozen=True)
@@ -136,13 +142,13 @@ class SpacetimeMask:
         last = anchor * 0 + _FAR if high is None else anchor + high
         return first, last
 
-    def bounds(self, layout: "PackedLayout") -> tuple[Tensor, Tensor]:
+    def bounds(self, layout: Tokens) -> tuple[Tensor, Tensor]:
         """`axis_bounds` of every token of the layout: two int32 tensors [N, 3]. Padding has arbitrary values."""
         extents = layout.grids[layout.segment_ids.clamp(min=0).long()]
         pairs = [self.axis_bounds(axis, layout.coords[:, axis], extents[:, axis]) for axis in range(3)]
         return torch.stack([low for low, _ in pairs], dim=1), torch.stack([high for _, high in pairs], dim=1)
 
-    def materialize(self, layout: "PackedLayout") -> Tensor:
+    def materialize(self, layout: Tokens) -> Tensor:
         """The dense boolean matrix [N, N], query by key; for tests and pictures only."""
         segments = layout.segment_ids
         allowed = (segments[:, None] == segments[None, :]) & (segments >= 0)[:, None]

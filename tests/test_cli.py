@@ -4,7 +4,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from sora_fast import media
-from sora_fast.cli import main
+from sora_fast.cli import _parser, main
 from sora_fast.generation.engine import Engine
+from sora_fast.generation.options import SampleOptions
 from sora_fast.media import read_media, write_media
 from sora_fast.models.text import T5_TOKENS, ByteTextEncoder
 from sora_fast.training.config import write_config
+from sora_fast.training.options import TrainOptions
 from sora_fast.training.run import CONFIG, LOG, read_run
 from sora_fast.training.trainer import read_log
 from tests.text_encoders import save_clip
@@ -536,3 +538,15 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith("sora-fast 0.")
+
+
+@pytest.mark.parametrize(
+    ("line", "options"), [("train --out a", TrainOptions), ("sample a --out b.png", SampleOptions)]
+)
+def test_every_option_can_be_said_and_has_one_default(line: str, options: type) -> None:
+    """What is parsed is what the dataclass takes, so that neither can be forgotten."""
+    actions = _parser()._subparsers._group_actions[0].choices[line.split()[0]]._actions
+    assert {action.dest for action in actions} - {"help"} == {field.name for field in fields(options)} - {"given"}
+    said = {k: v for k, v in vars(_parser().parse_args(line.split())).items() if k != "command"}
+    needed = {field.name: said[field.name] for field in fields(options) if field.default is MISSING}
+    assert options(**said) == options(**needed)

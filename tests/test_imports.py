@@ -1,6 +1,7 @@
 """Imports point one way: from what is built to what it is built on."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,6 @@ PARTS = (
     "memory",
     "masks",
     "packing",
-    "bounds",
-    "tiles",
     "schedule",
     "kernels",
     "ops",
@@ -58,3 +57,8 @@ def test_imports_point_one_way() -> None:
         above = _imported_parts(path) - set(PARTS[: PARTS.index(part) + 1])
         wrong += [f"{path.relative_to(ROOT)} imports sora_fast.{name}" for name in sorted(above)]
     assert not wrong
+
+
+def test_masks_know_nothing_of_what_is_built_on_them() -> None:
+    text = (ROOT / "sora_fast" / "masks.py").read_text()
+    assert "sora_fast" not in re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE)

@@ -9,7 +9,7 @@ from sora_fast.integrations.lines import layout_from_cu_seqlens
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops._checks import check_shape, may_read
 from sora_fast.ops.packed_attention import packed_attention
-from sora_fast.packing.layout import MAX_GRID
+from sora_fast.packing.coordinates import MAX_GRID
 
 
 def flash_attn_varlen_func(

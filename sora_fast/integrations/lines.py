@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sora_fast.ops._checks import check_dtype, check_shape, may_read
-from sora_fast.packing.layout import MAX_GRID, PackedLayout
+from sora_fast.packing.coordinates import MAX_GRID
+from sora_fast.packing.layout import PackedLayout
 
 
 def layout_from_cu_seqlens(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sora_fast.schedule import GUARD
+from sora_fast.packing.coordinates import fields, inside
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -170,29 +170,20 @@ def _reached(masking: Masking, queries: slice, keys: slice | Tensor) -> slice | 
 
     A tile that is met has a token in it, no more; for a small window they are one in five.
     """
-    low = sum(field.amin() << shift for field, shift in _fields(masking.low[queries]))
-    high = sum(field.amax() << shift for field, shift in _fields(masking.high[queries]))
-    reached = _inside(masking.place[keys], low, high)
+    low = sum(field.amin() << shift for field, shift in fields(masking.low[queries]))
+    high = sum(field.amax() << shift for field, shift in fields(masking.high[queries]))
+    reached = inside(masking.place[keys], low, high)
     if reached.all():
         return keys
     places = reached.nonzero().squeeze(1)
     return places + keys.start if isinstance(keys, slice) else keys[places]
 
 
-def _fields(packed: Tensor) -> list[tuple[Tensor, int]]:
-    """The coordinates w, h, t in packed ones, each with its shift."""
-    return [((packed >> shift) & (1 << bits) - 1, shift) for shift, bits in ((0, 9), (10, 9), (20, 10))]
-
-
 def _allowed(masking: Masking, queries: slice, keys: slice | Tensor) -> Tensor:
-    allowed = _inside(masking.place[keys], masking.low[queries, None], masking.high[queries, None])
+    allowed = inside(masking.place[keys], masking.low[queries, None], masking.high[queries, None])
     if masking.raster is not None:
         allowed &= masking.raster[keys] <= masking.raster[queries, None]
     return allowed
-
-
-def _inside(place: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return ((place | GUARD) - low) & ((high | GUARD) - place) & GUARD == GUARD
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[Block], scale: float) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,7 @@ from torch import Tensor
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops._dispatch import choose
 from sora_fast.packing import PackedLayout
-from sora_fast.schedule import Filler, TileSchedule
-from sora_fast.tiles import TileLists, TokenRanges
+from sora_fast.schedule import Filler, TileLists, TileSchedule, TokenRanges
 
 # Beyond every coordinate and every anchor; added to either it stays an int32.
 _UNBOUNDED = 1 << 30

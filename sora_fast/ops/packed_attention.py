@@ -17,8 +17,7 @@ from sora_fast.ops._checks import FLOAT_DTYPES, KERNEL_DTYPES, check_device, che
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._op import kernels, op
 from sora_fast.packing import PackedLayout
-from sora_fast.schedule import TileSchedule
-from sora_fast.tiles import TileLists, TokenRanges
+from sora_fast.schedule import TileLists, TileSchedule, TokenRanges
 
 # The kernels cover a head by a power of two and the rest (72 = 64 + 16); past 256 nothing would fit on chip.
 MAX_KERNEL_HEAD_DIM = 256

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from sora_fast.masks import SpacetimeMask
 from sora_fast.packing._bundle import TensorBundle
+from sora_fast.packing.coordinates import MAX_GRID
 from sora_fast.packing.order import Grid, choose_box, order_segment
-
-# Coordinates are tested as one int32 a token, t:10 h:9 w:9 bits with a guard bit above each field.
-MAX_GRID = (1022, 510, 510)
 
 
 @dataclass(frozen=True, eq=False)

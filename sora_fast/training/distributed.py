@@ -96,6 +96,28 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def own_device(name: str | None) -> str:
+    """The name of the device that this process computes on, as --device asks for it; of a GPU each worker has its own.
+
+    None: a GPU if there is one. ValueError if there is no such device.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launched():
+        name = f"cuda:{local_rank()}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):  # PyTorch knows names of devices it was not built for
+        raise ValueError(f"--device {name}: it must be cpu, cuda, or cuda with a number, like cuda:1")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: there is no usable GPU here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
+    return name
+
+
 @contextlib.contextmanager
 def joined(device: torch.device | str = "cpu") -> Iterator[World]:
     """Inside, this process is one of the workers that a launcher has started; without a launcher, the only one.

@@ -17,7 +17,7 @@ from sora_fast.schedule import TileSchedule
 from tests.helpers import examples
 from tests.layouts import MASKS, packs
 from tests.modulated import no_recompilation
-from tests.test_schedule import assert_same, cleared
+from tests.schedule.test_tile_schedule import assert_same, cleared
 
 WINDOW = SpacetimeMask.window(1, 1, 1, clamp=True, stride=(1, 2, 2))
 GRIDS = [(2, 3, 5), (0, 2, 2), (1, 1, 1), (3, 4, 2)]

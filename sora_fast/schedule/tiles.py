@@ -7,10 +7,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sora_fast.bounds import Bounds, Groups
 from sora_fast.masks import SpacetimeMask
 from sora_fast.packing._bundle import TensorBundle, may_read
 from sora_fast.packing.layout import PackedLayout
+from sora_fast.schedule.bounds import Bounds, Groups
 
 # Pairs of tiles decided at a time, each of which takes some 60 bytes for that moment.
 _CHUNK_PAIRS = 1 << 21

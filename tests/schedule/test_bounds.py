@@ -2,9 +2,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sora_fast.bounds import Bounds, Groups
 from sora_fast.masks import SpacetimeMask
 from sora_fast.packing import PackedLayout
+from sora_fast.schedule.bounds import Bounds, Groups
 from tests.layouts import MASKS, Pack, packs
 
 

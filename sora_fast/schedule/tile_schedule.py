@@ -8,22 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sora_fast.bounds import Bounds, Groups
 from sora_fast.masks import SpacetimeMask
 from sora_fast.packing._bundle import TensorBundle
-from sora_fast.packing.layout import MAX_GRID, PackedLayout
-from sora_fast.tiles import TileLists, TokenRanges, has_ranges, list_room, tile_lists, token_ranges
+from sora_fast.packing.coordinates import MAX_GRID, packed
+from sora_fast.packing.layout import PackedLayout
+from sora_fast.schedule.tiles import TileLists, TokenRanges, has_ranges, list_room, tile_lists, token_ranges
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-# Guard bits above the fields w:9, h:9, t:10 of a packed coordinate.
-GUARD = 1 << 9 | 1 << 19 | 1 << 30
-
 # Places in a list, and the tiles after it, are numbered in int32.
 _MOST_PAIRS = 1 << 30
-# Tokens in a block of FlexAttention.
-_FLEX_BLOCK = 128
 
 # Fills in all tensors of a schedule but those of its layouts, which it is made from.
 Filler = Callable[["TileSchedule"], None]
@@ -47,7 +42,7 @@ class TileSchedule(TensorBundle):
     key_place [Nk] int32: the packed coordinate of each key, 0 for padding.
     overflow [] int64: pairs of tiles by which each of the two lists was too short (see `check`).
     cross: whether the keys have a layout of their own.
-    Key k lies in query i's box iff (((k | G) − low) & ((high | G) − k) & G) == G, with G = `GUARD`.
+    `packing.coordinates.inside` says whether a key lies in a query's box.
     """
 
     mask: SpacetimeMask
@@ -151,18 +146,9 @@ class TileSchedule(TensorBundle):
         anew, by the same arithmetic; its lists take some 16 bytes a pair of blocks. Queries without a key give zeros
         there too, but NaN in the padding is not kept out. Never waits for the device.
         """
-        from torch.nn.attention.flex_attention import BlockMask
+        from sora_fast.schedule.flex import block_mask
 
-        queries, keys = (Groups.blocks(layout, _FLEX_BLOCK) for layout in (self.layout, self.kv_layout))
-        meets, full = Bounds.of(queries, keys, self.mask).decide(slice(None), slice(None))
-        full &= _without_padding(queries)[:, None] & _without_padding(keys)
-        return BlockMask.from_kv_blocks(
-            *_listed(meets & ~full),
-            *_listed(full),
-            BLOCK_SIZE=_FLEX_BLOCK,
-            mask_mod=_mask_mod(self),
-            seq_lengths=(self.layout.capacity, self.kv_layout.capacity),
-        )
+        return block_mask(self)
 
 
 def _check(layout: PackedLayout, mask: SpacetimeMask, kv_layout: PackedLayout | None, max_pairs: int) -> None:
@@ -218,7 +204,7 @@ def _unfilled(
 
 def _packed_places(layout: PackedLayout) -> Tensor:
     places = (layout.coords + 1).unbind(dim=1)
-    return torch.where(layout.segment_ids >= 0, _pack(*places), 0)
+    return torch.where(layout.segment_ids >= 0, packed(*places), 0)
 
 
 def _packed_bounds(layout: PackedLayout, mask: SpacetimeMask) -> tuple[Tensor, Tensor]:
@@ -227,32 +213,4 @@ def _packed_bounds(layout: PackedLayout, mask: SpacetimeMask) -> tuple[Tensor, T
     first, last = mask.bounds(layout)
     low = [(first[:, axis] + 1).clamp(1, MAX_GRID[axis] + 1) for axis in range(3)]
     high = [(last[:, axis] + 1).clamp(0, MAX_GRID[axis] + 1) for axis in range(3)]
-    return _pack(*low), _pack(*high)
-
-
-def _pack(t: Tensor, h: Tensor, w: Tensor) -> Tensor:
-    return t << 20 | h << 10 | w
-
-
-def _without_padding(blocks: Groups) -> Tensor:
-    ends = torch.arange(1, blocks.count + 1, device=blocks.ids.device) * _FLEX_BLOCK
-    return ends <= blocks.layout.cu_seqlens[-1]
-
-
-def _listed(pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """A boolean matrix as FlexAttention wants it: how many columns of each row are true, and first of all which."""
-    columns = torch.sort(pairs.to(torch.int8), dim=1, descending=True, stable=True)[1]
-    return pairs.sum(dim=1, dtype=torch.int32)[None, None], columns.to(torch.int32)[None, None]
-
-
-def _mask_mod(schedule: TileSchedule) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    segments, key_segments = schedule.layout.segment_ids, schedule.kv_layout.segment_ids
-    low, high, place = schedule.query_low, schedule.query_high, schedule.key_place
-    raster = schedule.layout.raster_index if schedule.mask.causal_tokens else None
-
-    def allows(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        inside = ((place[key] | GUARD) - low[query]) & ((high[query] | GUARD) - place[key]) & GUARD
-        allowed = (segments[query] == key_segments[key]) & (segments[query] >= 0) & (inside == GUARD)
-        return allowed if raster is None else allowed & (raster[key] <= raster[query])
-
-    return allows
+    return packed(*low), packed(*high)

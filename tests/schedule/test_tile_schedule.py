@@ -8,14 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
-from sora_fast import schedule as module
-from sora_fast import tiles, use_backend
+from sora_fast import use_backend
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import packed_attention
 from sora_fast.packing import PackedLayout
 from sora_fast.packing._bundle import TensorBundle
-from sora_fast.schedule import GUARD, TileSchedule
-from sora_fast.tiles import TileLists, TokenRanges
+from sora_fast.packing.coordinates import inside
+from sora_fast.schedule import TileLists, TileSchedule, TokenRanges, flex, tiles
 from tests.helpers import examples
 from tests.layouts import MASKS, Pack, packs
 from tests.tracing import LargestTensor
@@ -258,7 +257,7 @@ def test_block_mask_against_the_dense_mask(data: st.DataObject, mask: SpacetimeM
         return
     size, dense = data.draw(st.sampled_from([4, 16, 128])), mask.materialize(layout)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(module, "_FLEX_BLOCK", size)
+        monkeypatch.setattr(flex, "_BLOCK", size)
         block_mask = TileSchedule.build(layout, mask).to_block_mask()
     tokens = torch.arange(layout.capacity)[None]
     assert torch.equal(block_mask.mask_mod(None, None, tokens.T, tokens), dense)
@@ -310,12 +309,12 @@ def test_packed_box_test_is_the_mask(pack: Pack, mask: SpacetimeMask) -> None:
     layout = pack.layout
     schedule = TileSchedule.build(layout, mask)
     low, high, key = schedule.query_low[:, None], schedule.query_high[:, None], schedule.key_place[None, :]
-    inside = (((key | GUARD) - low) & ((high | GUARD) - key) & GUARD) == GUARD
-    inside &= layout.segment_ids[:, None] == layout.segment_ids[None, :]
-    inside &= (layout.segment_ids >= 0)[:, None]
+    allowed = inside(key, low, high)
+    allowed &= layout.segment_ids[:, None] == layout.segment_ids[None, :]
+    allowed &= (layout.segment_ids >= 0)[:, None]
     if mask.causal_tokens:
-        inside &= layout.raster_index[None, :] <= layout.raster_index[:, None]
-    assert torch.equal(inside, mask.materialize(layout))
+        allowed &= layout.raster_index[None, :] <= layout.raster_index[:, None]
+    assert torch.equal(allowed, mask.materialize(layout))
 
 
 def test_packed_box_test_at_the_largest_coordinates() -> None:
@@ -324,8 +323,7 @@ def test_packed_box_test_at_the_largest_coordinates() -> None:
         mask = SpacetimeMask.window(3, 3, 3)
         schedule = TileSchedule.build(layout, mask)
         low, high, key = schedule.query_low[:, None], schedule.query_high[:, None], schedule.key_place[None, :]
-        inside = (((key | GUARD) - low) & ((high | GUARD) - key) & GUARD) == GUARD
-        assert torch.equal(inside, mask.materialize(layout))
+        assert torch.equal(inside(key, low, high), mask.materialize(layout))
 
 
 @given(packs(max_grids=3), packs(max_grids=3))

@@ -1,0 +1,25 @@
+"""What `sora-fast sample` can be asked for. Imports nothing heavy."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """The options of the command line, by their names; see `sora-fast sample --help`."""
+
+    run: Path
+    out: Path
+    prompt: str = ""
+    frames: int = 16
+    size: tuple[int, int] | None = None
+    image: Path | None = None
+    end: Path | None = None
+    guidance: float = 3.0
+    steps: int = 30
+    sampler: str | None = None
+    seed: int = 0
+    fps: float | None = None
+    scale: int = 1
+    text_encoder: str | None = None
+    device: str | None = None

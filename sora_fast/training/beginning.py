@@ -1,0 +1,101 @@
+"""From what was asked for to the configuration of a run: of a new one, and of one that goes on."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from sora_fast.files import check_folder
+from sora_fast.models import SoraDiTConfig
+from sora_fast.models.codecs import IdentityCodec
+from sora_fast.packing import token_grid
+from sora_fast.training.batches import BatchConfig
+from sora_fast.training.data import DataConfig, FolderSource
+from sora_fast.training.options import CHANGEABLE, TrainOptions, spelled
+from sora_fast.training.run import RunConfig, TextConfig, TrainConfig, check_new, moved, read_run
+
+# Static sizes of a batch that cost time even where they are not used: enough for small images, not for the worst case.
+MOST_SEGMENTS, MOST_TEXT = 256, 8192
+
+
+def new_config(o: TrainOptions) -> RunConfig:
+    """All but what depends on the files (see `fitted`). ValueError if there is a run, or none can be made."""
+    check_new(o.out)
+    check_folder(o.out)
+    if o.dim % (2 * o.heads):
+        raise ValueError(f"--heads {o.heads}: it must divide --dim {o.dim} into parts of an even width")
+    text, channels = TextConfig(folder=o.text_encoder), 1 if o.grey else 3
+    return RunConfig(
+        model=SoraDiTConfig(
+            dim=o.dim,
+            depth=o.depth,
+            heads=o.heads,
+            in_channels=channels,
+            patch_size=o.patch,
+            text_dim=text.width,
+            pooled_dim=text.width,
+        ),
+        train=TrainConfig(
+            steps=o.steps,
+            minutes=30.0 if o.minutes is None and o.steps is None else o.minutes,
+            optimizer=o.optimizer,
+            lr=o.lr,
+            ema_decay=o.ema_decay,
+            precision="bfloat16" if o.bf16 else "float32",
+            compile=None if o.no_compile else "inductor",
+            seed=o.seed,
+            save_every=o.save_every,
+        ),
+        text=text,
+        data=DataConfig(o.data, o.max_frames, o.max_side, o.fps, channels),
+        fps=o.fps or 8.0,
+    )
+
+
+def fitted(config: RunConfig, o: TrainOptions, source: FolderSource) -> RunConfig:
+    """With what depends on the files: the sizes of a batch, and how fast videos are.
+
+    ValueError if a file is longer than a batch.
+    """
+    train = replace(config.train, batch=_batch_config(o, source))
+    return replace(config, train=train, fps=source.rate or config.fps, data_fps=source.rate)
+
+
+def resumed_config(o: TrainOptions) -> RunConfig:
+    """What the run was made with, changed as far as it can be. ValueError if more is to be changed."""
+    if fixed := sorted(o.given - {"resume", "device"} - set(CHANGEABLE)):
+        raise ValueError(
+            f"{spelled(fixed)}: a run keeps what it was made with; beside --resume there can be {spelled(CHANGEABLE)}"
+        )
+    config = read_run(o.out)
+    if config.data is None:
+        raise ValueError(f"{o.out} was not made by `sora-fast train`; it cannot be resumed by it")
+    config = moved(config, data=o.data, text_encoder=o.text_encoder)
+    if not Path(config.data.folder).is_dir():
+        raise ValueError(f"{config.data.folder} is no folder; say where the run's data is now: --data FOLDER")
+    changes = {name: getattr(o, name) for name in o.given & {"lr", "save_every"}}
+    if o.given & {"steps", "minutes"}:  # either takes the place of what limited the run
+        changes |= {"steps": o.steps, "minutes": o.minutes}
+    if o.no_compile:
+        changes["compile"] = None
+    return replace(config, train=replace(config.train, **changes))
+
+
+def _batch_config(o: TrainOptions, source: FolderSource) -> BatchConfig:
+    """As many places in a batch, for samples and for text, as the files at hand can need."""
+    spec = IdentityCodec.for_patches(source.config.channels, o.patch).spec
+    lengths = [math.prod(token_grid(spec.latent_shape(*shape[1:]), o.patch)) for shape in source.shapes]
+    for path, tokens in zip(source.files, lengths, strict=True):
+        if tokens > o.capacity:
+            raise ValueError(
+                f"{path} has {tokens} tokens, more than a batch of --capacity {o.capacity} holds; raise it, or lower "
+                "--max-frames or --max-side, or use a larger --patch"
+            )
+    segments = min(o.capacity // min(lengths), MOST_SEGMENTS)
+    longest = max(len(caption.encode()) for caption in source.captions)
+    return BatchConfig(
+        capacity=o.capacity,
+        max_segments=segments,
+        text_capacity=min(segments * (longest + 2), MOST_TEXT),
+        look_ahead=max(128, 2 * segments),
+        caption_dropout=o.caption_dropout,
+    )

@@ -1,0 +1,48 @@
+"""What `sora-fast train` can be asked for, and what it does where nothing is said. Imports nothing heavy."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of the command line, by their names; see `sora-fast train --help`.
+
+    out: the run's folder. given: the names of those that were given, `out` aside.
+    """
+
+    out: Path
+    data: str | None = None
+    resume: bool = False
+    device: str | None = None
+    minutes: float | None = None
+    steps: int | None = None
+    max_frames: int = 16
+    max_side: int = 64
+    fps: float | None = None
+    grey: bool = False
+    dim: int = 256
+    depth: int = 6
+    heads: int = 4
+    patch: tuple[int, int, int] = (1, 4, 4)
+    text_encoder: str | None = None
+    capacity: int = 8192
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    ema_decay: float = 0.999
+    caption_dropout: float = 0.1
+    save_every: int = 500
+    seed: int = 0
+    bf16: bool = False
+    no_compile: bool = False
+    given: frozenset[str] = frozenset()
+
+
+# What can be said of a run that goes on.
+CHANGEABLE = ("lr", "minutes", "steps", "save_every", "no_compile", "data", "text_encoder")
+
+
+def spelled(names: Iterable[str]) -> str:
+    """As they are typed: --a, --b."""
+    return ", ".join("--" + name.replace("_", "-") for name in names)
