@@ -16,6 +16,7 @@ from sora_fast.diffusion.samplers import (
     Heun,
     Sampler,
 )
+from sora_fast.generation.compiling import any_sizes, compile_blocks, is_worth_it
 from sora_fast.generation.job import Job
 from sora_fast.generation.latency import Clock, Latency
 from sora_fast.generation.phases import Plan
@@ -40,22 +41,34 @@ class Engine:
     """Makes videos with trained networks; all requests of a call are packed into one sequence.
 
     networks: as the trainer has them; put into evaluation mode and moved to `device`.
+    compile: the model's blocks, with torch.compile; None: on a CPU, as soon as the steps that are asked for are enough
+        to save the start-up (see compiling.py), never on a GPU.
     """
 
-    def __init__(self, networks: Networks, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, networks: Networks, *, device: torch.device | str = "cpu", compile: bool | None = None) -> None:
         self.device = torch.device(device)
         prove_at_start(self.device, networks.config.dtypes, leads=local_rank() == 0)
         self.networks = networks.to(self.device).eval().requires_grad_(False)
         self.latency = Latency()
+        self.compiled = False
+        self._may_compile = compile is None and self.device.type == "cpu"
+        self._spent = 0.0  # seconds of the network, in eager mode
+        if compile:
+            self.compiled = compile_blocks(self.networks.model)
         self._said: set[str] = set()
 
     @staticmethod
     def load(
-        folder: Path | str, *, device: torch.device | str = "cpu", text_encoder: Path | str | None = None
+        folder: Path | str,
+        *,
+        device: torch.device | str = "cpu",
+        text_encoder: Path | str | None = None,
+        compile: bool | None = None,
     ) -> "Engine":
         """The newest averaged weights of a run's folder. ValueError if it holds no run or no checkpoint.
 
         text_encoder: where the folder of the run's text encoder is, if not where it was. ValueError if it is another.
+        compile: as of the engine.
         """
         folder = Path(folder)
         config = moved(read_run(folder), text_encoder=text_encoder)
@@ -64,7 +77,7 @@ class Engine:
             raise ValueError(f"{folder} holds no checkpoint yet; train it first")
         networks = Networks(config)
         _take(networks.trained(), saved.tensors["ema"], folder)
-        return Engine(networks, device=device)
+        return Engine(networks, device=device, compile=compile)
 
     @torch.no_grad()
     def generate(
@@ -93,17 +106,27 @@ class Engine:
             return [self.generate([request], **options)[0] for request in requests]
         self.latency, clock = Latency(), Clock()
         half = self.networks.config.train.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+        with any_sizes(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             job = self._prepare(requests, steps, sampler, cache)
             self.latency.prepared = clock.lap()
             for done in job.steps():
                 self.latency.steps.append(clock.lap())
+                self._decide(job.plan.steps - done)
                 if progress is not None:
                     progress(done, job.plan.steps)
             made = job.finish()
         videos = [self.networks.codec.decode(latents).cpu() for latents in made]
         self.latency.decoded = clock.lap()
         return videos
+
+    def _decide(self, left: int) -> None:
+        """Compile, if what was computed in vain so far and what is left of this call are worth it."""
+        if not self._may_compile or self.compiled:
+            return
+        self._spent += self.latency.steps[-1]
+        if left and is_worth_it(self._spent + left * self.latency.steps[-1]):
+            self._may_compile = False
+            self.compiled = compile_blocks(self.networks.model)
 
     def _prepare(self, requests: Sequence[Request], steps: int, sampler: Sampler | None, cache: float) -> Job:
         networks = self.networks

@@ -108,11 +108,13 @@ class Job:
                 data=pack.state.flat,
                 fixed=None if fixed is None else _chosen(fixed, requests),
             )
-            yield _Stage(phase, pack, pack.modulations(levels[:, requests]), descent)
+            yield _Stage(phase, pack, pack.modulations(levels[:, requests], len(phase.guided)), descent)
 
     def _pack(self, phase: Phase) -> Pack:
         no_prompt = len(self.plan.requests)
-        text = None if self.text is None else self.text.take([*phase.requests, *[no_prompt] * len(phase.guided)])
+        text = (
+            None if self.text is None else self.text.take([*phase.requests, *[no_prompt] * len(phase.guided)], least=2)
+        )
         guidance = [self.plan.requests[i].guidance for i in phase.guided]
         return Pack.of(self.model, self.packed.take(phase.requests), text, guidance)
 
