@@ -1,6 +1,7 @@
 """Engine: a trained run in, videos out."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from sora_fast.diffusion.samplers import (
     Sampler,
 )
 from sora_fast.generation.compiling import any_sizes, compile_blocks, is_worth_it
+from sora_fast.generation.forecast import Forecast
 from sora_fast.generation.job import Job
 from sora_fast.generation.latency import Clock, Latency
 from sora_fast.generation.phases import Plan
 from sora_fast.generation.tasks import Request, pack_requests
+from sora_fast.packing import PackedLayout, token_grid
 from sora_fast.proof import prove_at_start
 from sora_fast.training import checkpoint
 from sora_fast.training.distributed import local_rank
@@ -119,6 +122,19 @@ class Engine:
         self.latency.decoded = clock.lap()
         return videos
 
+    def forecast(self, requests: Sequence[Request], *, steps: int = 30, sampler: Sampler | None = None) -> Forecast:
+        """What `generate` will do if it is asked the same."""
+        networks = self.networks
+        spec = networks.codec.spec
+        shapes = [spec.latent_shape(request.frames, request.height, request.width) for request in requests]
+        grids = [token_grid(shape, networks.patch_size) for shape in shapes]
+        options = {"steps": steps, "guidance": networks.text is not None}
+        plan = Plan.of(requests, PackedLayout.from_grids(grids), networks.path, self._sampler(sampler), **options)
+        return Forecast.of(networks.model, plan, [math.prod(grid) for grid in grids])
+
+    def _sampler(self, sampler: Sampler | None) -> Sampler:
+        return sampler or (Euler() if isinstance(self.networks.path, RectifiedFlow) else DDIM())
+
     def _decide(self, left: int) -> None:
         """Compile, if what was computed in vain so far and what is left of this call are worth it."""
         if not self._may_compile or self.compiled:
@@ -129,9 +145,7 @@ class Engine:
             self.compiled = compile_blocks(self.networks.model)
 
     def _prepare(self, requests: Sequence[Request], steps: int, sampler: Sampler | None, cache: float) -> Job:
-        networks = self.networks
-        if sampler is None:
-            sampler = Euler() if isinstance(networks.path, RectifiedFlow) else DDIM()
+        networks, sampler = self.networks, self._sampler(sampler)
         self._say_what_is_not_used(requests)
         text = None
         if networks.text is not None:
