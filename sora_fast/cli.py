@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sora_fast.arguments import COUNT, DECAY, FINITE, POSITIVE, SEED, SHARE, filled, interval, path, sizes
+from sora_fast.arguments import COUNT, DECAY, FINITE, POSITIVE, SEED, SHARE, WHOLE, filled, interval, path, sizes
 from sora_fast.generation.options import SampleOptions
 from sora_fast.training.options import CHANGEABLE, TrainOptions, spelled
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from sora_fast.training.run import TrainConfig
 
 WRONG, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+DROP_HELP = """share of a sample's tokens that are left out, for more samples a second: 0.5, always so much; beta:0.5,
+another one for every sample, so much in the mean; resolution:0.2-0.6, from the smallest to the largest sample;
+decreasing:0.8-0.2, over the run, which needs --steps (default: none)"""
 
 TRAIN_HELP = """\
 Train a video model on a folder of your own videos and images.
@@ -137,7 +141,14 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     add("--minutes", type=POSITIVE, help="train for so long (default: 30)")
     add("--steps", type=COUNT, help="train for so many steps; resuming then gives the same bits as never stopping")
     add = parser.add_argument_group("data").add_argument
-    add("--max-frames", type=COUNT, help=f"frames taken from the start of a video (default: {defaults.max_frames})")
+    add("--max-frames", type=COUNT, help=f"frames of a clip (default: {defaults.max_frames})")
+    add(
+        "--clips",
+        choices=("anywhere", "first"),
+        help="of a longer video: clips from anywhere, as many an epoch as fit into it, none over a scene cut that "
+        "clip.cuts (seconds, one a line) or PySceneDetect's clip-Scenes.csv lists; or its first frames alone "
+        f"(default: {defaults.clips})",
+    )
     add("--max-side", type=COUNT, help=f"longer sides are scaled down to this (default: {defaults.max_side} pixels)")
     add(
         "--fps",
@@ -146,6 +157,12 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         "most videos have)",
     )
     add("--grey", action="store_true", help="one grey channel in place of RGB")
+    add(
+        "--workers",
+        type=WHOLE,
+        help="processes that read the data, for each training process; 0: a thread (default: a core each but one, at "
+        "most 8). Changes nothing in what is trained",
+    )
     add = parser.add_argument_group("model").add_argument
     add("--dim", type=COUNT, help=f"width (default: {defaults.dim})")
     add("--depth", type=COUNT, help=f"transformer blocks (default: {defaults.depth})")
@@ -164,6 +181,7 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     add("--lr", type=POSITIVE, help=f"peak learning rate (default: {defaults.lr})")
     add("--ema-decay", type=DECAY, help=f"of the averaged weights (default: {defaults.ema_decay})")
     add("--caption-dropout", type=SHARE, help=f"share of captions left out (default: {defaults.caption_dropout})")
+    add("--drop", metavar="RULE", type=filled, help=DROP_HELP)
     add("--save-every", type=COUNT, help=f"steps between checkpoints (default: {defaults.save_every})")
     add("--seed", type=SEED, help=f"default: {defaults.seed}")
     add("--bf16", action="store_true", help="compute in bfloat16 (for GPUs)")

@@ -21,6 +21,7 @@ class TrainOptions:
     max_frames: int = 16
     max_side: int = 64
     fps: float | None = None
+    clips: str = "anywhere"
     grey: bool = False
     dim: int = 256
     depth: int = 6
@@ -32,15 +33,17 @@ class TrainOptions:
     lr: float = 1e-3
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
+    drop: str | None = None
     save_every: int = 500
     seed: int = 0
     bf16: bool = False
     no_compile: bool = False
+    workers: int | None = None
     given: frozenset[str] = frozenset()
 
 
 # What can be said of a run that goes on.
-CHANGEABLE = ("lr", "minutes", "steps", "save_every", "no_compile", "data", "text_encoder")
+CHANGEABLE = ("lr", "minutes", "steps", "save_every", "no_compile", "workers", "data", "text_encoder")
 
 
 def spelled(names: Iterable[str]) -> str:

@@ -85,6 +85,7 @@ class TrainConfig:
     precision: "float32", or "bfloat16" (autocast).
     compile: the backend of torch.compile that the model's blocks run on, one graph for the whole run; None: eager.
     save_every, log_every: steps. keep: checkpoints.
+    workers: processes that make batches; 0: a thread. Changes no bit.
     """
 
     steps: int | None = None
@@ -106,6 +107,7 @@ class TrainConfig:
     save_every: int = 500
     log_every: int = 10
     keep: int = 2
+    workers: int = 0
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
@@ -114,6 +116,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: {value}; it must be positive")
+        if self.workers < 0:
+            raise ValueError(f"workers: {self.workers}; it must be 0 or more")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f'precision: {self.precision!r}; it must be "float32" or "bfloat16"')
 

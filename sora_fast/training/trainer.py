@@ -22,10 +22,11 @@ from sora_fast.diffusion.noise import noise_like
 from sora_fast.packing import PackedLayout, RaggedLatents
 from sora_fast.proof import prove_at_start
 from sora_fast.training import checkpoint, optim
-from sora_fast.training.batches import Batch, Batches, Prompts, prefetch
+from sora_fast.training.batches import Batch, Batches, Prompts
 from sora_fast.training.compiler import cpp_problem
 from sora_fast.training.data import Source
 from sora_fast.training.distributed import World, local_rank
+from sora_fast.training.prefetch import prefetch
 from sora_fast.training.run import CHECKPOINTS, LOG, Networks, RunConfig, check_resumable, create_run, update_run
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Trainer:
             text=self.networks.text,
             seed=c.seed,
             world=self.world,
+            workers=c.workers,
         )
         self.generator = torch.Generator(self.device)
         if c.compile is not None:
