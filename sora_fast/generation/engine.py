@@ -45,7 +45,7 @@ class Engine:
 
     networks: as the trainer has them; put into evaluation mode and moved to `device`.
     compile: the model's blocks, with torch.compile; None: on a CPU, as soon as the steps that are asked for are enough
-        to save the start-up (see compiling.py), never on a GPU.
+        to save the start-up (see compiling.py), never on a GPU nor in deterministic mode, since it rounds differently.
     """
 
     def __init__(self, networks: Networks, *, device: torch.device | str = "cpu", compile: bool | None = None) -> None:
@@ -102,7 +102,7 @@ class Engine:
         the same bits as without. progress: called with (steps done, steps).
         With torch.use_deterministic_algorithms(True) a video's bits do not depend on what else is asked for: products
         of few rows are summed in another order than those of many, so every request gets a pack of its own, and the
-        gain of packing is lost. Without it they differ by rounding.
+        gain of packing is lost; `self.latency` is the last one's. Without it they differ by rounding.
         """
         if torch.are_deterministic_algorithms_enabled() and len(requests) > 1:
             options = {"steps": steps, "sampler": sampler, "cache": cache, "progress": progress}
@@ -136,8 +136,8 @@ class Engine:
         return sampler or (Euler() if isinstance(self.networks.path, RectifiedFlow) else DDIM())
 
     def _decide(self, left: int) -> None:
-        """Compile, if what was computed in vain so far and what is left of this call are worth it."""
-        if not self._may_compile or self.compiled:
+        """Compile, if what took so long so far and what is left of this call are worth it."""
+        if not self._may_compile or self.compiled or torch.are_deterministic_algorithms_enabled():
             return
         self._spent += self.latency.steps[-1]
         if left and is_worth_it(self._spent + left * self.latency.steps[-1]):
