@@ -82,8 +82,8 @@ def speed(run: Path, seconds: float) -> dict[str, Any]:
 def quality(run: Path, shapes: Sequence[Shape]) -> dict[str, Any]:
     """Guidance in an interval, and the first-block cache, beside sampling without: what they save and what they cost.
 
-    Digits and directions as a detector reads them, and motion, the mean absolute change from frame to frame; all prompts
-    at every shape, the same seeds for all.
+    Digits and directions as a detector reads them, and motion, the mean absolute change from frame to frame; all
+    prompts at every shape, the same seeds for all.
     """
     engine, detector = Engine.load(run, compile=True), DigitDetector()
     rows = {"16 steps": _judged(engine, detector, shapes)}

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from sora_fast.arguments import COUNT, DECAY, FINITE, POSITIVE, SEED, SHARE, WHOLE, filled, interval, path, sizes
 from sora_fast.generation.options import SampleOptions
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        return _fail(f"{error}; pip install 'sora_fast[demo,text]' brings the optional parts")
+        return _fail(f"{error}; pip install 'sora_fast[demo,text,log]' brings the optional parts")
     except OSError as error:
         known = error.filename is not None and error.strerror
         return _fail(f"{error.filename}: {error.strerror}" if known else str(error))
@@ -216,6 +216,10 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         "suits the length of the run (default)",
     )
     add("--no-compile", action="store_true", help="without torch.compile: starts sooner, runs slower")
+    add = parser.add_argument_group("what is told meanwhile, beside the run's log.jsonl and loss.png").add_argument
+    add("--sample-every", type=COUNT, metavar="STEPS", help="a sheet of samples so often, in the run's samples/")
+    add("--json", action="store_true", help="print the lines of the log; all else goes to standard error")
+    add("--tensorboard", action="store_true", help="write for TensorBoard, in the run's tensorboard/")
 
 
 def _add_sample(commands: "argparse._SubParsersAction") -> None:
@@ -330,7 +334,10 @@ def _train(a: argparse.Namespace) -> int:
         if world.rank:  # the user hears it once
             stack.enter_context(contextlib.redirect_stdout(None))
             logging.getLogger().setLevel(logging.ERROR)
-        return _train_together(options, device, world)
+        lines = sys.stdout
+        if options.json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        return _train_together(options, device, world, lines)
 
 
 def _replay(o: TrainOptions, device: str) -> int:
@@ -343,8 +350,9 @@ def _replay(o: TrainOptions, device: str) -> int:
     return 0
 
 
-def _train_together(o: TrainOptions, device: str, world: "World") -> int:
-    """What each of the workers does."""
+def _train_together(o: TrainOptions, device: str, world: "World", lines: IO[str]) -> int:
+    """What each of the workers does. lines: where --json goes."""
+    from sora_fast.generation.watching import watchers_of
     from sora_fast.training.beginning import fitted, new_config, resumed_config
     from sora_fast.training.data import FolderSource
     from sora_fast.training.trainer import Trainer
@@ -356,7 +364,8 @@ def _train_together(o: TrainOptions, device: str, world: "World") -> int:
         config = fitted(config, o, source, device)
     if source.rate_summary:
         print(f"{source.rate_summary}; what is made will run at {config.fps:g}")
-    trainer = Trainer(config, source, o.out, device=device, resume=o.resume)
+    watchers = watchers_of(o, config, source, device, lines) if world.rank == 0 else ()
+    trainer = Trainer(config, source, o.out, device=device, resume=o.resume, watchers=watchers)
     if trainer.networks.text is not None:
         trainer.networks.text.check(source.captions)
     if o.resume:
@@ -366,7 +375,7 @@ def _train_together(o: TrainOptions, device: str, world: "World") -> int:
     resume = f"sora-fast train --resume --out {o.out}"
     before = trainer.step
     try:
-        finished = trainer.fit()
+        finished = trainer.fit(progress=not o.json)
     except FloatingPointError as error:
         raise FloatingPointError(
             f"{error}. To see where: sora-fast train --replay --out {o.out}. To go on from the last checkpoint with a "

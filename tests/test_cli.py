@@ -551,6 +551,23 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().out.startswith("sora-fast 0.")
 
 
+def test_what_a_run_tells_meanwhile(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "run"
+    line = ["train", "--data", str(folder), "--out", str(run), "--steps", "4", "--json", "--sample-every", "2", *SMALL]
+    assert main(line) == 0
+    told = capsys.readouterr()
+    rows = [json.loads(row) for row in told.out.splitlines()]
+    assert rows == read_log(run / LOG) and [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["tokens_per_s"] > 0 and row["mfu"] > 0 and 0 <= row["waiting"] <= 1 for row in rows)
+    assert "files to train on" in told.err and "Done: 4 steps" in told.err
+    assert sorted(file.name for file in (run / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+    assert (run / "loss.png").exists()
+    plain = ["train", "--data", str(folder), "--out", str(tmp_path / "other"), "--steps", "4", *SMALL]
+    assert main(plain) == 0
+    losses = [[row["loss"] for row in read_log(folder / LOG)] for folder in (run, tmp_path / "other")]
+    assert losses[0] == losses[1], "sampling meanwhile changes nothing"
+
+
 @pytest.mark.parametrize(
     ("line", "options"), [("train --out a", TrainOptions), ("sample a --out b.png", SampleOptions)]
 )

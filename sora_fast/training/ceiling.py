@@ -1,6 +1,7 @@
 """The most that a device does in dense matrix products, measured: what a share of the peak is a share of."""
 
 import time
+from functools import lru_cache
 
 import torch
 
@@ -9,10 +10,11 @@ _SIZES = {"cuda": 8192, "cpu": 1536}
 _ROUNDS = 5
 
 
+@lru_cache
 def measured_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the best of a few square products in `dtype`, as PyTorch is set up to compute them (TF32 included).
 
-    Takes about 0.1 s. Random numbers: a GPU computes zeros faster than it can anything else.
+    Takes some 0.3 s, once a process. Random numbers: a GPU computes zeros faster than it can anything else.
     """
     size = _SIZES.get(device.type, 4096)
     a, b = torch.randn(2, size, size, device=device).to(dtype)

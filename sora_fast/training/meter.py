@@ -10,7 +10,6 @@ import torch
 
 from sora_fast.nvml import Nvml
 from sora_fast.training.ceiling import measured_ceiling
-from sora_fast.training.flops import Flops
 
 
 @dataclass
@@ -18,7 +17,6 @@ class _Sums:
     """Since the last reading."""
 
     useful: int = 0
-    places: int = 0
     flops: int = 0
     waited: float = 0.0
 
@@ -44,14 +42,13 @@ class Meter:
         yield
         self._sums.waited += time.perf_counter() - began
 
-    def add(self, *, useful: int, places: int, flops: Flops) -> None:
-        """Of a step: tokens that are no padding, of all workers, of so many places, and this device's products."""
+    def add(self, useful: int, flops: int) -> None:
+        """Of a step: tokens that are no padding, of all workers, and this device's FLOPs."""
         self._sums.useful += useful
-        self._sums.places += places
-        self._sums.flops += flops.step
+        self._sums.flops += flops
 
     def read(self) -> dict[str, float]:
-        """tokens_per_s: useful ones. padding, mfu, waiting: shares, of the places, of the measured peak, of the time.
+        """tokens_per_s: useful ones. mfu, waiting: shares, of the measured peak and of the time.
         tflops: of the model, a second. memory_bytes: the most so far. watts, joules_per_1k_tokens: where the GPU says;
         the latter as if those of all workers took as much.
         """
@@ -59,7 +56,6 @@ class Meter:
         seconds = now - self._began
         found = {
             "tokens_per_s": sums.useful / seconds,
-            "padding": 1 - sums.useful / sums.places if sums.places else 0.0,
             "tflops": sums.flops / seconds / 1e12,
             "mfu": sums.flops / seconds / self.ceiling,
             "waiting": sums.waited / seconds,

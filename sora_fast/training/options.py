@@ -44,12 +44,16 @@ class TrainOptions:
     compile: str = "auto"
     no_compile: bool = False
     workers: int | None = None
+    sample_every: int | None = None
+    json: bool = False
+    tensorboard: bool = False
     given: frozenset[str] = frozenset()
 
 
 # What can be said of a run that goes on.
 _TRAINING = ("lr", "minutes", "steps", "save_every", "recompute", "compile", "no_compile")
-CHANGEABLE = (*_TRAINING, "workers", "data", "text_encoder")
+_TELLING = ("sample_every", "json", "tensorboard")
+CHANGEABLE = (*_TRAINING, "workers", "data", "text_encoder", *_TELLING)
 
 
 def spelled(names: Iterable[str]) -> str:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from sora_fast.training import meter
-from sora_fast.training.flops import Flops
 from sora_fast.training.meter import Meter
 
 
@@ -25,10 +24,10 @@ def test_a_reading_is_of_the_steps_since_the_last_one(clock: SimpleNamespace) ->
         with meter.waiting():
             clock.seconds += 0.5
         clock.seconds += 1.5
-        meter.add(useful=useful, places=512, flops=Flops(linear=10**11, attention=10**11))
+        meter.add(useful, flops=6 * 10**11)
     found = meter.read()
-    assert found["tokens_per_s"] == 800 / 4 and found["padding"] == pytest.approx(1 - 800 / 1024)
-    assert found["tflops"] == pytest.approx(2 * 3 * 0.2 / 4) and found["mfu"] == pytest.approx(0.3)
+    assert found["tokens_per_s"] == 800 / 4
+    assert found["tflops"] == pytest.approx(2 * 0.6 / 4) and found["mfu"] == pytest.approx(0.3)
     assert found["waiting"] == 0.25 and found["memory_bytes"] > 1 << 20
     assert not {"watts", "joules_per_1k_tokens"} & found.keys()
     clock.seconds += 1
@@ -39,6 +38,6 @@ def test_energy_is_that_of_the_device_between_two_readings(clock: SimpleNamespac
     clock.joules = 1000.0
     meter = Meter(torch.device("cpu"), torch.float32, workers=2)
     clock.seconds, clock.joules = clock.seconds + 2, 2400.0
-    meter.add(useful=7000, places=8000, flops=Flops(1, 1))
+    meter.add(7000, flops=6)
     found = meter.read()
     assert (found["watts"], found["joules_per_1k_tokens"]) == (700, 400)
