@@ -31,7 +31,7 @@ VIDEOS, FRAMES, SIDE, CLIP = 6, 240, 256, 16
 PATCH = (2, 16, 16)
 # Two clips of 2,048 tokens each.
 BATCH = BatchConfig(capacity=4096, max_segments=8, text_capacity=1024, look_ahead=16)
-STEPS, WARMUP = 8, 3
+STEPS, WARMUP = 6, 2
 
 
 @pytest.fixture(scope="module")
