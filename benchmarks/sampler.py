@@ -24,7 +24,7 @@ from sora_fast.generation.engine import Engine
 from sora_fast.generation.tasks import Request, text_to_video
 
 STEPS, GUIDANCE, CACHED_STEPS = 16, 4.0, 30
-INTERVALS, CACHES = [(0.8, 1.0), (0.9, 1.0)], [0.05, 0.1, 0.2]
+INTERVALS, CACHES = [(0.0, 0.8), (0.3, 0.9), (0.4, 0.9), (0.5, 0.95)], [0.05, 0.1, 0.2]
 SINGLE = (8, 20, 20)
 # What the demo's model is trained on and asked for: stills, clips, and one longer than any that it saw; 9 to 216
 # tokens, of which padding to the longest would make 62% in vain.
@@ -64,6 +64,8 @@ def speed(run: Path, seconds: float) -> dict[str, Any]:
     times = {name: Timing.of(samples).median / 1e3 for name, samples in rounds.items()}
     engine.generate(single, steps=STEPS)
     return {
+        "steps": STEPS,
+        "shapes": {"single": SINGLE, "mixed": MIXED},
         "seconds": times,
         "rounds": len(rounds["single"]),
         "start_up_seconds": start_up,
@@ -79,20 +81,22 @@ def speed(run: Path, seconds: float) -> dict[str, Any]:
     }
 
 
-def quality(run: Path, shapes: Sequence[Shape]) -> dict[str, Any]:
-    """Guidance in an interval, and the first-block cache, beside sampling without: what they save and what they cost.
-
-    Digits and directions as a detector reads them, and motion, the mean absolute change from frame to frame; all
-    prompts at every shape, the same seeds for all.
-    """
+def guidance(run: Path, shapes: Sequence[Shape]) -> dict[str, Any]:
+    """Guidance at some noise levels only, beside guidance at all: what it saves and what it costs; see `_judged`."""
     engine, detector = Engine.load(run, compile=True), DigitDetector()
-    rows = {"16 steps": _judged(engine, detector, shapes)}
+    rows = {"at all levels": _judged(engine, detector, shapes)}
     for low, high in INTERVALS:
-        rows[f"16 steps, guided from {low} to {high}"] = _judged(engine, detector, shapes, interval=(low, high))
-    rows["30 steps"] = _judged(engine, detector, shapes, steps=CACHED_STEPS)
-    for cache in CACHES:
-        rows[f"30 steps, cache {cache}"] = _judged(engine, detector, shapes, steps=CACHED_STEPS, cache=cache)
-    return {"shapes": shapes, "rows": rows}
+        rows[f"{low} to {high}"] = _judged(engine, detector, shapes, interval=(low, high))
+    return {"steps": STEPS, "shapes": shapes, "rows": rows}
+
+
+def cache(run: Path, shapes: Sequence[Shape]) -> dict[str, Any]:
+    """The first-block cache at several thresholds, beside none; see `_judged`."""
+    engine, detector = Engine.load(run, compile=True), DigitDetector()
+    rows = {"none": _judged(engine, detector, shapes, steps=CACHED_STEPS)}
+    for threshold in CACHES:
+        rows[f"{threshold}"] = _judged(engine, detector, shapes, steps=CACHED_STEPS, cache=threshold)
+    return {"steps": CACHED_STEPS, "shapes": shapes, "rows": rows}
 
 
 def _judged(
@@ -104,6 +108,8 @@ def _judged(
     steps: int = STEPS,
     cache: float = 0.0,
 ) -> dict[str, Any]:
+    """Digits and directions as a detector reads them, and motion, the mean absolute change from frame to frame; all
+    prompts at every shape, the same seeds for every row."""
     captions, seen, tokens, skipped, calls, seconds, motion = prompts(), [], 0, 0, 0, 0.0, []
     for frames, *size in shapes:
         asked = [
@@ -136,18 +142,18 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=60.0, help="for the timings")
-    parser.add_argument(
-        "--part", choices=("speed", "quality"), help="only this one, into FILE as it is (default: both)"
-    )
+    parser.add_argument("--part", choices=("speed", "guidance", "cache"), help="this one only, added to FILE")
     arguments = parser.parse_args()
     keep_freed_memory()
     config = DigitsConfig()
+    shapes = (*config.seen, *config.unseen)[::2]
     parts = {
         "speed": lambda: speed(arguments.run, arguments.seconds),
-        "quality": lambda: quality(arguments.run, (*config.seen, *config.unseen)[::2]),
+        "guidance": lambda: guidance(arguments.run, shapes),
+        "cache": lambda: cache(arguments.run, shapes),
     }
     record = json.loads(arguments.out.read_text()) if arguments.part and arguments.out.exists() else {}
-    record |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "steps": STEPS, "guidance": GUIDANCE}
+    record |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "guidance_scale": GUIDANCE}
     record |= {name: make() for name, make in parts.items() if arguments.part in (None, name)}
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
