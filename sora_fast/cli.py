@@ -12,11 +12,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
-from sora_fast.arguments import COUNT, DECAY, FINITE, POSITIVE, SEED, SHARE, WHOLE, filled, path, sizes
+from sora_fast.arguments import COUNT, DECAY, FINITE, POSITIVE, SEED, SHARE, WHOLE, filled, interval, path, sizes
 from sora_fast.generation.options import SampleOptions
 from sora_fast.training.options import CHANGEABLE, TrainOptions, spelled
+from sora_fast.training.recipe import CPU, GPU, HEAD_DIM, LR
 
 if TYPE_CHECKING:
     from sora_fast.proof import Report
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        return _fail(f"{error}; pip install 'sora_fast[demo,text]' brings the optional parts")
+        return _fail(f"{error}; pip install 'sora_fast[demo,text,log]' brings the optional parts")
     except OSError as error:
         known = error.filename is not None and error.strerror
         return _fail(f"{error.filename}: {error.strerror}" if known else str(error))
@@ -169,10 +170,10 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         "most 8). Changes nothing in what is trained",
     )
     add = parser.add_argument_group("model").add_argument
-    add("--dim", type=COUNT, help=f"width (default: {defaults.dim})")
-    add("--depth", type=COUNT, help=f"transformer blocks (default: {defaults.depth})")
-    add("--heads", type=COUNT, help=f"attention heads (default: {defaults.heads})")
-    add("--patch", type=sizes("1x4x4"), metavar="TxHxW", help="pixels in a token (default: 1x4x4)")
+    add("--dim", type=COUNT, help=f"width (default: {CPU.dim} on a CPU, {GPU.dim} on a GPU)")
+    add("--depth", type=COUNT, help=f"transformer blocks (default: {CPU.depth}, or {GPU.depth} on a GPU)")
+    add("--heads", type=COUNT, help=f"attention heads (default: one for {HEAD_DIM} of the width)")
+    add("--patch", type=sizes("1x4x4"), metavar="TxHxW", help="pixels in a token (default: 1x8x8, or 1x4x4 on a GPU)")
     add(
         "--text-encoder",
         metavar="FOLDER",
@@ -181,15 +182,27 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         "along, which takes 255 bytes); beside --resume: where it is now",
     )
     add = parser.add_argument_group("training").add_argument
-    add("--capacity", type=COUNT, help=f"tokens in a batch (default: {defaults.capacity})")
+    add(
+        "--capacity",
+        type=COUNT,
+        help=f"tokens in a batch (default: {CPU.capacity}, or {GPU.capacity} on a GPU; more if a file is longer)",
+    )
     add("--optimizer", choices=("adamw", "muon"), help=f"default: {defaults.optimizer}")
-    add("--lr", type=POSITIVE, help=f"peak learning rate (default: {defaults.lr})")
-    add("--ema-decay", type=DECAY, help=f"of the averaged weights (default: {defaults.ema_decay})")
+    add("--lr", type=POSITIVE, help=f"peak learning rate (default: {LR['muon']:g}, with adamw {LR['adamw']:g})")
+    add(
+        "--ema-decay",
+        type=DECAY,
+        help=f"of the averaged weights (default: {CPU.ema_decay}, or {GPU.ema_decay} on a GPU)",
+    )
     add("--caption-dropout", type=SHARE, help=f"share of captions left out (default: {defaults.caption_dropout})")
     add("--drop", metavar="RULE", type=filled, help=DROP_HELP)
     add("--save-every", type=COUNT, help=f"steps between checkpoints (default: {defaults.save_every})")
     add("--seed", type=SEED, help=f"default: {defaults.seed}")
-    add("--bf16", action="store_true", help="compute in bfloat16 (for GPUs)")
+    add(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        help="of products and activations; auto measures whether bfloat16 is faster here (default: auto)",
+    )
     add("--accumulate", type=COUNT, metavar="N", help="batches a step: as one that is N times as large (default: 1)")
     add(
         "--recompute",
@@ -202,6 +215,10 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         help="what torch.compile makes one graph of: the blocks, which starts sooner (default), or model and loss",
     )
     add("--no-compile", action="store_true", help="without torch.compile: starts sooner, runs slower")
+    add = parser.add_argument_group("what is told meanwhile, beside the run's log.jsonl and loss.png").add_argument
+    add("--sample-every", type=COUNT, metavar="STEPS", help="a sheet of samples so often, in the run's samples/")
+    add("--json", action="store_true", help="print the lines of the log; all else goes to standard error")
+    add("--tensorboard", action="store_true", help="write for TensorBoard, in the run's tensorboard/")
 
 
 def _add_sample(commands: "argparse._SubParsersAction") -> None:
@@ -230,8 +247,27 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
     )
     add("--end", type=path, metavar="FILE", help="image or clip to end with, of the same size")
     add("--guidance", type=FINITE, help="1: none; more follows the prompt closer (default: %(default)s)")
+    add(
+        "--guidance-interval",
+        type=interval,
+        metavar="LOW:HIGH",
+        help="guide at noise levels between these only, such as 0.8:1 (0 is clean); a step without guidance takes half "
+        "the time (default: at all)",
+    )
     add("--steps", type=COUNT, help="steps of the sampler (default: %(default)s)")
     add("--sampler", help="euler, heun, ddim, dpm++ or ddpm (default: what suits the run)")
+    add(
+        "--cache",
+        type=DECAY,
+        metavar="SHARE",
+        help="do without most of the network in steps whose first block changes by less than this, as 0.1: sooner, "
+        "but not the same video; takes 8 steps at least (default: never)",
+    )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="with torch.compile (default: on a CPU, where that takes less time in all)",
+    )
     add("--seed", type=SEED, help="another seed, another video (default: %(default)s)")
     add("--fps", type=POSITIVE, help="frames per second of the result (default: those of the given clip or of the run)")
     add("--scale", type=COUNT, help="enlarge every pixel so many times (default: %(default)s)")
@@ -297,7 +333,10 @@ def _train(a: argparse.Namespace) -> int:
         if world.rank:  # the user hears it once
             stack.enter_context(contextlib.redirect_stdout(None))
             logging.getLogger().setLevel(logging.ERROR)
-        return _train_together(options, device, world)
+        lines = sys.stdout
+        if options.json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        return _train_together(options, device, world, lines)
 
 
 def _replay(o: TrainOptions, device: str) -> int:
@@ -310,20 +349,22 @@ def _replay(o: TrainOptions, device: str) -> int:
     return 0
 
 
-def _train_together(o: TrainOptions, device: str, world: "World") -> int:
-    """What each of the workers does."""
+def _train_together(o: TrainOptions, device: str, world: "World", lines: IO[str]) -> int:
+    """What each of the workers does. lines: where --json goes."""
+    from sora_fast.generation.watching import watchers_of
     from sora_fast.training.beginning import fitted, new_config, resumed_config
     from sora_fast.training.data import FolderSource
     from sora_fast.training.trainer import Trainer
 
-    config = resumed_config(o) if o.resume else new_config(o)
+    config = resumed_config(o) if o.resume else new_config(o, device)
     source = FolderSource(config.data, progress=world.rank == 0, world=world)
     print(source.summary)
     if not o.resume:
-        config = fitted(config, o, source)
+        config = fitted(config, o, source, device)
     if source.rate_summary:
         print(f"{source.rate_summary}; what is made will run at {config.fps:g}")
-    trainer = Trainer(config, source, o.out, device=device, resume=o.resume)
+    watchers = watchers_of(o, config, source, device, lines) if world.rank == 0 else ()
+    trainer = Trainer(config, source, o.out, device=device, resume=o.resume, watchers=watchers)
     if trainer.networks.text is not None:
         trainer.networks.text.check(source.captions)
     if o.resume:
@@ -333,7 +374,7 @@ def _train_together(o: TrainOptions, device: str, world: "World") -> int:
     resume = f"sora-fast train --resume --out {o.out}"
     before = trainer.step
     try:
-        finished = trainer.fit()
+        finished = trainer.fit(progress=not o.json)
     except FloatingPointError as error:
         raise FloatingPointError(
             f"{error}. To see where: sora-fast train --replay --out {o.out}. To go on from the last checkpoint with a "
@@ -369,16 +410,19 @@ def _sample(a: argparse.Namespace) -> int:
     device, config = own_device(o.device), read_run(o.run)
     request, fps = requested(o, config)
     played = check_result(o, request, config.model.in_channels, fps)
-    engine = Engine.load(o.run, device=device, text_encoder=o.text_encoder)
+    engine = Engine.load(o.run, device=device, text_encoder=o.text_encoder, compile=o.compile)
     if engine.networks.text is not None:
         engine.networks.text.check([o.prompt])
+    asked = {"steps": o.steps, "sampler": SAMPLERS.get(o.sampler)}
+    print(engine.forecast([request], **asked))
     with tqdm(total=o.steps, desc="sampling", unit=" steps") as bar:
         (video,) = engine.generate(
             [request],
-            steps=o.steps,
-            sampler=SAMPLERS.get(o.sampler),
+            **asked,
+            cache=o.cache,
             progress=lambda done, steps: bar.update(),
         )
+    print(engine.latency)
     write_result(o, video, fps)
     rate = f", {played:g} a second" if request.frames > 1 else ""
     print(f"{o.out}: {request.frames} frames of {request.height}x{request.width}{rate}")

@@ -61,7 +61,10 @@ def test_sample(run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     arguments = ["sample", str(run), "--steps", "2", "--out", str(out), "--device", "cpu"]
     assert main([*arguments, "--prompt", "brighter", "--frames", "3", "--size", "12x20"]) == 0
     assert read_media(out).shape == (3, 3, 12, 20)
-    assert "3 frames of 12x20" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 frames of 12x20" in said
+    assert "1 video of 45 tokens, 2 steps, all guided: 180 tokens through the network" in said
+    assert "first step" in said and "outside the network" in said
     assert main([*arguments, "--frames", "4", "--image", str(folder / "left.png")]) == 0
     video, image = read_media(out), read_media(folder / "left.png", max_side=16)
     assert video.shape[1] == 4
@@ -484,6 +487,8 @@ def test_argparse_errors(arguments: list[str]) -> None:
     ("option", "values"),
     [
         ("sample --scale", "0 -1 2.5"),
+        ("sample --guidance-interval", "1 0.5:0.2 0:2 a:b 0:nan"),
+        ("sample --cache", "-0.1 1 nan"),
         ("sample --steps", "0"),
         ("sample --frames", "0"),
         ("sample --fps", "0 -8 inf nan fast"),
@@ -545,6 +550,23 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith("sora-fast 0.")
+
+
+def test_what_a_run_tells_meanwhile(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "run"
+    line = ["train", "--data", str(folder), "--out", str(run), "--steps", "4", "--json", "--sample-every", "2", *SMALL]
+    assert main(line) == 0
+    told = capsys.readouterr()
+    rows = [json.loads(row) for row in told.out.splitlines()]
+    assert rows == read_log(run / LOG) and [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["tokens_per_s"] > 0 and row["mfu"] > 0 and 0 <= row["waiting"] <= 1 for row in rows)
+    assert "files to train on" in told.err and "Done: 4 steps" in told.err
+    assert sorted(file.name for file in (run / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+    assert (run / "loss.png").exists()
+    plain = ["train", "--data", str(folder), "--out", str(tmp_path / "other"), "--steps", "4", *SMALL]
+    assert main(plain) == 0
+    losses = [[row["loss"] for row in read_log(folder / LOG)] for folder in (run, tmp_path / "other")]
+    assert losses[0] == losses[1], "sampling meanwhile changes nothing"
 
 
 @pytest.mark.parametrize(

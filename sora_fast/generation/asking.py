@@ -29,7 +29,8 @@ def requested(o: SampleOptions, config: RunConfig) -> tuple[Request, float]:
         raise ValueError(f"--size, --image and --end must agree, but they are {listed} pixels")
     height, width = sizes.pop() if sizes else (64, 64)
     head, tail = (given[option].video if option in given else None for option in ("--image", "--end"))
-    request = Request(o.prompt, o.frames, height, width, head, tail, guidance=o.guidance, seed=o.seed)
+    options = {"guidance": o.guidance, "guidance_interval": o.guidance_interval, "seed": o.seed}
+    request = Request(o.prompt, o.frames, height, width, head, tail, **options)
     return request, _rate(o.fps, given, config)
 
 

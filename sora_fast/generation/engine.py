@@ -1,30 +1,29 @@
 """Engine: a trained run in, videos out."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sora_fast.diffusion.guidance import Guided
-from sora_fast.diffusion.noise import noise_like
 from sora_fast.diffusion.paths import RectifiedFlow
 from sora_fast.diffusion.samplers import (
     DDIM,
     Ancestral,
-    Denoiser,
     DPMSolver2M,
     Euler,
     Heun,
     Sampler,
-    sample,
 )
-from sora_fast.diffusion.scheduled import scheduled
+from sora_fast.generation.compiling import any_sizes, compile_blocks, is_worth_it
+from sora_fast.generation.forecast import Forecast
+from sora_fast.generation.job import Job
+from sora_fast.generation.latency import Clock, Latency
+from sora_fast.generation.phases import Plan
 from sora_fast.generation.tasks import Request, pack_requests
-from sora_fast.models import PackedText
-from sora_fast.packing import PackedLayout
+from sora_fast.packing import PackedLayout, token_grid
 from sora_fast.proof import prove_at_start
 from sora_fast.training import checkpoint
 from sora_fast.training.distributed import local_rank
@@ -45,21 +44,34 @@ class Engine:
     """Makes videos with trained networks; all requests of a call are packed into one sequence.
 
     networks: as the trainer has them; put into evaluation mode and moved to `device`.
+    compile: the model's blocks, with torch.compile; None: on a CPU, as soon as the steps that are asked for are enough
+        to save the start-up (see compiling.py), never on a GPU nor in deterministic mode, since it rounds differently.
     """
 
-    def __init__(self, networks: Networks, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, networks: Networks, *, device: torch.device | str = "cpu", compile: bool | None = None) -> None:
         self.device = torch.device(device)
         prove_at_start(self.device, networks.config.dtypes, leads=local_rank() == 0)
         self.networks = networks.to(self.device).eval().requires_grad_(False)
+        self.latency = Latency()
+        self.compiled = False
+        self._may_compile = compile is None and self.device.type == "cpu"
+        self._spent = 0.0  # seconds of the network, in eager mode
+        if compile:
+            self.compiled = compile_blocks(self.networks.model)
         self._said: set[str] = set()
 
     @staticmethod
     def load(
-        folder: Path | str, *, device: torch.device | str = "cpu", text_encoder: Path | str | None = None
+        folder: Path | str,
+        *,
+        device: torch.device | str = "cpu",
+        text_encoder: Path | str | None = None,
+        compile: bool | None = None,
     ) -> "Engine":
         """The newest averaged weights of a run's folder. ValueError if it holds no run or no checkpoint.
 
         text_encoder: where the folder of the run's text encoder is, if not where it was. ValueError if it is another.
+        compile: as of the engine.
         """
         folder = Path(folder)
         config = moved(read_run(folder), text_encoder=text_encoder)
@@ -67,8 +79,8 @@ class Engine:
         if saved is None:
             raise ValueError(f"{folder} holds no checkpoint yet; train it first")
         networks = Networks(config)
-        _take(networks.trained(), saved.tensors["ema"], folder)
-        return Engine(networks, device=device)
+        take_weights(networks.trained(), saved.tensors["ema"], folder)
+        return Engine(networks, device=device, compile=compile)
 
     @torch.no_grad()
     def generate(
@@ -77,49 +89,71 @@ class Engine:
         *,
         steps: int = 30,
         sampler: Sampler | None = None,
+        cache: float = 0.0,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Tensor]:
         """A video (C, T, H, W), float in [-1, 1] on the CPU, for each request.
 
-        Guidance, and prompts, that the networks were not trained for are named in the log, once.
-        steps: of the sampler; default: Euler for a rectified flow, DDIM for DDPM. progress: called with (steps done,
-        steps). Given frames come back bit for bit if the codec is the identity.
-        """
-        networks = self.networks
-        packed = pack_requests(requests, codec=networks.codec, patch_size=networks.patch_size).to(self.device)
-        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-        if sampler is None:
-            sampler = Euler() if isinstance(networks.path, RectifiedFlow) else DDIM()
-        half = networks.config.train.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            made = sample(
-                self._denoiser(requests, packed.layout),
-                packed.data.with_flat(noise_like(packed.data, generators)),
-                packed.layout,
-                networks.path,
-                sampler,
-                steps=steps,
-                patch_size=networks.patch_size,
-                data=packed.data,
-                clean=packed.clean,
-                generator=generators,
-                progress=progress,
-            )
-        return [networks.codec.decode(latents).cpu() for latents in made.to_list()]
+        Guidance, and prompts, that the networks were not trained for are named in the log, once. Given frames come back
+        bit for bit if the codec is the identity. `self.latency` then says where the time went.
 
-    def _denoiser(self, requests: Sequence[Request], layout: PackedLayout) -> Denoiser:
-        model = self.networks.model
+        steps: of the sampler, for requests that do not say themselves; sampler: default: Euler for a rectified flow,
+        DDIM for DDPM. cache: threshold of the first-block cache (see `FirstBlockCache`), such as 0.1; 0: none, and
+        the same bits as without. progress: called with (steps done, steps).
+        With torch.use_deterministic_algorithms(True) a video's bits do not depend on what else is asked for: products
+        of few rows are summed in another order than those of many, so every request gets a pack of its own, and the
+        gain of packing is lost; `self.latency` is the last one's. Without it they differ by rounding.
+        """
+        if torch.are_deterministic_algorithms_enabled() and len(requests) > 1:
+            options = {"steps": steps, "sampler": sampler, "cache": cache, "progress": progress}
+            return [self.generate([request], **options)[0] for request in requests]
+        self.latency, clock = Latency(), Clock()
+        half = self.networks.config.train.precision == "bfloat16"
+        with any_sizes(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            job = self._prepare(requests, steps, sampler, cache)
+            self.latency.prepared = clock.lap()
+            for done in job.steps():
+                self.latency.steps.append(clock.lap())
+                self._decide(job.plan.steps - done)
+                if progress is not None:
+                    progress(done, job.plan.steps)
+            made = job.finish()
+        videos = [self.networks.codec.decode(latents).cpu() for latents in made]
+        self.latency.decoded = clock.lap()
+        return videos
+
+    def forecast(self, requests: Sequence[Request], *, steps: int = 30, sampler: Sampler | None = None) -> Forecast:
+        """What `generate` will do if it is asked the same."""
+        networks = self.networks
+        spec = networks.codec.spec
+        shapes = [spec.latent_shape(request.frames, request.height, request.width) for request in requests]
+        grids = [token_grid(shape, networks.patch_size) for shape in shapes]
+        options = {"steps": steps, "guidance": networks.text is not None}
+        plan = Plan.of(requests, PackedLayout.from_grids(grids), networks.path, self._sampler(sampler), **options)
+        return Forecast.of(networks.model, plan, [math.prod(grid) for grid in grids])
+
+    def _sampler(self, sampler: Sampler | None) -> Sampler:
+        return sampler or (Euler() if isinstance(self.networks.path, RectifiedFlow) else DDIM())
+
+    def _decide(self, left: int) -> None:
+        """Compile, if what took so long so far and what is left of this call are worth it."""
+        if not self._may_compile or self.compiled or torch.are_deterministic_algorithms_enabled():
+            return
+        self._spent += self.latency.steps[-1]
+        if left and is_worth_it(self._spent + left * self.latency.steps[-1]):
+            self._may_compile = False
+            self.compiled = compile_blocks(self.networks.model)
+
+    def _prepare(self, requests: Sequence[Request], steps: int, sampler: Sampler | None, cache: float) -> Job:
+        networks, sampler = self.networks, self._sampler(sampler)
         self._say_what_is_not_used(requests)
-        if self.networks.text is None:
-            return model
-        text = self._text([request.prompt for request in requests])
-        scale = torch.tensor([request.guidance for request in requests], dtype=torch.float32, device="cpu")
-        if bool((scale == 1).all()):
-            return partial(scheduled(model, layout, text.layout), text=text)
-        null_text = self._text([""] * len(requests))
-        # Not a learned variance: extrapolated, it would leave its bounds.
-        channels = model.config.in_channels
-        return Guided(model, layout, scale=scale, text=text, null_text=null_text, channels=channels)
+        text = None
+        if networks.text is not None:
+            ids, layout = networks.text.tokenize([*(request.prompt for request in requests), ""])
+            text = networks.text(ids.to(self.device), layout.to(self.device))
+        packed = pack_requests(requests, codec=networks.codec, patch_size=networks.patch_size).to(self.device)
+        plan = Plan.of(requests, packed.layout, networks.path, sampler, steps=steps, guidance=text is not None)
+        return Job(networks.model, plan, packed, text, networks.path, sampler, latency=self.latency, cache=cache)
 
     def _say_what_is_not_used(self, requests: Sequence[Request]) -> None:
         guided = any(request.guidance != 1 for request in requests)
@@ -136,13 +170,9 @@ class Engine:
             self._said.add(message)
             log.warning(message)
 
-    def _text(self, prompts: list[str]) -> PackedText:
-        ids, layout = self.networks.text.tokenize(prompts)
-        return self.networks.text(ids.to(self.device), layout.to(self.device))
-
 
 @torch.no_grad()
-def _take(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], folder: Path) -> None:
+def take_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], folder: Path) -> None:
     """Fill parameters with weights of the same names and shapes; ValueError if they are others."""
     expected, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (parameters, weights))
     if wrong := sorted(name for name, _ in expected.items() ^ found.items()):
