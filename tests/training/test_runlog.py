@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,12 +8,17 @@ import torch
 from sora_fast.training.runlog import RunLog, read_log
 
 
+def _log(folder: Path) -> RunLog:
+    meter = SimpleNamespace(read=lambda: {"tokens_per_s": 9.0, "mfu": 0.5, "waiting": 0.0})
+    return RunLog(folder / "log.jsonl", meter)  # type: ignore[arg-type]
+
+
 def _add(log: RunLog, step: int, loss: float) -> None:
     log.add(torch.tensor(loss), torch.tensor(1.0), {"step": step, "useful": 5, "padding": 0.5})
 
 
 def test_what_is_not_finite_is_logged_counted_and_no_part_of_the_mean(tmp_path: Path) -> None:
-    log = RunLog(tmp_path / "log.jsonl")
+    log = _log(tmp_path)
     for step, loss in enumerate((2.0, math.nan, 4.0), start=1):
         _add(log, step, loss)
     said = log.flush(1.5)
@@ -25,7 +31,7 @@ def test_what_is_not_finite_is_logged_counted_and_no_part_of_the_mean(tmp_path: 
 
 def test_what_cannot_be_written_is_kept_and_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "not yet"
-    log = RunLog(folder / "log.jsonl")
+    log = _log(folder)
     for step in (1, 2):
         _add(log, step, 1.0)
         log.flush(0.0)
@@ -37,7 +43,7 @@ def test_what_cannot_be_written_is_kept_and_said_once(tmp_path: Path, caplog: py
 
 
 def test_cut(tmp_path: Path) -> None:
-    log = RunLog(tmp_path / "log.jsonl")
+    log = _log(tmp_path)
     for step in (1, 2, 3):
         _add(log, step, 1.0)
     log.flush(0.0)
