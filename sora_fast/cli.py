@@ -227,7 +227,7 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
         "--cache",
         type=DECAY,
         metavar="SHARE",
-        help="do without most of the network in steps whose first block changes by less than this, as 0.1: sooner, "
+        help="do without most of the network in steps whose first block changes by less than this, as 0.2: sooner, "
         "but not the same video; takes 8 steps at least (default: never)",
     )
     add(

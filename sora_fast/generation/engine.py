@@ -98,7 +98,7 @@ class Engine:
         bit for bit if the codec is the identity. `self.latency` then says where the time went.
 
         steps: of the sampler, for requests that do not say themselves; sampler: default: Euler for a rectified flow,
-        DDIM for DDPM. cache: threshold of the first-block cache (see `FirstBlockCache`), such as 0.1; 0: none, and
+        DDIM for DDPM. cache: threshold of the first-block cache (see `FirstBlockCache`), such as 0.2; 0: none, and
         the same bits as without. progress: called with (steps done, steps).
         With torch.use_deterministic_algorithms(True) a video's bits do not depend on what else is asked for: products
         of few rows are summed in another order than those of many, so every request gets a pack of its own, and the
