@@ -32,8 +32,9 @@ class Latency:
         others = others or [first]
         skipped = f", {self.skipped} of {self.calls} cut short by the cache" if self.skipped else ""
         return (
-            f"prepared in {duration(self.prepared)}, first step {duration(first)}, then {duration(statistics.median(others))} a step "
-            f"({self.outside:.0%} outside the network{skipped}), decoded in {duration(self.decoded)}"
+            f"prepared in {duration(self.prepared)}, first step {duration(first)}, "
+            f"then {duration(statistics.median(others))} a step ({self.outside:.0%} outside the network{skipped}), "
+            f"decoded in {duration(self.decoded)}"
         )
 
 
