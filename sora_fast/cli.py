@@ -218,7 +218,7 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
         "--guidance-interval",
         type=interval,
         metavar="LOW:HIGH",
-        help="guide at noise levels between these only, such as 0.8:1 (0 is clean); a step without guidance takes half "
+        help="guide at noise levels between these only, such as 0:0.8 (0 is clean); a step without guidance takes half "
         "the time (default: at all)",
     )
     add("--steps", type=COUNT, help="steps of the sampler (default: %(default)s)")
