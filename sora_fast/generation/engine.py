@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -128,8 +129,10 @@ class Engine:
         spec = networks.codec.spec
         shapes = [spec.latent_shape(request.frames, request.height, request.width) for request in requests]
         grids = [token_grid(shape, networks.patch_size) for shape in shapes]
+        # Levels follow from the grids alone: no token needs a place yet, of however many.
+        layout = replace(PackedLayout.from_grids([(1, 1, 1)] * len(grids)), grids=torch.tensor(grids, device="cpu"))
         options = {"steps": steps, "guidance": networks.text is not None}
-        plan = Plan.of(requests, PackedLayout.from_grids(grids), networks.path, self._sampler(sampler), **options)
+        plan = Plan.of(requests, layout, networks.path, self._sampler(sampler), **options)
         return Forecast.of(networks.model, plan, [math.prod(grid) for grid in grids])
 
     def _sampler(self, sampler: Sampler | None) -> Sampler:
