@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -98,7 +99,7 @@ class Engine:
         bit for bit if the codec is the identity. `self.latency` then says where the time went.
 
         steps: of the sampler, for requests that do not say themselves; sampler: default: Euler for a rectified flow,
-        DDIM for DDPM. cache: threshold of the first-block cache (see `FirstBlockCache`), such as 0.1; 0: none, and
+        DDIM for DDPM. cache: threshold of the first-block cache (see `FirstBlockCache`), such as 0.2; 0: none, and
         the same bits as without. progress: called with (steps done, steps).
         With torch.use_deterministic_algorithms(True) a video's bits do not depend on what else is asked for: products
         of few rows are summed in another order than those of many, so every request gets a pack of its own, and the
@@ -128,8 +129,10 @@ class Engine:
         spec = networks.codec.spec
         shapes = [spec.latent_shape(request.frames, request.height, request.width) for request in requests]
         grids = [token_grid(shape, networks.patch_size) for shape in shapes]
+        # Levels follow from the grids alone: no token needs a place yet, of however many.
+        layout = replace(PackedLayout.from_grids([(1, 1, 1)] * len(grids)), grids=torch.tensor(grids, device="cpu"))
         options = {"steps": steps, "guidance": networks.text is not None}
-        plan = Plan.of(requests, PackedLayout.from_grids(grids), networks.path, self._sampler(sampler), **options)
+        plan = Plan.of(requests, layout, networks.path, self._sampler(sampler), **options)
         return Forecast.of(networks.model, plan, [math.prod(grid) for grid in grids])
 
     def _sampler(self, sampler: Sampler | None) -> Sampler:
