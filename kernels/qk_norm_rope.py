@@ -127,7 +127,7 @@ class Shape:
     @staticmethod
     def of(*tensors: Tensor) -> "Shape":
         """For all [N, H, D] that a kernel touches, of any strides."""
-        return _shape(tensors[0].shape[2], tuple(x.stride() for x in tensors))
+        return _shape(tensors[0].shape[2], tuple([x.stride() for x in tensors]))
 
     def programs(self, x: Tensor) -> int:
         """How many it takes to walk over the tokens of x [N, H, D]."""

@@ -21,6 +21,9 @@ from torch.nn import Parameter
 _TENSORS = frozenset((Tensor, Parameter))
 _NUMBERS = frozenset((str, float, int, bool, type(None)))
 _LISTED = _TENSORS | _NUMBERS
+# Looked up once: they are asked for every tensor of every call. Whether it stands for a batch of others
+# (torch.autograd.grad's is_grads_batched), or for one that is traced.
+_is_batch, _is_traced = torch._C._functorch.is_legacy_batchedtensor, torch._is_functional_tensor
 
 
 class Op:
@@ -94,7 +97,7 @@ def _are_plain(args: tuple[Any, ...]) -> bool:
     for arg in args:
         kind = type(arg)
         if kind in _TENSORS:
-            if arg.is_meta or arg.is_neg() or arg._is_zerotensor() or _is_wrapped(arg):
+            if arg.is_meta or arg.is_neg() or arg._is_zerotensor() or _is_batch(arg) or _is_traced(arg):
                 return False
         elif kind is list:
             if not _LISTED.issuperset(map(type, arg)):
@@ -102,11 +105,6 @@ def _are_plain(args: tuple[Any, ...]) -> bool:
         elif kind not in _NUMBERS:
             return False
     return True
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether it stands for a batch of others (torch.autograd.grad's is_grads_batched), or for one that is traced."""
-    return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._is_functional_tensor(tensor)
 
 
 def _untraced(run: Callable[..., Any]) -> Callable[..., Any]:

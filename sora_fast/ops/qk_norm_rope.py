@@ -310,7 +310,7 @@ def _qk_norm_rope(
     own = kernels("qk_norm_rope")
     places = own.Places.of(coords, grids, segment_scale)
     options = tuple(split), theta, tuple(scale), tuple(extent), ntk, interleaved
-    rotation = _kernel_rotation(*options, scaled=segment_scale is not None)
+    rotation = _kernel_rotation(*options, segment_scale is not None)
     return own.forward(own.Heads(q, k, q_weight, k_weight), segment_ids, places, rotation, eps)
 
 
@@ -339,7 +339,7 @@ def _qk_norm_rope_backward(
     heads = own.Heads(q, k, q_weight, k_weight)
     places = own.Places.of(coords, grids, segment_scale)
     options = tuple(split), theta, tuple(scale), tuple(extent), ntk, interleaved
-    rotation = _kernel_rotation(*options, scaled=segment_scale is not None)
+    rotation = _kernel_rotation(*options, segment_scale is not None)
     return own.backward((dq, dk), heads, segment_ids, places, rotation, eps, weights=weights)
 
 
