@@ -8,10 +8,10 @@ descriptor or a constant shows here. Nothing runs: neither values nor times mean
 and graphs, torch.compile, the peers and the tests marked `gpu` are not rehearsed. What does not fit on the chip is
 told apart: the tuner drops such candidates there, too.
 
-Takes some 3 GB of memory, and as long as Triton compiles: it keeps what it has compiled. --cache: where all that Triton
-has kept (in TRITON_CACHE_DIR, where others may have left theirs) of sm_90 is written, for `gpu_suite --cache` on a
-machine with the same Triton and Python. --logs: where the processes' output is written, a file each. Exit code 1 if a
-launch failed.
+Takes a few GB of memory, and as long as Triton compiles: some eight minutes on a core without the tuner's candidates,
+the first time. --cache: where all that Triton has kept of sm_90 (in TRITON_CACHE_DIR, where others may have left
+theirs) is written, for `gpu_suite --cache` on a machine with the same Triton and Python. --logs: where the processes'
+output is written, a file each. Exit code 1 if a launch failed.
 """
 
 import argparse
