@@ -44,6 +44,9 @@ def unpatchify(
     return RaggedLatents(flat, offsets, shapes)
 
 
+_INTEGERS = (int, torch.SymInt, np.integer)  # not a union, which would be made anew in every call
+
+
 def channels_of(what: str, count: int, patch_size: PatchSize) -> int:
     """Cout of so many columns or rows. ValueError, with `what` they are, if they are not whole patches."""
     pixels = math.prod(patch_size)
@@ -75,7 +78,7 @@ def videos_of(
         raise TypeError(f"shapes: {type(shapes).__name__}; it must be a tensor [S, 4], or RaggedLatents")
     if capacity is None:
         raise ValueError("capacity: None; it must be given when shapes is a tensor")
-    if not isinstance(capacity, int | torch.SymInt | np.integer):
+    if not isinstance(capacity, _INTEGERS):
         raise TypeError(f"capacity: {type(capacity).__name__}; it must be an int")
     check_grids(shapes, layout, patch_size)
     if may_read(shapes):
