@@ -85,7 +85,8 @@ def videos_of(
         needed = channels * int(shapes[:, 1:].numpy().prod(axis=1, dtype=np.int64).sum())
         if needed > capacity:
             raise ValueError(f"capacity: {capacity} elements, but the videos have {needed}")
-    return *(_plain_videos if backend == "torch" else _videos)(shapes, channels), capacity
+    offsets, shapes = (_plain_videos if backend == "torch" else _videos)(shapes, channels)
+    return offsets, shapes, capacity
 
 
 def _plain_videos(shapes: Tensor, channels: int) -> tuple[Tensor, Tensor]:
