@@ -1,6 +1,7 @@
 """Prove and time everything on a GPU, in one call, without a network.
 
-    python -m benchmarks.gpu_suite --out DIR [--minutes 9] [--only attention] [--phases smoke headline] [--dry]
+    python -m benchmarks.gpu_suite --out DIR [--minutes 9] [--only attention] [--phases smoke headline] [--cache DIR]
+        [--dry]
 
 Runs from a checkout, installed or not. This process never touches the GPU: whatever does is a process of its own,
 which may crash or hang and is then replaced by one that goes on with the next item. Nothing runs beside what is timed.
@@ -21,8 +22,9 @@ now on chosen by default on this kind of GPU; it also replaces the one in sora_f
 it rests on smoke and cases alone or on all tests too), logs.tar.gz, and the table of configurations if it changed. The
 summary comes last.
 
---only NAME ...: the ops whose names contain one of these. --dry walks the same way small, interpreted where there is no
-GPU, and touches nothing outside DIR.
+--only NAME ...: the ops whose names contain one of these. --cache DIR: kernels that `benchmarks.rehearsal --cache DIR`
+compiled elsewhere, used if Triton is the same and this is a GPU of that kind; else it says why not. --dry walks the
+same way small, interpreted where there is no GPU, and touches nothing outside DIR.
 """
 
 import argparse
@@ -95,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only", nargs="+", metavar="NAME", default=[""], help="only ops whose names contain one of these"
     )
     parser.add_argument("--phases", nargs="+", choices=list(SECONDS), metavar="PHASE", help="only these")
+    parser.add_argument("--cache", type=path, metavar="DIR", help="kernels compiled elsewhere, by benchmarks.rehearsal")
     parser.add_argument("--dry", action="store_true", help="walk through it small, on a CPU too")
     parser.add_argument("--commit", help="commit to record, where the checkout carries no git data")
     return parser
@@ -124,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     phases = tuple(phase for phase in SECONDS if phase in ("versions", *(options.phases or SECONDS)))
     with tempfile.TemporaryDirectory(prefix="gpu_suite-") as work:
         outbox = Outbox(Path(work), options.out, ("suite.json", "validated.json", TABLE))
-        return run(Session(outbox, phases, ops, wholes, options.dry, options.commit), 60 * options.minutes)
+        session = Session(outbox, phases, ops, wholes, options.dry, options.commit, options.cache)
+        return run(session, 60 * options.minutes)
 
 
 if __name__ == "__main__":

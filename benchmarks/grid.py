@@ -70,9 +70,9 @@ class Plan:
     def tokens(self) -> int:
         return PACKS[self.pack].tokens
 
-    def build(self, device: torch.device) -> Case:
-        """In bf16 on a GPU and fp32 on a CPU."""
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    def build(self, device: torch.device, dtype: torch.dtype | None = None) -> Case:
+        """dtype: None: bf16 on a GPU and fp32 on a CPU."""
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         model, grids = self.model, PACKS[self.pack].grids
         setting = Setting(device, dtype, grids, (model.width,), (model.head_dim,), model.heads, self.clean, self.order)
         torch.manual_seed(0)

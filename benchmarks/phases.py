@@ -3,8 +3,9 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from benchmarks import grid, smoke, tune
+from benchmarks import grid, smoke, travelling, tune
 from benchmarks._checkout import ROOT
 from benchmarks.environment import Ceilings
 from benchmarks.gpu_tests import jobs_of_tests, read_results
@@ -43,6 +44,19 @@ def versions(session: Session, until: float) -> None:
     session.suite = Suite(session.outbox.work, machine, found["environment"], Ceilings(**found["ceilings"]))
     session.suite.planned = _planned(session)
     print(found["environment"], flush=True)
+    if session.cache is not None:
+        print(_take_cache(session, session.cache, machine.device_class), flush=True)
+
+
+def _take_cache(session: Session, cache: Path, device_class: str) -> str:
+    """Let all processes find what was compiled elsewhere; says how many kernels, or why not."""
+    reason = travelling.why_not(cache, target=device_class)
+    if reason:
+        return f"--cache is not used, every kernel is compiled here: {reason}"
+    folder = session.outbox.work / "triton"
+    count = travelling.unpack(cache, folder)
+    session.environment["TRITON_CACHE_DIR"] = str(folder)
+    return f"{count} compiled kernels of {cache}; what is not among them is compiled here"
 
 
 def _planned(session: Session) -> list[tuple[str, str]]:

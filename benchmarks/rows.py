@@ -115,13 +115,13 @@ def measure(
         Row(case.op.__name__, case.label, DIRECTIONS[place], case.bytes_moved[place], case.flops[place])
         for place in places
     ]
-    plain = _Run(Ours.on("torch", case))
-    truth = _Run(Ours.on("torch", case.exact()), tuple(map(case.part, plain.upstream))).results
-    runs: dict[str, _Run] = {}
+    plain = Run(Ours.on("torch", case))
+    truth = Run(Ours.on("torch", case.exact()), tuple(map(case.part, plain.upstream))).results
+    runs: dict[str, Run] = {}
     for name, make in makers.items():
         try:
             entrant = make(case)
-            runs[name] = plain if name == "torch" else _Run(entrant, plain.upstream)
+            runs[name] = plain if name == "torch" else Run(entrant, plain.upstream)
         except Exception as error:
             if name in OURS and not isinstance(error, Absent):
                 raise
@@ -162,7 +162,7 @@ def _timed(works: Mapping[str, Work], timer: Timer) -> dict[str, list[float]]:
         return timer(works)
 
 
-def _check(row: Row, runs: Mapping[str, "_Run"], truth: Tensors, place: int, part: Callable[[Tensor], Tensor]) -> None:
+def _check(row: Row, runs: Mapping[str, "Run"], truth: Tensors, place: int, part: Callable[[Tensor], Tensor]) -> None:
     for name, run in runs.items():
         if not run.results[place]:
             row.absent[name] = "it has no backward pass here"
@@ -175,7 +175,7 @@ def _check(row: Row, runs: Mapping[str, "_Run"], truth: Tensors, place: int, par
         run.results[place] = ()  # large, and not needed again
 
 
-class _Run:
+class Run:
     """An entrant that has run once. results: of the forward and of the backward pass, in the case's own form.
 
     upstream: gradients of the outputs, in that form; None makes them, the same for every dtype, and exact in each.

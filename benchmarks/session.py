@@ -3,7 +3,8 @@
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from benchmarks.outbox import Outbox
 from benchmarks.suite import Suite
@@ -23,7 +24,8 @@ class Stopped(BaseException):
 @dataclass
 class Session:
     """One call. phases: in their order. ops, wholes: that it looks at (benchmarks/grid.py). dry: small, on a CPU too.
-    device: once it is known."""
+    cache: a folder of compiled kernels that were made elsewhere (benchmarks/travelling.py). device: once it is known.
+    environment: of the processes, beside that of this one."""
 
     outbox: Outbox
     phases: tuple[str, ...]
@@ -31,6 +33,8 @@ class Session:
     wholes: tuple[str, ...]
     dry: bool
     commit: str | None = None
+    cache: Path | None = None
+    environment: dict[str, str] = field(default_factory=dict)
     device: str = "any"
     suite: Suite | None = None
     published: float = 0.0
@@ -66,7 +70,7 @@ class Session:
         )
         # One at a time is timed: nothing else should run beside it.
         threads = {"TORCHINDUCTOR_COMPILE_THREADS": "1" if workers > 1 else "4"}
-        environment = child_environment(interpreted=self.dry and not self.on_gpu) | threads
+        environment = child_environment(interpreted=self.dry and not self.on_gpu) | self.environment | threads
         for verdict in judged(tasks, limits, environment, logs=self.outbox.logs / phase):
             yield verdict
             self.save(at_least_every=2.0)

@@ -7,6 +7,7 @@ sm_100 was found before the programs were persistent, and not looked at again; w
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -28,6 +29,7 @@ class BlockSizes:
     num_stages: int
     per_multiprocessor: int = 1
 
+    @lru_cache  # noqa: B019  (a few, which are equal if their numbers are)
     def blocking(self, own_tile: int, other_tile: int, *, causal: bool, described: bool) -> Blocking:
         """Blocks no larger than a tile: more would only be masked away."""
         own, other = min(self.own, own_tile), min(self.other, other_tile)

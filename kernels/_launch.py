@@ -66,13 +66,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         return
     if 0 in grid:
         return
-    first = args[0] if isinstance(args[0], torch.Tensor) else next(arg for arg in args if isinstance(arg, torch.Tensor))
-    device = first.get_device()  # −1: a CPU, as under the interpreter
+    device = _device(args)
     if device < 0 or device == driver.active.get_current_device():
         _plans.run(kernel, grid, args, meta)
     else:
         with torch.cuda.device(device):
             _plans.run(kernel, grid, args, meta)
+
+
+def _device(args: tuple[Any, ...]) -> int:
+    """Of the first tensor; −1: a CPU, as under the interpreter."""
+    for arg in args:
+        first = arg[0] if isinstance(arg, tuple) and arg else arg
+        if isinstance(first, torch.Tensor):
+            return first.get_device()
+    raise TypeError("args: no tensor among them; a kernel must have one")
 
 
 def cdiv(size: int, step: int) -> int:

@@ -10,11 +10,13 @@ token it would be 64 bytes of 16 sectors); for pw of 8 and more, 512 bytes of 16
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._launch import cdiv, next_power_of_two
+from sora_fast.kernels._videos import videos as videos  # what is proved of an op is all that its kernels import
 
 # Up to this many elements in the buffer, addresses fit into int32, which costs half the registers and instructions.
 INT32_ELEMENTS = 2**31 - 1
@@ -41,6 +43,21 @@ class Patches(NamedTuple):
         """What a kernel that calls `patch_origins` takes."""
         return self.offsets, self.shapes, self.segment_ids, self.coords, self.num_tokens
 
+    def form(self, flat: Tensor) -> "PatchForm":
+        """Of these patches in `flat`, which may be strided."""
+        return PatchForm(self.patch_size, flat.dtype, flat.numel() * max(1, flat.stride(0)) > INT32_ELEMENTS)
+
+
+class PatchForm(NamedTuple):
+    """What a launch on patches depends on beside its sizes, which it is planned by once for all (they are cached).
+
+    dtype: of the pixels. wide: offsets to them need int64.
+    """
+
+    patch_size: tuple[int, int, int]
+    dtype: torch.dtype
+    wide: bool
+
     @property
     def run_block(self) -> int:
         """Places for a run's pixels in a block: a power of two."""
@@ -51,16 +68,13 @@ class Patches(NamedTuple):
         pw = self.patch_size[2]
         return num_pixels // pw * cdiv(pw, self.run_block)
 
-    def is_wide(self, flat: Tensor) -> bool:
-        """True if offsets into `flat`, which may be strided, need int64."""
-        return flat.numel() * max(1, flat.stride(0)) > INT32_ELEMENTS
-
-    def meta(self, flat: Tensor) -> dict[str, Any]:
-        """The constants that go with `args` in a kernel that reads or writes `flat`."""
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The constants that go with `Patches.args` in a kernel."""
         pt, ph, pw = self.patch_size
         # Most pixels of a run that one instruction may move: 16 bytes, if every run starts at a multiple of them.
-        vector = min(pw & -pw, 16 // flat.element_size())
-        return {"PT": pt, "PH": ph, "PW": pw, "WIDE": self.is_wide(flat), "VECTOR": vector, "BLOCK_W": self.run_block}
+        vector = min(pw & -pw, 16 // self.dtype.itemsize)
+        return {"PT": pt, "PH": ph, "PW": pw, "WIDE": self.wide, "VECTOR": vector, "BLOCK_W": self.run_block}
 
 
 def fitted(block: int, size: int) -> int:

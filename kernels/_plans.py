@@ -92,7 +92,8 @@ def _calls(hook: Any) -> Any:
 def _describe(args: tuple[Any, ...], key: list[Any]) -> bool:
     """Append all that Triton may compile a kernel for; False if there is an argument of a kind not known."""
     append = key.append
-    for arg in args:
+    waiting = list(args)
+    for arg in waiting:  # and what a tuple adds to it
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
             append(arg.dtype)
@@ -102,8 +103,7 @@ def _describe(args: tuple[Any, ...], key: list[Any]) -> bool:
         elif isinstance(arg, tuple):
             append(kind)
             append(len(arg))
-            if not _describe(arg, key):
-                return False
+            waiting += arg
         elif kind is float:
             append(float)  # their values are never compiled in
         elif kind is bool:

@@ -16,6 +16,7 @@ affine, follow d_scale = weight · B + bias · A, and d_weight and d_bias as the
 # ruff: noqa: RUF005 (Triton adds tuples and does not unpack them)
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -63,13 +64,14 @@ class RowBlock:
     num_warps: int
     rest: int = 0
 
-    @property
+    @cached_property
     def meta(self) -> dict[str, int]:
         """The constants of a kernel on whole rows."""
         lanes = max(1, min(32 * self.num_warps, self.columns // 8))
         return {"MAIN": self.columns, "REST": self.rest, "LANES": lanes, "num_warps": self.num_warps}
 
     @staticmethod
+    @lru_cache
     def forward(width: int) -> "RowBlock":
         """A whole row, since LayerNorm needs it."""
         columns, rest = split_width(width)
@@ -80,6 +82,7 @@ class RowBlock:
         return RowBlock(1, columns, num_warps=max(1, columns // 512), rest=rest)
 
     @staticmethod
+    @lru_cache
     def backward(width: int) -> "RowBlock":
         """One token after the other, the sums of its row in registers."""
         columns, rest = split_width(width)
@@ -87,12 +90,14 @@ class RowBlock:
         return RowBlock(1, columns, num_warps=min(16, max(1, columns // 256)), rest=rest)
 
     @staticmethod
+    @lru_cache
     def pointwise(width: int) -> "RowBlock":
         """Parts of rows, for ops that need no sum over a row."""
         columns = _fitting_columns(width)
         return RowBlock(1024 // columns, columns, num_warps=4)
 
     @staticmethod
+    @lru_cache
     def pointwise_backward(width: int) -> "RowBlock":
         """One token after the other, for such ops."""
         columns = _fitting_columns(width)

@@ -1,6 +1,8 @@
 """linear_unpatchify: a matrix product whose columns are pixels, written to their places as it is made."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -8,7 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._launch import cdiv, launch
-from sora_fast.kernels._patches import Patches, fitted, patch_columns, patch_origins, patch_runs, store_pixels
+from sora_fast.kernels._patches import (
+    Patches,
+    PatchForm,
+    fitted,
+    patch_columns,
+    patch_origins,
+    patch_runs,
+    store_pixels,
+)
 
 
 @dataclass(frozen=True)
@@ -23,9 +33,9 @@ class LinearUnpatchifyConfig:
     num_stages: int = 4  # 64 KB of x and weights on their way
 
     @staticmethod
-    def choose(dtype: torch.dtype, wide: bool) -> "LinearUnpatchifyConfig":
+    def choose(form: PatchForm) -> "LinearUnpatchifyConfig":
         """Smaller blocks where a number or an address takes twice the registers."""
-        if dtype == torch.float32 or wide:
+        if form.dtype == torch.float32 or form.wide:
             return LinearUnpatchifyConfig(tokens=32, pixels=32, inner=32, num_warps=4)
         return LinearUnpatchifyConfig()
 
@@ -39,24 +49,26 @@ def scatter_product(
     (channel, pt, ph, pw).
     """
     num_pixels, width = weight.shape
-    flat = torch.zeros(capacity, dtype=x.dtype, device=x.device)
-    config = LinearUnpatchifyConfig.choose(x.dtype, patches.is_wide(flat))
-    runs = patches.num_runs(num_pixels)
-    block = fitted(config.pixels, runs * patches.run_block) // patches.run_block
-    grid = (cdiv(runs, block) * cdiv(patches.num_tokens, config.tokens),)
+    flat = x.new_zeros(capacity)
+    grid, meta = _planned(patches.form(flat), patches.num_tokens, num_pixels)
     launch(
         *(linear_unpatchify_kernel, grid, x, *x.stride(), weight, *weight.stride()),
         *(bias, 0 if bias is None else bias.stride(0), flat, capacity, width, *patches.args),
-        **patches.meta(flat),
-        NUM_PIXELS=num_pixels,
         CHANNEL_LAST=channel_last,
-        BLOCK_N=config.tokens,
-        BLOCK_C=config.inner,
-        BLOCK_R=block,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **meta,
     )
     return flat
+
+
+@lru_cache
+def _planned(form: PatchForm, num_tokens: int, num_pixels: int) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Grid and constants."""
+    config, runs = LinearUnpatchifyConfig.choose(form), form.num_runs(num_pixels)
+    block = fitted(config.pixels, runs * form.run_block) // form.run_block
+    blocks = {"BLOCK_N": config.tokens, "BLOCK_C": config.inner, "BLOCK_R": block}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    grid = (cdiv(runs, block) * cdiv(num_tokens, config.tokens),)
+    return grid, {**form.meta, "NUM_PIXELS": num_pixels, **blocks, **options}
 
 
 @triton.jit

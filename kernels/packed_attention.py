@@ -46,6 +46,8 @@ from sora_fast.kernels._attention_walk import (
 )
 from sora_fast.kernels._launch import launch, target_arch
 
+_TINY, _LOG2E = torch.finfo(torch.float32).tiny, LOG2E.value  # the host asks for them in every call
+
 
 def forward(
     q: Tensor,
@@ -65,10 +67,10 @@ def forward(
     """
     if scale < 0:  # the largest score is looked for before scaling
         q, scale = -q, -scale
-    scale = max(scale, torch.finfo(torch.float32).tiny)  # 0 · −inf, of a pair that is not allowed, would be NaN
+    scale = max(scale, _TINY)  # 0 · −inf, of a pair that is not allowed, would be NaN
     num_tokens, num_heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((num_heads, num_tokens), dtype=torch.float32)
     head, arch = Head.of(q, k, v, out), target_arch(q.device)
     blocks = block_sizes("forward", q.dtype, head.dim, arch, mask_kind(walk, boxes))
     described = walk.tiles is None and describable(arch, k, v)
@@ -77,9 +79,9 @@ def forward(
         packed_attention_forward_kernel,
         (num_programs(walk, num_heads, blocking, blocks.per_multiprocessor),),
         lse,
-        *(head.rows(x) for x in (q, k, v, out)),
+        *(head.rows(q), head.rows(k), head.rows(v), head.rows(out)),
         *head.descriptors((k, v), blocking.other, wanted=described),
-        *(walk, boxes, scale * LOG2E.value, num_tokens, num_heads, walk.order.shape[0]),
+        *(walk, boxes, scale * _LOG2E, num_tokens, num_heads, walk.order.shape[0]),
         HEAD=head,
         BLOCKING=blocking,
         **blocks.options(),

@@ -1,6 +1,8 @@
 """patch_embed: an implicit GEMM that reads each token's patch straight from the ragged latents."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -10,7 +12,7 @@ from torch import Tensor
 from sora_fast.kernels import _rows
 from sora_fast.kernels._fold import fold
 from sora_fast.kernels._launch import cdiv, launch
-from sora_fast.kernels._patches import Patches, fitted, load_pixels, patch_columns, patch_origins, patch_runs
+from sora_fast.kernels._patches import Patches, PatchForm, fitted, load_pixels, patch_columns, patch_origins, patch_runs
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,21 @@ class PatchEmbedConfig:
     most_registers: int = 255
 
     @staticmethod
-    def choose(flat: Tensor, patches: Patches, width: int) -> "PatchEmbedConfig":
+    @lru_cache
+    def choose(form: PatchForm, width: int) -> "PatchEmbedConfig":
         """Smaller blocks where the usual ones spill: where a number or an address takes twice the registers, and where
         numbers are addressed one by one, as runs that are no vectors are, and rows of no multiple of 16."""
         rows_are_vectors = width % 16 == 0
-        if flat.dtype == torch.float32 or patches.is_wide(flat):
-            runs_are_vectors = patches.patch_size[2] % patches.run_block == 0
+        if form.dtype == torch.float32 or form.wide:
+            runs_are_vectors = form.patch_size[2] % form.run_block == 0
             narrow = not (rows_are_vectors and runs_are_vectors)
             return PatchEmbedConfig(tokens=32, width=32 if narrow else 64, held=32, features=32)
         return PatchEmbedConfig() if rows_are_vectors else PatchEmbedConfig(tokens=32)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.most_registers}
 
     def channels_for(self, num_tokens: int, width: int) -> int:
         """Channels that a program of the forward pass walks over."""
@@ -78,54 +86,58 @@ class Additive:
 def embed(flat: Tensor, weight: Tensor, bias: Tensor | None, patches: Patches, position: Additive) -> Tensor:
     """flat [elements], weight [C, K], bias [C] → tokens [N, C], zeros for padding."""
     width, num_pixels = weight.shape
-    config = PatchEmbedConfig.choose(flat, patches, width)
-    tokens = torch.empty(patches.num_tokens, width, dtype=flat.dtype, device=flat.device)
+    tokens = flat.new_empty(patches.num_tokens, width)
     table = position.table
-    padded = patches.num_runs(num_pixels) * patches.run_block
-    held = padded <= config.held
-    channels = config.channels_for(patches.num_tokens, width) if held else config.width
-    # One axis: only the first one of a grid is longer than 65,535.
-    grid = (cdiv(width, channels) * cdiv(patches.num_tokens, config.tokens),)
+    form = patches.form(flat)
+    config = PatchEmbedConfig.choose(form, width)
+    grid, channels, meta = _planned(config, form, patches.num_tokens, width, num_pixels)
     launch(
         *(patch_embed_kernel, grid, flat, flat.stride(0), flat.numel()),
         *(weight, *weight.stride(), bias, 0 if bias is None else bias.stride(0)),
         *(table, *((0, 0) if table is None else table.stride()), *(position.rows or (0, 0, 0))),
         *(tokens, width, channels, *patches.args),
-        **patches.meta(flat),
-        NUM_PIXELS=num_pixels,
         ROW_A_TOKEN=not position.rows,
-        BLOCK_N=config.tokens,
-        BLOCK_C=config.width,
-        BLOCK_R=fitted(config.held if held else config.inner, padded) // patches.run_block,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        maxnreg=config.most_registers,
+        **meta,
     )
     return tokens
+
+
+@lru_cache
+def _planned(
+    config: PatchEmbedConfig, form: PatchForm, num_tokens: int, width: int, num_pixels: int
+) -> tuple[tuple[int, ...], int, dict[str, Any]]:
+    """Of the forward pass: grid, channels that a program walks over, and constants."""
+    padded = form.num_runs(num_pixels) * form.run_block
+    held = padded <= config.held
+    channels = config.channels_for(num_tokens, width) if held else config.width
+    # One axis: only the first one of a grid is longer than 65,535.
+    grid = (cdiv(width, channels) * cdiv(num_tokens, config.tokens),)
+    rows = fitted(config.held if held else config.inner, padded) // form.run_block
+    blocks = {"BLOCK_N": config.tokens, "BLOCK_C": config.width, "BLOCK_R": rows}
+    return grid, channels, {**form.meta, "NUM_PIXELS": num_pixels, **blocks, **config.options}
 
 
 def weight_gradient(grad: Tensor, flat: Tensor, patches: Patches, num_pixels: int) -> Tensor:
     """Gradients of the weight [C, K], transposed, and in the last row of the bias: [K + 1, C] fp32. grad: [N, C]."""
     width = grad.shape[1]
-    config = PatchEmbedConfig.choose(flat, patches, width)
+    form = patches.form(flat)
+    config = PatchEmbedConfig.choose(form, width)
     chunk = config.chunk_for(patches.num_tokens, (num_pixels + 1) * width)
     chunks = cdiv(patches.num_tokens, chunk)
     partials = torch.empty(chunks, num_pixels + 1, width, dtype=torch.float32, device=grad.device)
-    padded = patches.num_runs(num_pixels) * patches.run_block
+    padded = form.num_runs(num_pixels) * form.run_block
     block = fitted(config.features, padded)
     grid = (cdiv(width, config.width), cdiv(padded, block), chunks)
     launch(
         *(patch_embed_weight_gradient_kernel, grid, grad, *grad.stride(), flat, flat.stride(0), flat.numel()),
         *(partials, width, *patches.args),
-        **patches.meta(flat),
+        **form.meta,
         NUM_PIXELS=num_pixels,
         CHUNK=chunk,
         BLOCK_N=config.step,
         BLOCK_C=config.width,
-        BLOCK_R=block // patches.run_block,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        maxnreg=config.most_registers,
+        BLOCK_R=block // form.run_block,
+        **config.options,
     )
     return fold(partials)
 

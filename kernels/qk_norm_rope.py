@@ -125,33 +125,31 @@ class Shape:
     unit: int
 
     @staticmethod
-    def of(*tensors: Tensor) -> "Shape":
-        """For all [N, H, D] that a kernel touches, of any strides."""
-        return _shape(tensors[0].shape[2], tuple(x.stride() for x in tensors))
+    def of(*tensors: Tensor) -> tuple["Shape", list[Rows]]:
+        """For all [N, H, D] that a kernel touches, of any strides; and those as it takes them."""
+        shape, steps = _shape(tensors[0].shape[2], tuple([x.stride() for x in tensors]))
+        return shape, [Rows(x, *step) for x, step in zip(tensors, steps, strict=True)]
 
     def programs(self, x: Tensor) -> int:
         """How many it takes to walk over the tokens of x [N, H, D]."""
         return cdiv(x.shape[0], self.tokens)
 
-    def rows(self, x: Tensor) -> Rows:
-        """x [N, H, D] as a kernel takes it."""
-        token, head, dim = x.stride()
-        return Rows(x, token // self.unit, head // self.unit, dim)
-
 
 @lru_cache
-def _shape(dim: int, strides: tuple[tuple[int, ...], ...]) -> Shape:
+def _shape(dim: int, strides: tuple[tuple[int, ...], ...]) -> tuple[Shape, list[tuple[int, ...]]]:
+    """And the strides in its units."""
     pairs = next_power_of_two(dim // 2)
-    aligned = all(stride % 8 == 0 for token, head, _ in strides for stride in (token, head))
-    return Shape(dim, pairs, max(1, QkNormRopeConfig.pairs // pairs), 8 if aligned else 1)
+    unit = 8 if all(stride % 8 == 0 for token, head, _ in strides for stride in (token, head)) else 1
+    shape = Shape(dim, pairs, max(1, QkNormRopeConfig.pairs // pairs), unit)
+    return shape, [(token // unit, head // unit, channel) for token, head, channel in strides]
 
 
 def forward(heads: Heads, segment_ids: Tensor, places: Places, rotation: Rotation, eps: float) -> tuple[Tensor, Tensor]:
     """Normalised and rotated q and k, contiguous; zeros for padding. segment_ids: [N], −1 for padding."""
     tensors = (heads.q, heads.k, *_empty(heads))
-    shape = Shape.of(*tensors)
+    shape, rows = Shape.of(*tensors)
     launch(
-        *(qk_norm_rope_forward_kernel, (shape.programs(heads.q),), *map(shape.rows, tensors), *heads.vectors),
+        *(qk_norm_rope_forward_kernel, (shape.programs(heads.q),), *rows, *heads.vectors),
         *(segment_ids, places, *heads.counts),
         **{"SHAPE": shape, "ROTATION": rotation, "EPS": eps, "num_warps": QkNormRopeConfig.num_warps},
     )
@@ -173,11 +171,11 @@ def backward(
     weights: False: [0, D] in place of the weights' gradients.
     """
     tensors = (*grads, heads.q, heads.k, *_empty(heads))
-    shape = Shape.of(*tensors)
+    shape, rows = Shape.of(*tensors)
     sizes = (shape.programs(heads.q), 2, shape.dim) if weights else (0, shape.dim)
     partials = torch.empty(sizes, dtype=torch.float32, device=heads.q.device)
     launch(
-        *(qk_norm_rope_backward_kernel, (shape.programs(heads.q),), *map(shape.rows, tensors), *heads.vectors),
+        *(qk_norm_rope_backward_kernel, (shape.programs(heads.q),), *rows, *heads.vectors),
         *(partials if weights else None, segment_ids, places, *heads.counts),
         **{"SHAPE": shape, "ROTATION": rotation, "EPS": eps, "num_warps": QkNormRopeConfig.num_warps},
     )

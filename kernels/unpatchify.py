@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._launch import cdiv, launch, next_power_of_two
-from sora_fast.kernels._patches import Patches, load_pixels, patch_origins, patch_runs, store_pixels
+from sora_fast.kernels._patches import Patches, PatchForm, load_pixels, patch_origins, patch_runs, store_pixels
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class UnpatchifyConfig:
 
 def scatter(tokens: Tensor, patches: Patches, capacity: int) -> Tensor:
     """tokens [N, pt·ph·pw·C], rows laid out (pt, ph, pw, C), any strides → flat [capacity]; zeros elsewhere."""
-    flat = torch.zeros(capacity, dtype=tokens.dtype, device=tokens.device)
+    flat = tokens.new_zeros(capacity)
     _launch(unpatchify_scatter_kernel, tokens, flat, patches)
     return flat
 
@@ -42,24 +43,24 @@ def gather(flat: Tensor, patches: Patches, num_pixels: int) -> Tensor:
 
 
 def _launch(kernel: Any, tokens: Tensor, flat: Tensor, patches: Patches) -> None:
+    grid, meta = _planned(patches.form(flat), patches.num_tokens, tokens.shape[1])
+    places = (flat, flat.stride(0), flat.numel(), *patches.args)
+    launch(kernel, grid, tokens, *tokens.stride(), *places, **meta)
+
+
+@lru_cache
+def _planned(form: PatchForm, num_tokens: int, num_pixels: int) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Grid and constants."""
     config = UnpatchifyConfig()
-    channels = tokens.shape[1] // math.prod(patches.patch_size)
-    runs = patches.num_runs(tokens.shape[1]) // channels  # of one channel
+    channels = num_pixels // math.prod(form.patch_size)
+    runs = form.num_runs(num_pixels) // channels  # of one channel
     block_c = min(config.channels, next_power_of_two(channels))
-    block_q = min(next_power_of_two(runs), max(1, config.row // (block_c * patches.run_block)))
-    block_n = min(config.tokens, config.elements // (block_c * block_q * patches.run_block))
+    block_q = min(next_power_of_two(runs), max(1, config.row // (block_c * form.run_block)))
+    block_n = min(config.tokens, config.elements // (block_c * block_q * form.run_block))
+    blocks = {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_Q": block_q}
     # One axis: only the first one of a grid is longer than 65,535.
-    parts = cdiv(channels, block_c) * cdiv(runs, block_q)
-    launch(
-        *(kernel, (parts * cdiv(patches.num_tokens, block_n),), tokens, *tokens.stride()),
-        *(flat, flat.stride(0), flat.numel(), *patches.args),
-        **patches.meta(flat),
-        CHANNELS=channels,
-        BLOCK_N=block_n,
-        BLOCK_C=block_c,
-        BLOCK_Q=block_q,
-        num_warps=config.num_warps,
-    )
+    programs = cdiv(channels, block_c) * cdiv(runs, block_q) * cdiv(num_tokens, block_n)
+    return (programs,), {**form.meta, "CHANNELS": channels, **blocks, "num_warps": config.num_warps}
 
 
 @triton.jit

@@ -52,10 +52,10 @@ def step(device: torch.device, *, seconds: float, dry: bool) -> Callable[[str], 
     return do
 
 
-def random_model(config: SoraDiTConfig, device: torch.device) -> SoraDiT:
-    """In bf16 on a GPU and fp32 on a CPU. Every weight is random: gates of zero would hide what the blocks do."""
+def random_model(config: SoraDiTConfig, device: torch.device, dtype: torch.dtype | None = None) -> SoraDiT:
+    """dtype: None: bf16 on a GPU, fp32 on a CPU. All weights are random: gates of 0 would hide what the blocks do."""
     torch.manual_seed(0)
-    model = SoraDiT(config).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = SoraDiT(config).to(device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return model.requires_grad_(False).eval()

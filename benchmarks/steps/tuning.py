@@ -28,7 +28,7 @@ def step(device: torch.device, *, seconds: float, dry: bool) -> Callable[[str], 
     def do(title: str) -> list[dict[str, Any]]:
         start_afresh()
         item = known[title]
-        case, candidates = _case(item, device, dry), _candidates(item, device)
+        case, candidates = case_of(item, device, dry=dry), candidates_of(item, device)
         if not seconds:
             return _warmed(case, item, candidates, device)
         return _tried(case, item, candidates[: 2 if dry else None], device, seconds)
@@ -36,12 +36,13 @@ def step(device: torch.device, *, seconds: float, dry: bool) -> Callable[[str], 
     return do
 
 
-def _case(item: Item, device: torch.device, dry: bool) -> Case:
+def case_of(item: Item, device: torch.device, dtype: torch.dtype | None = None, *, dry: bool = False) -> Case:
+    """What an item's candidates are timed on. dtype: as for `Plan.build`."""
     heads, pack = (1, "tiny") if dry else (16, "32k ragged")
-    return Plan("packed_attention", Model(heads * item.head_dim, heads), pack, KINDS[item.mask]).build(device)
+    return Plan("packed_attention", Model(heads * item.head_dim, heads), pack, KINDS[item.mask]).build(device, dtype)
 
 
-def _candidates(item: Item, device: torch.device) -> list[Numbers]:
+def candidates_of(item: Item, device: torch.device) -> list[Numbers]:
     """The present one first."""
     present = config.block_sizes(item.kernel, torch.bfloat16, item.head_dim, target_arch(device), item.mask)
     # What the candidates do not say has its default.

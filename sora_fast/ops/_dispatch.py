@@ -76,7 +76,8 @@ def choose(
     chosen, refused = _decide(op, backend, asked, device, offered, dtype, kernels_run, _records.epoch())
     record = _calls.get((op, chosen)) or _calls.setdefault((op, chosen), _Record())
     record.count += 1
-    record.refused.update(refused)
+    if refused:
+        record.refused.update(refused)
     return chosen
 
 

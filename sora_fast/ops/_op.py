@@ -21,6 +21,15 @@ from torch.nn import Parameter
 _TENSORS = frozenset((Tensor, Parameter))
 _NUMBERS = frozenset((str, float, int, bool, type(None)))
 _LISTED = _TENSORS | _NUMBERS
+# Looked up once, since they are asked in every call. For every tensor: whether it stands for a batch of others
+# (torch.autograd.grad's is_grads_batched), or for one that is traced.
+_is_batch, _is_traced = torch._C._functorch.is_legacy_batchedtensor, torch._is_functional_tensor
+_num_modes, _has_function_mode = torch._C._len_torch_dispatch_stack, torch._C._is_torch_function_mode_enabled
+_transform, _is_profiling, _is_tracing = (
+    torch._C._functorch.peek_interpreter_stack,
+    torch.autograd._profiler_enabled,
+    torch._C._is_tracing,
+)
 
 
 class Op:
@@ -80,13 +89,7 @@ def kernels(name: str) -> ModuleType:
 
 def _is_watched() -> bool:
     """Whether anybody looks at the ops that this thread calls, or makes other ops of them."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
-        or torch._C._is_tracing()
-    )
+    return _num_modes() > 0 or _has_function_mode() or _transform() is not None or _is_profiling() or _is_tracing()
 
 
 def _are_plain(args: tuple[Any, ...]) -> bool:
@@ -94,7 +97,7 @@ def _are_plain(args: tuple[Any, ...]) -> bool:
     for arg in args:
         kind = type(arg)
         if kind in _TENSORS:
-            if arg.is_meta or arg.is_neg() or arg._is_zerotensor() or _is_wrapped(arg):
+            if arg.is_meta or arg.is_neg() or arg._is_zerotensor() or _is_batch(arg) or _is_traced(arg):
                 return False
         elif kind is list:
             if not _LISTED.issuperset(map(type, arg)):
@@ -102,11 +105,6 @@ def _are_plain(args: tuple[Any, ...]) -> bool:
         elif kind not in _NUMBERS:
             return False
     return True
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether it stands for a batch of others (torch.autograd.grad's is_grads_batched), or for one that is traced."""
-    return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._is_functional_tensor(tensor)
 
 
 def _untraced(run: Callable[..., Any]) -> Callable[..., Any]:

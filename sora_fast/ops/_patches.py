@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_fast.ops._checks import check_device, check_dtype, check_shape, may_read
+from sora_fast.ops._checks import check_device, check_dtype, check_layout, check_shape, may_read, once
 from sora_fast.packing import PackedLayout
 
 PatchSize = tuple[int, int, int]
@@ -38,9 +38,8 @@ def geometry(
     offsets: Tensor, shapes: Tensor, layout: PackedLayout, patch_size: PatchSize
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
     """What the custom ops take of them. The kernels read these at stride 1: nothing is copied where they are so."""
-    tensors = (offsets, shapes, layout.segment_ids, layout.coords)
-    offsets, shapes, segment_ids, coords = (tensor.contiguous() for tensor in tensors)
-    return offsets, shapes, segment_ids, coords, list(patch_size)
+    segment_ids, coords = layout.segment_ids.contiguous(), layout.coords.contiguous()
+    return offsets.contiguous(), shapes.contiguous(), segment_ids, coords, list(patch_size)
 
 
 def check_patch_size(patch_size: PatchSize) -> None:
@@ -51,13 +50,12 @@ def check_patch_size(patch_size: PatchSize) -> None:
 
 
 def check_grids(shapes: Tensor, layout: PackedLayout, patch_size: PatchSize) -> None:
-    """Raise ValueError unless the layout's grids are the videos' sizes divided by the patch, rounded up.
+    """Raise ValueError or TypeError unless each is one, and the layout's grids are the videos' sizes divided by the
+    patch, rounded up.
 
     The values are only looked at where `may_read` allows it.
     """
-    check_shape("shapes", shapes, [layout.max_segments, 4])
-    check_dtype("shapes", shapes, [torch.int32, torch.int64])
-    check_device("shapes", shapes, "the layout", layout.device)
+    _check_each(shapes, layout, patch_size)
     if not may_read(shapes):
         return
     # By numpy: a few numbers, for which PyTorch takes several times as long.
@@ -68,3 +66,12 @@ def check_grids(shapes: Tensor, layout: PackedLayout, patch_size: PatchSize) -> 
             f"layout: segment {place} has the grid {tuple(layout.grids[place].tolist())}, but its video "
             f"(C, T, H, W) = {tuple(shapes[place].tolist())} in patches of {tuple(patch_size)} has another"
         )
+
+
+@once
+def _check_each(shapes: Tensor, layout: PackedLayout, patch_size: PatchSize) -> None:
+    check_patch_size(patch_size)
+    check_layout(layout)
+    check_shape("shapes", shapes, [layout.max_segments, 4])
+    check_dtype("shapes", shapes, [torch.int32, torch.int64])
+    check_device("shapes", shapes, "the layout", layout.device)

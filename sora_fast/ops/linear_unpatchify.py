@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from sora_fast.ops import _patches_torch
-from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape, once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
-from sora_fast.ops._op import op
+from sora_fast.ops._op import kernels, op
 from sora_fast.ops._patches import PatchSize, check_patch_size, geometry
 from sora_fast.ops.unpatchify import _unpatchify_backward, channels_of, unpatchify, videos_of
 from sora_fast.packing import PackedLayout, RaggedLatents
@@ -33,13 +33,13 @@ def linear_unpatchify(
     layout, patch_size, shapes, capacity, and what is returned: as in `unpatchify`.
     Differentiable in x, weight and bias; the gradients are those of two plain products.
     """
-    check_patch_size(patch_size)
-    _check(x, weight, bias, layout)
+    _check(x, weight, bias, layout, patch_size)
     channels = channels_of("weight rows", weight.shape[0], patch_size)
-    if choose("linear_unpatchify", backend, x.device, offered(x), x.dtype) == "torch":
+    chosen = choose("linear_unpatchify", backend, x.device, offered(x), x.dtype)
+    if chosen == "torch":
         rows = _patches_torch.linear(x, weight, bias, layout)
         return unpatchify(rows, layout, patch_size, shapes, capacity=capacity, backend=backend)
-    offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity)
+    offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity, backend=chosen)
     places = geometry(offsets, shapes, layout, patch_size)
     return RaggedLatents(_linear_unpatchify(x, weight, bias, *places, capacity), offsets, shapes)
 
@@ -56,11 +56,8 @@ def _linear_unpatchify(
     patch_size: list[int],
     capacity: int,
 ) -> Tensor:
-    from sora_fast.kernels._patches import Patches
-    from sora_fast.kernels.linear_unpatchify import scatter_product
-
-    patches = Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
-    return scatter_product(x, weight, bias, patches, capacity, channel_last=True)
+    patches = kernels("_patches").Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
+    return kernels("linear_unpatchify").scatter_product(x, weight, bias, patches, capacity, channel_last=True)
 
 
 @_linear_unpatchify.register_fake
@@ -87,7 +84,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _linear_unpatchify.register_autograd(_backward, setup_context=_save)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, layout: PackedLayout) -> None:
+@once
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, layout: PackedLayout, patch_size: PatchSize) -> None:
+    check_patch_size(patch_size)
     check_layout(layout)
     check_shape("x", x, [layout.capacity, "C"])
     check_dtype("x", x, FLOAT_DTYPES)

@@ -55,10 +55,7 @@ def packed_attention(
     _check(q, k, v, layout, mask, kv_layout)
     if isinstance(mask, TileSchedule):
         _check_batch(mask, layout, kv_layout)
-    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
-    if not isinstance(scale, Real) or not math.isfinite(scale):
-        raise ValueError(f"scale: {scale!r}; it must be a finite number")
-    scale = float(scale)
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else _checked(scale)
     schedule = mask if isinstance(mask, TileSchedule) else TileSchedule.build(layout, mask, kv_layout=kv_layout)
     cross = kv_layout is not None
     others = peers.offered(q, k, schedule, cross=cross, lse=return_lse, deterministic=deterministic)
@@ -72,6 +69,12 @@ def packed_attention(
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
     out, lse = attend(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule), scale, deterministic)
     return (out, lse.transpose(0, 1)) if return_lse else out
+
+
+def _checked(scale: float) -> float:
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise ValueError(f"scale: {scale!r}; it must be a finite number")
+    return float(scale)
 
 
 # What tiles meet, and how pairs of tokens are tested: in ranges of tokens, all pairs of a segment, those of the past by
@@ -158,9 +161,8 @@ def _triton_attention(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    by_query, _, boxes = _walks(schedule, kind)
     options = {"tile_sizes": tuple(tile_sizes), "scale": scale, "causal": kind in _BY_RASTER}
-    return kernels("packed_attention").forward(q, k, v, by_query, boxes, **options)
+    return kernels("packed_attention").forward(q, k, v, _walk(schedule, 0), _boxes(schedule, kind), **options)
 
 
 @op("sora_fast::packed_attention_backward")
@@ -181,21 +183,22 @@ def _triton_attention_backward(
 ) -> list[Tensor]:
     from sora_fast.kernels.packed_attention_backward import backward
 
-    walks = _walks(schedule, kind)
+    walks = _walk(schedule, 0), _walk(schedule, 1), _boxes(schedule, kind)
     # The gradient of a transposed or summed logsumexp comes in any strides, expanded ones too.
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     options = {"tile_sizes": tuple(tile_sizes), "scale": scale, "causal": kind in _BY_RASTER}
     return backward(grad_out, grad_lse, q, k, v, out, lse, *walks, **options, keys=keys, deterministic=deterministic)
 
 
-def _walks(schedule: list[Tensor], kind: int) -> tuple[Any, Any, Any]:
-    walks = kernels("_attention_walk")
-    _, _, query_tiles, key_tiles, *boxes = schedule[:8]
-    sides = schedule[8:]
+def _walk(schedule: list[Tensor], side: int) -> Any:
+    """From queries to keys (0), or from keys to queries (1)."""
+    tiles, sides = schedule[2:4], schedule[8:]
     half = len(sides) // 2
-    by_query = walks.Walk(query_tiles, key_tiles, *sides[:half])
-    by_key = walks.Walk(key_tiles, query_tiles, *sides[half:])
-    return by_query, by_key, None if kind == _FULL else walks.Boxes(*boxes)
+    return kernels("_attention_walk").Walk(tiles[side], tiles[1 - side], *sides[side * half :][:half])
+
+
+def _boxes(schedule: list[Tensor], kind: int) -> Any:
+    return None if kind == _FULL else kernels("_attention_walk").Boxes(*schedule[4:8])
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sora_fast.ops import _patches_torch
-from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape, may_read
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape, may_read, once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered, parts, widened
-from sora_fast.ops._op import op
-from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry
+from sora_fast.ops._op import kernels, op
+from sora_fast.ops._patches import PatchSize, check_grids, geometry
 from sora_fast.packing import PackedLayout, RaggedLatents, RowIndex
 
 
@@ -77,14 +77,14 @@ def patch_embed(
     All of one dtype (bf16, fp16, fp32; fp64 on the torch backend). Returns [N, width] in it; zeros for padding.
     Differentiable in latents.flat, weight, bias and position.
     """
-    check_patch_size(patch_size)
-    check_layout(layout)
     if not isinstance(latents, RaggedLatents):
         raise TypeError(f"latents: {type(latents).__name__}; it must be RaggedLatents")
     check_grids(latents.shapes, layout, patch_size)
-    _check_weights(latents, weight, bias, patch_size)
-    check_device("weight", weight, "the layout", layout.device)
-    _check_position(position, weight, layout)
+    # Its tensors: in every step of a sampler latents are another bundle of them.
+    _check(latents.flat, latents.offsets, weight, bias, layout, patch_size)
+    _check_videos(latents, weight, patch_size)
+    if position is not None:
+        _check_position(position, weight, layout)
     if choose("patch_embed", backend, weight.device, offered(weight), weight.dtype) == "torch":
         return _torch(latents, weight, bias, layout, patch_size, position)
     places = geometry(latents.offsets, latents.shapes, layout, patch_size)
@@ -137,11 +137,9 @@ def _patch_embed(
     coords: Tensor,
     patch_size: list[int],
 ) -> Tensor:
-    from sora_fast.kernels import patch_embed as kernels
-    from sora_fast.kernels._patches import Patches
-
-    patches = Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
-    return kernels.embed(flat, weight, bias, patches, kernels.Additive(table, tuple(table_rows)))
+    own = kernels("patch_embed")
+    patches = kernels("_patches").Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
+    return own.embed(flat, weight, bias, patches, own.Additive(table, tuple(table_rows)))
 
 
 @op("sora_fast::patch_embed_weight_gradient")
@@ -156,18 +154,13 @@ def _weight_gradient(
     num_pixels: int,
 ) -> Tensor:
     """[K + 1, width] fp32: the weight's gradient, transposed, then the bias's."""
-    from sora_fast.kernels import patch_embed as kernels
-    from sora_fast.kernels._patches import Patches
-
-    patches = Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
-    return kernels.weight_gradient(grad, flat, patches, num_pixels)
+    patches = kernels("_patches").Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
+    return kernels("patch_embed").weight_gradient(grad, flat, patches, num_pixels)
 
 
 @op("sora_fast::patch_embed_table_gradient")
 def _table_gradient(grad: Tensor, index: Tensor, offsets: Tensor, order: Tensor) -> Tensor:
-    from sora_fast.kernels.patch_embed import table_gradient
-
-    return table_gradient(grad, index, offsets, order)
+    return kernels("patch_embed").table_gradient(grad, index, offsets, order)
 
 
 @op("sora_fast::patch_embed_pixel_gradient")
@@ -181,11 +174,8 @@ def _pixel_gradient(
     patch_size: list[int],
     elements: int,
 ) -> Tensor:
-    from sora_fast.kernels._patches import Patches
-    from sora_fast.kernels.linear_unpatchify import scatter_product
-
-    patches = Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
-    return scatter_product(grad, weight.t(), None, patches, elements, channel_last=False)
+    patches = kernels("_patches").Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
+    return kernels("linear_unpatchify").scatter_product(grad, weight.t(), None, patches, elements, channel_last=False)
 
 
 @_patch_embed.register_fake
@@ -245,7 +235,15 @@ def _rows_taken(segment_ids: Tensor, coords: Tensor, table_rows: list[int]) -> R
 _patch_embed.register_autograd(_backward, setup_context=_save)
 
 
-def _check_weights(latents: RaggedLatents, weight: Tensor, bias: Tensor | None, patch_size: PatchSize) -> None:
+@once
+def _check(
+    flat: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: PackedLayout,
+    patch_size: PatchSize,
+) -> None:
     pixels = math.prod(patch_size)
     check_shape("weight", weight, ["width", f"Cin·{pixels}"])
     if weight.shape[1] % pixels or weight.numel() == 0:
@@ -253,33 +251,38 @@ def _check_weights(latents: RaggedLatents, weight: Tensor, bias: Tensor | None, 
             f"weight: shape {tuple(weight.shape)}; it must be [width, Cin·{pixels}] for patches of {tuple(patch_size)}"
         )
     check_dtype("weight", weight, FLOAT_DTYPES)
-    check_shape("latents.flat", latents.flat, ["elements"])
-    _check_like_weight("latents.flat", latents.flat, weight)
-    check_shape("latents.offsets", latents.offsets, [latents.max_segments + 1])
-    check_dtype("latents.offsets", latents.offsets, [torch.int64])
-    check_device("latents.offsets", latents.offsets, "weight", weight.device)
+    check_shape("latents.flat", flat, ["elements"])
+    _check_like_weight("latents.flat", flat, weight)
+    check_shape("latents.offsets", offsets, [layout.max_segments + 1])
+    check_dtype("latents.offsets", offsets, [torch.int64])
+    check_device("latents.offsets", offsets, "weight", weight.device)
     if bias is not None:
         check_shape("bias", bias, weight.shape[:1])
         _check_like_weight("bias", bias, weight)
-    if may_read(latents.shapes):
-        channels = weight.shape[1] // pixels
-        others = {shape[0] for shape in latents.shapes.tolist() if math.prod(shape[1:])} - {channels}
-        if others:
-            raise ValueError(
-                f"latents: a video of {others.pop()} channels, but weight {tuple(weight.shape)} takes {channels}"
-            )
-        if latents.offsets[-1] > latents.flat.shape[0]:
-            raise ValueError(
-                f"latents.flat: {latents.flat.shape[0]} elements, but the videos have {int(latents.offsets[-1])}"
-            )
+    check_device("weight", weight, "the layout", layout.device)
 
 
-def _check_position(position: Position, weight: Tensor, layout: PackedLayout) -> None:
+def _check_videos(latents: RaggedLatents, weight: Tensor, patch_size: PatchSize) -> None:
+    """Their channels and their elements, where looking costs nothing."""
+    if not may_read(latents.shapes):
+        return
+    channels = weight.shape[1] // math.prod(patch_size)
+    others = {shape[0] for shape in latents.shapes.tolist() if math.prod(shape[1:])} - {channels}
+    if others:
+        raise ValueError(
+            f"latents: a video of {others.pop()} channels, but weight {tuple(weight.shape)} takes {channels}"
+        )
+    if latents.offsets[-1] > latents.flat.shape[0]:
+        raise ValueError(
+            f"latents.flat: {latents.flat.shape[0]} elements, but the videos have {int(latents.offsets[-1])}"
+        )
+
+
+def _check_position(position: Tensor | FactorisedPosition, weight: Tensor, layout: PackedLayout) -> None:
     width = weight.shape[0]
     if not isinstance(position, FactorisedPosition):
-        if position is not None:
-            check_shape("position", position, [layout.capacity, width])
-            _check_like_weight("position", position, weight)
+        check_shape("position", position, [layout.capacity, width])
+        _check_like_weight("position", position, weight)
         return
     for axis, table in enumerate(position.tables):
         if table is None:

@@ -130,7 +130,8 @@ def qk_norm_rope(
     Differentiable in q, k and both weights.
     """
     _check(q, k, q_weight, k_weight, layout, rope, eps)
-    _check_segment_scale(segment_scale, layout, rope)
+    if segment_scale is not None:
+        _check_segment_scale(segment_scale, layout, rope)
     rotation = (_rotation if torch.compiler.is_compiling() else _kept_rotation)(rope, q.shape[2])
     grids = layout.grids if any(rotation.extent) else None
     if choose("qk_norm_rope", backend, q.device, offered(q), q.dtype) == "torch":
@@ -138,12 +139,7 @@ def qk_norm_rope(
         turns = None if rope is None else _turns(*places, *rotation)
         shared = (layout.segment_ids, turns, rotation.interleaved, eps)
         return _NormRope.apply(q, q_weight, *shared), _NormRope.apply(k, k_weight, *shared)
-    places = (
-        layout.segment_ids.contiguous(),
-        layout.coords.contiguous(),
-        contiguous(grids),
-        contiguous(segment_scale),
-    )
+    places = layout.segment_ids.contiguous(), layout.coords.contiguous(), contiguous(grids), contiguous(segment_scale)
     return _qk_norm_rope(q, k, q_weight, k_weight, *places, *rotation, eps)
 
 
@@ -310,7 +306,7 @@ def _qk_norm_rope(
     own = kernels("qk_norm_rope")
     places = own.Places.of(coords, grids, segment_scale)
     options = tuple(split), theta, tuple(scale), tuple(extent), ntk, interleaved
-    rotation = _kernel_rotation(*options, scaled=segment_scale is not None)
+    rotation = _kernel_rotation(*options, segment_scale is not None)
     return own.forward(own.Heads(q, k, q_weight, k_weight), segment_ids, places, rotation, eps)
 
 
@@ -339,7 +335,7 @@ def _qk_norm_rope_backward(
     heads = own.Heads(q, k, q_weight, k_weight)
     places = own.Places.of(coords, grids, segment_scale)
     options = tuple(split), theta, tuple(scale), tuple(extent), ntk, interleaved
-    rotation = _kernel_rotation(*options, scaled=segment_scale is not None)
+    rotation = _kernel_rotation(*options, segment_scale is not None)
     return own.backward((dq, dk), heads, segment_ids, places, rotation, eps, weights=weights)
 
 
@@ -402,9 +398,7 @@ def _check(
     check_eps(eps)
 
 
-def _check_segment_scale(scale: Tensor | None, layout: PackedLayout, rope: Rope3D | None) -> None:
-    if scale is None:
-        return
+def _check_segment_scale(scale: Tensor, layout: PackedLayout, rope: Rope3D | None) -> None:
     if rope is None:
         raise ValueError("segment_scale: given without a rope; it must be None, since nothing turns")
     check_shape("segment_scale", scale, [layout.max_segments, 3])

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sora_fast.ops import _patches_torch
-from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape, may_read
+from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape, may_read, once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import offered
-from sora_fast.ops._op import op
+from sora_fast.ops._op import kernels, op
 from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry
 from sora_fast.packing import PackedLayout, RaggedLatents
 
@@ -33,18 +33,18 @@ def unpatchify(
     Returns RaggedLatents in the dtype of tokens. What lies beyond a video's edge is cropped; the pixels of dropped
     tokens, and the buffer past the last video, are zeros. Differentiable in tokens.
     """
-    check_patch_size(patch_size)
-    check_layout(layout)
-    check_shape("tokens", tokens, [layout.capacity, f"{math.prod(patch_size)}·Cout"])
-    check_dtype("tokens", tokens, FLOAT_DTYPES)
-    check_device("tokens", tokens, "the layout", layout.device)
+    _check(tokens, layout, patch_size)
     channels = channels_of("tokens columns", tokens.shape[1], patch_size)
-    offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity)
-    if choose("unpatchify", backend, tokens.device, offered(tokens), tokens.dtype) == "torch":
+    chosen = choose("unpatchify", backend, tokens.device, offered(tokens), tokens.dtype)
+    offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity, backend=chosen)
+    if chosen == "torch":
         flat = _patches_torch.put(tokens, offsets, shapes, layout, patch_size, capacity)
     else:
         flat = _unpatchify(tokens, *geometry(offsets, shapes, layout, patch_size), capacity)
     return RaggedLatents(flat, offsets, shapes)
+
+
+_INTEGERS = (int, torch.SymInt, np.integer)  # not a union, which would be made anew in every call
 
 
 def channels_of(what: str, count: int, patch_size: PatchSize) -> int:
@@ -63,28 +63,48 @@ def videos_of(
     patch_size: PatchSize,
     shapes: Tensor | RaggedLatents,
     capacity: int | None,
+    *,
+    backend: str,
 ) -> tuple[Tensor, Tensor, int]:
     """Offsets, shapes and capacity of videos of so many channels; shapes, capacity: as in `unpatchify`.
 
-    Made without waiting for the device. ValueError if they do not fit the layout, or each other.
+    backend: the chosen one. Made without waiting for the device. ValueError if they do not fit the layout, or each
+    other.
     """
-    if not isinstance(shapes, Tensor | RaggedLatents):
-        raise TypeError(f"shapes: {type(shapes).__name__}; it must be a tensor [S, 4], or RaggedLatents")
     if isinstance(shapes, RaggedLatents):
         capacity = shapes.flat.numel() if capacity is None else capacity
         shapes = shapes.shapes
+    if not isinstance(shapes, Tensor):
+        raise TypeError(f"shapes: {type(shapes).__name__}; it must be a tensor [S, 4], or RaggedLatents")
     if capacity is None:
         raise ValueError("capacity: None; it must be given when shapes is a tensor")
-    if not isinstance(capacity, int | torch.SymInt | np.integer):
+    if not isinstance(capacity, _INTEGERS):
         raise TypeError(f"capacity: {type(capacity).__name__}; it must be an int")
     check_grids(shapes, layout, patch_size)
+    if may_read(shapes):
+        needed = channels * int(shapes[:, 1:].numpy().prod(axis=1, dtype=np.int64).sum())
+        if needed > capacity:
+            raise ValueError(f"capacity: {capacity} elements, but the videos have {needed}")
+    offsets, shapes = (_plain_videos if backend == "torch" else _videos)(shapes, channels)
+    return offsets, shapes, capacity
+
+
+def _plain_videos(shapes: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     sizes = shapes[:, 1:]
     pixels = sizes.prod(dim=1, dtype=torch.int64)
     offsets = torch.cat([pixels.new_zeros(1), (pixels * channels).cumsum(0)])
-    if may_read(offsets) and offsets[-1] > capacity:
-        raise ValueError(f"capacity: {capacity} elements, but the videos have {int(offsets[-1])}")
     channel = ((pixels > 0) * channels).to(shapes.dtype)
-    return offsets, torch.cat([channel[:, None], sizes], dim=1), capacity
+    return offsets, torch.cat([channel[:, None], sizes], dim=1)
+
+
+@op("sora_fast::videos")
+def _videos(shapes: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    return kernels("_patches").videos(shapes, channels)
+
+
+@_videos.register_fake
+def _(shapes: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    return shapes.new_empty(shapes.shape[0] + 1, dtype=torch.int64), shapes.new_empty(shapes.shape)
 
 
 @op("sora_fast::unpatchify")
@@ -97,10 +117,8 @@ def _unpatchify(
     patch_size: list[int],
     capacity: int,
 ) -> Tensor:
-    from sora_fast.kernels import unpatchify as kernels
-    from sora_fast.kernels._patches import Patches
-
-    return kernels.scatter(tokens, Patches(offsets, shapes, segment_ids, coords, tuple(patch_size)), capacity)
+    patches = kernels("_patches").Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
+    return kernels("unpatchify").scatter(tokens, patches, capacity)
 
 
 @op("sora_fast::unpatchify_backward")
@@ -113,10 +131,8 @@ def _unpatchify_backward(
     patch_size: list[int],
     num_pixels: int,
 ) -> Tensor:
-    from sora_fast.kernels import unpatchify as kernels
-    from sora_fast.kernels._patches import Patches
-
-    return kernels.gather(flat, Patches(offsets, shapes, segment_ids, coords, tuple(patch_size)), num_pixels)
+    patches = kernels("_patches").Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
+    return kernels("unpatchify").gather(flat, patches, num_pixels)
 
 
 @_unpatchify.register_fake
@@ -140,3 +156,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _unpatchify.register_autograd(_backward, setup_context=_save)
+
+
+@once
+def _check(tokens: Tensor, layout: PackedLayout, patch_size: PatchSize) -> None:
+    check_patch_size(patch_size)
+    check_layout(layout)
+    check_shape("tokens", tokens, [layout.capacity, f"{math.prod(patch_size)}·Cout"])
+    check_dtype("tokens", tokens, FLOAT_DTYPES)
+    check_device("tokens", tokens, "the layout", layout.device)

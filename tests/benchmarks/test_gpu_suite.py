@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_suite, phases, session, suite, tune
+from benchmarks import gpu_suite, phases, session, suite, travelling, tune
 from benchmarks._checkout import ROOT
 from benchmarks.rows import Row
 from benchmarks.suite import DRY
 from benchmarks.timing import Timing
 from sora_fast.ops._records import BY_CASES, Machine, read_list
 from sora_fast.proof.children import NO_TIME, Limits, Verdict
+from tests.benchmarks.triton_cache import keep
 
 MACHINE = Machine("sm_90", "580.1", "2.11", "3.6.0", "0.1.0")
 ENVIRONMENT = {"commit": "c0ffee", "device": "NVIDIA H100", "date": "2026-01-01T00:00:00+00:00"}
@@ -174,6 +175,32 @@ def test_one_process_at_a_time_is_timed_and_all_have_a_hard_end(call: Caller) ->
     assert all(limit.plan < 60 for limit in limits if limit.workers == 1)
     assert all(limit.plan < limit.total + 5 and limit.silence < 60 for limit in limits)
     assert {task[3]["TRITON_INTERPRET"] for tasks in children.calls for task in tasks} == {"0"}
+
+
+def test_kernels_compiled_elsewhere_are_found_by_every_process(
+    call: Caller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "the user's")
+    keep(tmp_path / "compiled" / "KERNEL", 90)
+    packed = tmp_path / "packed"
+    travelling.pack(tmp_path / "compiled", packed, target="sm_90")
+
+    def folders(done: Call, children: Children) -> list[str]:
+        assert done.code == 0, done.printed
+        return [task[3]["TRITON_CACHE_DIR"] for tasks in children.calls for task in tasks]
+
+    children = Children()
+    done = call(children, "--cache", str(packed))
+    assert f"1 compiled kernels of {packed}" in done.printed
+    first, *others = folders(done, children)
+    assert first == "the user's" and len(set(others)) == 1 and others[0].endswith("/triton"), "unknown before versions"
+
+    travelling.pack(tmp_path / "compiled", packed, target="sm_100")
+    children = Children()
+    done = call(children, "--cache", str(packed))
+    assert "--cache is not used, every kernel is compiled here: " in done.printed
+    assert "target sm_100, here sm_90" in done.printed
+    assert set(folders(done, children)) == {"the user's"}
 
 
 def test_winners_are_used_and_proved_before_they_are_validated(call: Caller) -> None:

@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sora_fast import use_backend
 from sora_fast.kernels._attention_config import block_sizes
-from sora_fast.kernels._attention_operands import describable
+from sora_fast.kernels._attention_operands import Head, describable
 from sora_fast.kernels._attention_walk import item_of, slot_and_head
 from sora_fast.kernels._launch import recording
 from sora_fast.masks import SpacetimeMask
@@ -151,3 +152,24 @@ def test_a_gradient_that_descriptors_cannot_read_is_read_by_pointers() -> None:
         torch.autograd.grad(out.sum(), (q, k, v))  # ones, expanded
     described = [meta["BLOCKING"].described for _, _, meta in recorder.launches if "BLOCKING" in meta]
     assert described == [True, True, False]  # forward, dQ (of k and v), dK and dV
+
+
+@pytest.mark.parametrize("dim", [64, 72])
+def test_descriptors_are_those_that_triton_makes(dim: int) -> None:
+    """Ours are not checked by it one by one."""
+    x, y = torch.zeros(2, 40, 3, 2, 80, dtype=torch.bfloat16)[..., 1, :dim]
+    head = Head.of(x, y)
+    made = head.descriptors((x, y), 32, wanted=True)
+    columns = (64, head.rest)
+    wanted = [
+        TensorDescriptor(z, [3, 40, dim], [160, 480, 1], [1, 32, width]) if width else None
+        for z in (x, y)
+        for width in columns
+    ]
+    assert len(made) == len(wanted) == 4
+    for own, triton_s in zip(made, wanted, strict=True):
+        assert type(own) is type(triton_s)
+        if own is not None:
+            assert own.base is triton_s.base
+            assert {**vars(own), "base": 0} == {**vars(triton_s), "base": 0}
+    assert head.descriptors((x, y), 32, wanted=False) == [None] * 4

@@ -33,6 +33,7 @@ def check(made: list[tuple]):
         ((torch.ones(2, 3),), (torch.nn.Parameter(torch.ones(2, 3)),)),
         ((torch.ones(2, 3), "layer"), (torch.ones(2, 3), "layer")),
         ((torch.ones(2, 3), 1e-6), (torch.ones(2, 3), 1e-6)),
+        ((torch.ones(2, 3), (1, 2, 2)), (torch.ones(2, 3), (1, 2, 2))),
     ],
 )
 def test_a_check_is_made_once_for_arguments_alike(first: tuple, later: tuple, check, made: list[tuple]) -> None:
@@ -51,6 +52,9 @@ def test_what_differs_is_checked(check, made: list[tuple]) -> None:
         (x, 1),
         (x, True),
         (x, 1.0),
+        (x, (1, 2)),
+        (x, (1, 2.0)),  # equals it, and is no patch
+        (x, (True, 2)),
         (x, x),
         (x, []),
     ]
