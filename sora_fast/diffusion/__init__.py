@@ -5,7 +5,8 @@ from sora_fast.diffusion.guidance import Guided
 from sora_fast.diffusion.losses import training_loss
 from sora_fast.diffusion.noise import noise_like
 from sora_fast.diffusion.paths import DDPM, NoisePath, RectifiedFlow
-from sora_fast.diffusion.samplers import DDIM, Ancestral, DPMSolver2M, Euler, Heun, Sampler, sample
+from sora_fast.diffusion.samplers import DDIM, Ancestral, DPMSolver2M, Euler, Heun, Sampler
+from sora_fast.diffusion.sampling import sample
 
 __all__ = [
     "DDIM",

@@ -42,8 +42,14 @@ class NoisePath(ABC):
         return torch.ones_like(sigma)
 
     @abstractmethod
+    def denoising(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What turns a prediction at x into clean data and noise, both linear in the two: (c, d, e, f), with the shape
+        and dtype of `sigma`, of clean = c·x + d·prediction and noise = e·x + f·prediction."""
+
     def denoise(self, x: Tensor, prediction: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(clean, noise) that the prediction at `x` amounts to."""
+        c, d, e, f = self.denoising(sigma)
+        return c * x + d * prediction, e * x + f * prediction
 
     def add_noise(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """The state at `sigma` between `clean` and `noise`."""
@@ -110,11 +116,13 @@ class RectifiedFlow(NoisePath):
             return torch.ones_like(sigma)
         return sigma.clamp(min=self.least_sigma) ** -2
 
-    def denoise(self, x: Tensor, prediction: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def denoising(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        one = torch.ones_like(sigma)
         if self.prediction == "clean":
             # At σ = 0 the noise cannot be told from x, and nothing asks for it: only that it is finite.
-            return prediction, (x - (1 - sigma) * prediction) / sigma.clamp(min=torch.finfo(sigma.dtype).eps)
-        return x - sigma * prediction, x + (1 - sigma) * prediction
+            least = sigma.clamp(min=torch.finfo(sigma.dtype).eps)
+            return 0 * one, one, 1 / least, (sigma - 1) / least
+        return one, -sigma, one, 1 - sigma
 
 
 @dataclass(frozen=True)
@@ -192,11 +200,11 @@ class DDPM(NoisePath):
         a, b = self.coefficients(sigma)
         return a * noise - b * clean
 
-    def denoise(self, x: Tensor, prediction: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def denoising(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         a, b = self.coefficients(sigma)
         if self.prediction == "epsilon":
-            return (x - b * prediction) / a, prediction
-        return a * x - b * prediction, b * x + a * prediction
+            return 1 / a, -b / a, torch.zeros_like(a), torch.ones_like(a)
+        return a, -b, b, a
 
     def posterior(self, sigma: Tensor, sigma_next: Tensor) -> "Posterior":
         """q(x at sigma_next | x at sigma, clean) for 0 ≤ sigma_next < sigma; every field has the shape of sigma."""

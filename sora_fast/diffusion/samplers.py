@@ -1,76 +1,90 @@
-"""From noise to data: one driver, and the step of each sampler.
+"""The step of each sampler, from one noise level per segment to the next lower one.
 
-A step moves a pack from one noise level per segment to the next lower one. Clean pixels are put back before every call
-of the model and at the end, so they return bit for bit.
+What a step needs to know of the levels is a few numbers a segment: `numbers` makes those of all steps at once, in
+float64, so that the step itself is a call of the model and some sums of products.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from sora_fast.diffusion.losses import split_output
-from sora_fast.diffusion.noise import Generators, noise_like
 from sora_fast.diffusion.paths import DDPM, NoisePath, RectifiedFlow
-from sora_fast.diffusion.pixels import PatchSize, pixel_segments, spread, token_to_pixels
-from sora_fast.diffusion.scheduled import scheduled
-from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
-
-Denoiser = Callable[[RaggedLatents, PackedLayout, Conditioning], RaggedLatents]
 
 
-@dataclass(frozen=True, eq=False)
-class Prediction:
-    """What the model says about a state: clean data and noise [P], and the raw variance [P] if it learned one."""
+class Prediction(NamedTuple):
+    """What the model says about a state: the path's target [P], and the raw variance [P] if it learned one."""
 
-    clean: Tensor
-    noise: Tensor
-    variance: Tensor | None
+    target: Tensor
+    variance: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """What a sampler's step may use: the path, the model at any state and level, and fresh noise."""
+class Predict(Protocol):
+    """The model at a state [P] that is at the step's own level; ahead=1: at the next one."""
 
-    path: NoisePath
-    predict: Callable[[Tensor, Tensor], Prediction]
-    spread: Callable[[Tensor], Tensor]
-    fresh_noise: Callable[[], Tensor]
-
-    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The path's coefficients at the segments' levels [S], for every pixel."""
-        a, b = self.path.coefficients(sigma)
-        return self.spread(a), self.spread(b)
+    def __call__(self, x: Tensor, *, ahead: int = 0) -> Prediction: ...
 
 
 class Sampler(ABC):
-    """One way of stepping down the noise levels."""
+    """One way of stepping down the noise levels. It calls the model at the levels of the steps and at no others."""
 
     paths: ClassVar[tuple[type[NoisePath], ...]] = (RectifiedFlow, DDPM)
     spacing: ClassVar[str] = "trailing"
+    looks_ahead: ClassVar[bool] = False
+    """Whether a step also calls the model at the level that it leads to."""
+
+    @abstractmethod
+    def numbers(self, path: NoisePath, sigmas: Tensor) -> Tensor:
+        """What every step needs to know: [K, n, S] float64, of the levels [K + 1, S] float64, which end with 0 for a
+        segment that is done; what stands in its later steps is not used."""
 
     @abstractmethod
     def step(
-        self, problem: Problem, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Any, *, last: bool
-    ) -> tuple[Tensor, Any]:
-        """The state [P] at `sigma_next` [S] from that at `sigma` [S], and what the next step gets as `memory` (None at
-        the first). last: sigma_next is 0."""
+        self,
+        x: Tensor,
+        numbers: Tensor,
+        predict: Predict,
+        memory: Tensor | None,
+        *,
+        last: bool,
+        fresh_noise: Callable[[], Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """The state [P] at the next level, and what the following step gets as `memory` [P] (None at the first).
+
+        numbers: this step's, [n, P] or [n, 1]. last: it is the last one for every segment. fresh_noise: [P], normal.
+        """
+
+
+class _Linear(Sampler):
+    """A step to a sum of the state and of one prediction there."""
+
+    def step(
+        self,
+        x: Tensor,
+        numbers: Tensor,
+        predict: Predict,
+        memory: Tensor | None,
+        *,
+        last: bool,
+        fresh_noise: Callable[[], Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        of_x, of_target = numbers
+        return of_x * x + of_target * predict(x).target, None
 
 
 @dataclass(frozen=True)
-class Euler(Sampler):
+class Euler(_Linear):
     """dx/dσ = velocity, first order: one call of the model a step."""
 
     paths = (RectifiedFlow,)
 
-    def step(
-        self, problem: Problem, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Any, *, last: bool
-    ) -> tuple[Tensor, Any]:
-        at = problem.predict(x, sigma)
-        return x + problem.spread(sigma_next - sigma) * (at.noise - at.clean), None
+    def numbers(self, path: NoisePath, sigmas: Tensor) -> Tensor:
+        of_x, of_target = _velocity(path, sigmas[:-1])
+        change = sigmas.diff(dim=0)
+        return torch.stack([1 + change * of_x, change * of_target], dim=1)
 
 
 @dataclass(frozen=True)
@@ -79,29 +93,42 @@ class Heun(Sampler):
     models are not trained to see noise at σ = 0, where its second call would be."""
 
     paths = (RectifiedFlow,)
+    looks_ahead = True
+
+    def numbers(self, path: NoisePath, sigmas: Tensor) -> Tensor:
+        change, second = sigmas.diff(dim=0), 0.5 * (sigmas[1:] > 0)
+        here, there = _velocity(path, sigmas[:-1]), _velocity(path, sigmas[1:])
+        # No weight, where the second call says nothing: its factors may be huge.
+        there = [torch.where(second > 0, change * factor, 0) for factor in there]
+        return torch.stack([*(change * factor for factor in here), *there, second], dim=1)
 
     def step(
-        self, problem: Problem, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Any, *, last: bool
-    ) -> tuple[Tensor, Any]:
-        at = problem.predict(x, sigma)
-        slope = at.noise - at.clean
-        change = problem.spread(sigma_next - sigma)
+        self,
+        x: Tensor,
+        numbers: Tensor,
+        predict: Predict,
+        memory: Tensor | None,
+        *,
+        last: bool,
+        fresh_noise: Callable[[], Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        of_x, of_target, of_x_ahead, of_target_ahead, second = numbers
+        change = of_x * x + of_target * predict(x).target
         if not last:
-            ahead = problem.predict(x + change * slope, sigma_next)
-            slope = (slope + ahead.noise - ahead.clean) / 2
-        return x + change * slope, None
+            ahead = x + change
+            change_ahead = of_x_ahead * ahead + of_target_ahead * predict(ahead, ahead=1).target
+            change = change + second * (change_ahead - change)
+        return x + change, None
 
 
 @dataclass(frozen=True)
-class DDIM(Sampler):
+class DDIM(_Linear):
     """The predicted clean data and noise, mixed for the next level (arXiv 2010.02502, η = 0; trailing steps)."""
 
-    def step(
-        self, problem: Problem, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Any, *, last: bool
-    ) -> tuple[Tensor, Any]:
-        at = problem.predict(x, sigma)
-        a, b = problem.coefficients(sigma_next)
-        return a * at.clean + b * at.noise, None
+    def numbers(self, path: NoisePath, sigmas: Tensor) -> Tensor:
+        clean_x, clean_target, noise_x, noise_target = path.denoising(sigmas[:-1])
+        a, b = path.coefficients(sigmas[1:])
+        return torch.stack([a * clean_x + b * noise_x, a * clean_target + b * noise_target], dim=1)
 
 
 @dataclass(frozen=True)
@@ -111,22 +138,32 @@ class DPMSolver2M(Sampler):
     The first and the last step are first order: there is no history, and λ is infinite at σ = 0.
     """
 
-    def step(
-        self, problem: Problem, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Any, *, last: bool
-    ) -> tuple[Tensor, Any]:
-        at = problem.predict(x, sigma)
-        (a, b), (a_next, b_next) = problem.path.coefficients(sigma), problem.path.coefficients(sigma_next)
-        log_snr, estimate = a.log() - b.log(), at.clean
-        if memory is not None and not last:
-            clean_before, log_snr_before = memory
-            width = a_next.log() - b_next.log() - log_snr
-            # λ is −∞ where a path begins without any data: that step's history has no weight.
-            weight = width / (2 * (log_snr - log_snr_before))
-            estimate = estimate + problem.spread(weight) * (estimate - clean_before)
+    def numbers(self, path: NoisePath, sigmas: Tensor) -> Tensor:
+        a, b = path.coefficients(sigmas)
+        of_x, of_target = path.denoising(sigmas[:-1])[:2]
         # a'(e^−h − 1) in a form that stays finite at both ends.
-        kept = b_next / b
-        moved = problem.spread(kept) * x + problem.spread(a_next - a * kept) * estimate
-        return moved, (at.clean, log_snr)
+        kept = b[1:] / b[:-1]
+        moved = a[1:] - a[:-1] * kept
+        width = (a.log() - b.log()).diff(dim=0)
+        # λ is −∞ where a path begins without any data: that step's history has no weight.
+        weight = torch.zeros_like(width)
+        weight[1:] = torch.where(sigmas[2:] > 0, width[1:] / (2 * width[:-1]), 0)
+        return torch.stack([of_x, of_target, kept, moved, weight], dim=1)
+
+    def step(
+        self,
+        x: Tensor,
+        numbers: Tensor,
+        predict: Predict,
+        memory: Tensor | None,
+        *,
+        last: bool,
+        fresh_noise: Callable[[], Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        of_x, of_target, kept, moved, weight = numbers
+        clean = of_x * x + of_target * predict(x).target
+        estimate = clean if memory is None else clean + weight * (clean - memory)
+        return kept * x + moved * estimate, clean
 
 
 @dataclass(frozen=True)
@@ -137,100 +174,35 @@ class Ancestral(Sampler):
     paths = (DDPM,)
     spacing = "linspace"
 
+    def numbers(self, path: NoisePath, sigmas: Tensor) -> Tensor:
+        posterior = path.posterior(sigmas[:-1], sigmas[1:])
+        of_x, of_target = path.denoising(sigmas[:-1])[:2]
+        mean = posterior.clean * of_x + posterior.x, posterior.clean * of_target
+        noisy = (sigmas[1:] > 0).to(sigmas.dtype)  # the last step adds nothing
+        return torch.stack([*mean, posterior.log_variance, posterior.log_beta, noisy], dim=1)
+
     def step(
-        self, problem: Problem, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Any, *, last: bool
-    ) -> tuple[Tensor, Any]:
-        at = problem.predict(x, sigma)
-        posterior = problem.path.posterior(sigma, sigma_next)
-        mean = problem.spread(posterior.clean) * at.clean + problem.spread(posterior.x) * x
+        self,
+        x: Tensor,
+        numbers: Tensor,
+        predict: Predict,
+        memory: Tensor | None,
+        *,
+        last: bool,
+        fresh_noise: Callable[[], Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        of_x, of_target, log_variance, log_beta, noisy = numbers
+        at = predict(x)
+        mean = of_x * x + of_target * at.target
         if last:
             return mean, None
-        log_variance = problem.spread(posterior.log_variance)
         if at.variance is not None:
             share = (at.variance + 1) / 2
-            log_variance = share * problem.spread(posterior.log_beta) + (1 - share) * log_variance
-        return mean + (0.5 * log_variance).exp() * problem.fresh_noise(), None
+            log_variance = share * log_beta + (1 - share) * log_variance
+        return mean + noisy * (0.5 * log_variance).exp() * fresh_noise(), None
 
 
-@torch.no_grad()
-def sample(
-    model: Denoiser,
-    noise: RaggedLatents,
-    layout: PackedLayout,
-    path: NoisePath,
-    sampler: Sampler,
-    *,
-    steps: int,
-    patch_size: PatchSize,
-    data: RaggedLatents | None = None,
-    clean: Tensor | None = None,
-    start: float = 1.0,
-    generator: Generators = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> RaggedLatents:
-    """Run the model from noise to data; returns latents of the shapes and dtype of `noise`.
-
-    model: called with (latents, layout, conditioning), text and labels bound; see also `guidance.Guided`. It is given
-        the state as it is, float32 at least, and casts it as it likes (SoraDiT to its own dtype).
-    noise: standard normal, of the shapes to make (`noise_like`). What the model says is widened: the state and all
-        computation on it are float32 at least.
-    data: what exists already, in the same shapes: the clean pixels, and where `start` < 1 everything to begin with.
-    clean: [N] bool, tokens taken from `data`, that the model sees at noise level 0 and that come back bit-identical.
-    start: the noise level to begin at; below 1 the beginning is `data` with noise (SDEdit).
-    generator: for samplers that draw noise on the way; one, or one a video.
-    progress: called with (steps done, steps) after each.
-    """
-    _check(noise, layout, path, sampler, data, clean, start)
-    dtype = torch.promote_types(noise.flat.dtype, torch.float32)
-    work = noise.with_flat(noise.flat.to(dtype))
-    if clean is None:
-        clean = torch.zeros(layout.capacity, dtype=torch.bool, device=layout.device)
-    known = work.flat if data is None else data.flat.to(dtype)
-    fixed = token_to_pixels(clean, layout, patch_size, noise)
-    segments = pixel_segments(noise)
-
-    def to_pixels(values: Tensor) -> Tensor:
-        return spread(values.to(dtype), segments)
-
-    def predict(x: Tensor, sigma: Tensor) -> Prediction:
-        x = torch.where(fixed, known, x)
-        output = model(work.with_flat(x), layout, Conditioning.with_clean(sigma, clean, layout, rows=rows))
-        prediction, variance = split_output(output, work, path)
-        denoised, noise_in_x = path.denoise(x, prediction.to(dtype), to_pixels(sigma))
-        return Prediction(denoised, noise_in_x, None if variance is None else variance.to(dtype))
-
-    model = scheduled(model, layout)
-    problem = Problem(path, predict, to_pixels, lambda: noise_like(work, generator))
-    sigmas = path.sigmas(steps, layout, start=start, spacing=sampler.spacing)
-    rows = Conditioning.with_clean(sigmas[0], clean, layout).rows  # the same in every step
-    x = work.flat if start == 1 else path.add_noise(known, work.flat, to_pixels(sigmas[0]))
-    memory = None
-    for done in range(steps):
-        x, memory = sampler.step(problem, x, sigmas[done], sigmas[done + 1], memory, last=done == steps - 1)
-        if progress is not None:
-            progress(done + 1, steps)
-    return noise.with_flat(torch.where(fixed, known, x).to(noise.flat.dtype))
-
-
-def _check(
-    noise: RaggedLatents,
-    layout: PackedLayout,
-    path: NoisePath,
-    sampler: Sampler,
-    data: RaggedLatents | None,
-    clean: Tensor | None,
-    start: float,
-) -> None:
-    if not isinstance(path, sampler.paths):
-        names = " or ".join(cls.__name__ for cls in sampler.paths)
-        raise TypeError(f"sampler: {type(sampler).__name__} needs a {names} path, not {type(path).__name__}")
-    if noise.max_segments != layout.max_segments:
-        raise ValueError(f"noise: {noise.max_segments} segments, but the layout has {layout.max_segments}")
-    if data is None:
-        if clean is not None or start != 1:
-            raise ValueError("data: None; clean tokens and a start below 1 need the data that they come from")
-    elif data.flat.shape != noise.flat.shape or data.flat.dtype != noise.flat.dtype:
-        raise ValueError(
-            f"data: {tuple(data.flat.shape)} {data.flat.dtype}; it must be as the noise, "
-            f"{tuple(noise.flat.shape)} {noise.flat.dtype}"
-        )
+def _velocity(path: NoisePath, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(g, h) of dx/dσ = noise − clean = g·x + h·target."""
+    clean_x, clean_target, noise_x, noise_target = path.denoising(sigma)
+    return noise_x - clean_x, noise_target - clean_target

@@ -14,13 +14,12 @@ from sora_fast.diffusion.paths import RectifiedFlow
 from sora_fast.diffusion.samplers import (
     DDIM,
     Ancestral,
-    Denoiser,
     DPMSolver2M,
     Euler,
     Heun,
     Sampler,
-    sample,
 )
+from sora_fast.diffusion.sampling import Denoiser, sample
 from sora_fast.diffusion.scheduled import scheduled
 from sora_fast.generation.tasks import Request, pack_requests
 from sora_fast.models import PackedText

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sora_fast.diffusion import DDPM, Ancestral, Guided
 from sora_fast.diffusion.noise import Generators
-from sora_fast.diffusion.samplers import sample as run_sampler
+from sora_fast.diffusion.sampling import sample as run_sampler
 from sora_fast.diffusion.scheduled import scheduled
 from sora_fast.files import is_text, read_tensors, replacing
 from sora_fast.masks import SpacetimeMask

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from sora_fast.masks import SpacetimeMask
 from sora_fast.models.text import PackedText
 from sora_fast.nn import BlockContext, DiTBlock, FinalLayer, LabelEmbedder, PatchEmbed3D, TimestepEmbedder
+from sora_fast.nn.attention import KeysValues
 from sora_fast.nn.patch import autocast_dtype
 from sora_fast.nn.positions import FactorisedTables, FractionalPosition, SinCosPosition, SpacetimeSinCosPosition
 from sora_fast.ops.adaln import adaln
+from sora_fast.ops.patch_embed import FactorisedPosition
 from sora_fast.ops.qk_norm_rope import Rope3D
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
 from sora_fast.schedule import TileSchedule
@@ -88,8 +91,30 @@ class Schedules:
     text: TileSchedule | None = None
 
 
+Tables = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """All of a forward pass that does not depend on the latents; see `SoraDiT.prepare`.
+
+    modulations: the tables [M, C] of every block, then the final layer's two.
+    shared: what the blocks share. position: what is added to the patches, if anything.
+    texts: keys and values of the text for every block; None: each makes its own.
+    """
+
+    modulations: tuple[Tables, ...]
+    shared: BlockContext
+    position: Tensor | FactorisedPosition | None = None
+    texts: tuple[KeysValues, ...] | None = None
+
+
 class SoraDiT(nn.Module):
-    """patch_embed → blocks → final layer → unpatchify; every task is the same forward pass."""
+    """patch_embed → blocks → final layer → unpatchify; every task is the same forward pass.
+
+    A call is `prepare`, all that the latents do not matter for, then `denoise`, the network itself. Who calls often
+    with the same layout, text and labels keeps what the first gave, as the engine does.
+    """
 
     def __init__(self, config: SoraDiTConfig) -> None:
         super().__init__()
@@ -137,19 +162,47 @@ class SoraDiT(nn.Module):
         schedules: what `schedules_for` gave for this layout and text; None makes them anew, in every call.
         Returns videos of the same sizes, in that dtype, with in_channels channels, twice as many with `learned_sigma`.
         """
-        _check_inputs(self.config, layout, text, labels)
-        latents, text = self._own(latents, text)
-        condition = self._condition(conditioning, text, labels)
-        modulations = [block.adaLN_modulation(condition) for block in self.blocks]
-        modulations.append(self.final_layer.adaLN_modulation(condition))
-        schedules = schedules or self.schedules_for(layout, None if text is None else text.layout)
-        shared = self._shared(layout, conditioning, text, schedules)
+        return self.denoise(latents, self.prepare(layout, conditioning, text, labels, schedules=schedules))
 
-        x = self.x_embedder(latents, layout, None if self.pos_embed is None else self.pos_embed(layout))
+    def prepare(
+        self,
+        layout: PackedLayout,
+        conditioning: Conditioning,
+        text: PackedText | None = None,
+        labels: Tensor | None = None,
+        *,
+        schedules: Schedules | None = None,
+    ) -> Prepared:
+        """The first half of `forward`; its arguments."""
+        _check_inputs(self.config, layout, text, labels)
+        text = self._own(text)
+        modulations = self.modulations(conditioning.sigma, conditioning.segment, text, labels)
+        schedules = schedules or self.schedules_for(layout, None if text is None else text.layout)
+        position = None if self.pos_embed is None else self.pos_embed(layout)
+        return Prepared(modulations, self._shared(layout, conditioning, text, schedules), position)
+
+    def denoise(self, latents: RaggedLatents, prepared: Prepared) -> RaggedLatents:
+        """The second half of `forward`: the network, from the latents to the prediction."""
+        shared, modulations = prepared.shared, prepared.modulations
+        x = self.x_embedder(self._own_latents(latents), shared.layout, prepared.position)
         h = adaln(x, *modulations[0][:2], shared.rows)
-        for block, modulation, following in zip(self.blocks, modulations, modulations[1:], strict=False):
-            x, h = block(x, h, modulation, following[:2], shared)
-        return self.final_layer(h, layout, latents)
+        texts = prepared.texts or repeat(None)
+        for block, modulation, following, text in zip(self.blocks, modulations, modulations[1:], texts, strict=False):
+            x, h = block(x, h, modulation, following[:2], shared, text)
+        return self.final_layer(h, shared.layout, latents)
+
+    def modulations(
+        self, sigma: Tensor, segment: Tensor, text: PackedText | None, labels: Tensor | None
+    ) -> tuple[Tables, ...]:
+        """The tables of every block, then the final layer's, for rows of noise level sigma [M] and segment [M]: those
+        of any number of forward passes one after the other, in one product a layer."""
+        condition = self._condition(sigma, segment, text, labels)
+        return tuple(layer.adaLN_modulation(condition) for layer in (*self.blocks, self.final_layer))
+
+    def read(self, text: PackedText) -> tuple[KeysValues, ...]:
+        """`Prepared.texts`: keys and values of the text for every block. For a model with `text_dim`."""
+        tokens = self._own(text).tokens
+        return tuple(block.cross.keys_values(tokens) for block in self.blocks)
 
     def schedules_for(self, layout: PackedLayout, text_layout: PackedLayout | None = None) -> Schedules:
         """What `forward` takes as `schedules`, for every call with these layouts: as in all steps of a sampler."""
@@ -158,22 +211,26 @@ class SoraDiT(nn.Module):
             return Schedules(own)
         return Schedules(own, TileSchedule.build(layout, kv_layout=text_layout))
 
-    def _own(self, latents: RaggedLatents, text: PackedText | None) -> tuple[RaggedLatents, PackedText | None]:
-        """Both in the weights' dtype; under autocast as they are, since there each layer casts for itself."""
-        if autocast_dtype(latents.flat.device.type) is not None:
-            return latents, text
+    def _own(self, text: PackedText | None) -> PackedText | None:
+        """In the weights' dtype; under autocast as it is, since there each layer casts for itself."""
+        if text is None or autocast_dtype(text.tokens.device.type) is not None:
+            return text
         dtype = self.x_embedder.proj.weight.dtype
-        if text is not None:
-            pooled = None if text.pooled is None else text.pooled.to(dtype)
-            text = replace(text, tokens=text.tokens.to(dtype), pooled=pooled)
-        return latents.with_flat(latents.flat.to(dtype)), text
+        pooled = None if text.pooled is None else text.pooled.to(dtype)
+        return replace(text, tokens=text.tokens.to(dtype), pooled=pooled)
 
-    def _condition(self, conditioning: Conditioning, text: PackedText | None, labels: Tensor | None) -> Tensor:
-        timestep = conditioning.sigma * 1000
+    def _own_latents(self, latents: RaggedLatents) -> RaggedLatents:
+        """Likewise."""
+        if autocast_dtype(latents.flat.device.type) is not None:
+            return latents
+        return latents.with_flat(latents.flat.to(self.x_embedder.proj.weight.dtype))
+
+    def _condition(self, sigma: Tensor, segment: Tensor, text: PackedText | None, labels: Tensor | None) -> Tensor:
+        timestep = sigma * 1000
         if self.config.discrete_time:
             timestep = timestep.round() - 1
         condition = self.t_embedder(timestep)
-        segment = conditioning.segment.clamp(min=0).long()
+        segment = segment.clamp(min=0).long()
         if self.y_embedder is not None:
             condition = condition + self.y_embedder(labels)[segment]
         if self.text_embedder is not None:

@@ -1,5 +1,7 @@
 """Attention over packed tokens: to each other, and to the packed text of their own segment."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +58,13 @@ class PackedAttention(nn.Module):
         return self.proj(packed_attention(q, k, v, layout, mask).flatten(1))
 
 
+class KeysValues(NamedTuple):
+    """What cross-attention reads of a text, [Nt, Hk, D] each: the same at every step of a sampler."""
+
+    k: Tensor
+    v: Tensor
+
+
 class PackedCrossAttention(nn.Module):
     """Tokens of segment s attend all text tokens of segment s; a segment without text gets the bias of `proj`.
 
@@ -72,15 +81,20 @@ class PackedCrossAttention(nn.Module):
     def forward(
         self,
         x: Tensor | Normed,
-        context: Tensor,
+        context: Tensor | KeysValues,
         layout: PackedLayout,
         context_layout: PackedLayout,
         schedule: TileSchedule | None = None,
     ) -> Tensor:
-        """x: [N, C], context: [Nt, context_dim] → [N, C]. schedule: built with kv_layout=context_layout."""
+        """x: [N, C], context: [Nt, context_dim], or what `keys_values` made of it → [N, C]. schedule: built with
+        kv_layout=context_layout."""
         q = linear(self.q, x).unflatten(1, (self.heads, -1))
-        k, v = self.kv(context).unflatten(1, (2, self.num_kv_heads, -1)).unbind(1)
+        k, v = context if isinstance(context, KeysValues) else self.keys_values(context)
         return self.proj(packed_attention(q, k, v, layout, schedule, kv_layout=context_layout).flatten(1))
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """context: [Nt, context_dim]."""
+        return KeysValues(*self.kv(context).unflatten(1, (2, self.num_kv_heads, -1)).unbind(1))
 
 
 def _checked_heads(dim: int, heads: int, num_kv_heads: int | None) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_fast.nn.adaln import AdaLNSingle, AdaLNZero
-from sora_fast.nn.attention import PackedAttention, PackedCrossAttention
+from sora_fast.nn.attention import KeysValues, PackedAttention, PackedCrossAttention
 from sora_fast.nn.mlp import Mlp, SwiGLU
 from sora_fast.nn.normed import Normed
 from sora_fast.ops.gated_residual_adaln import gated_residual_adaln
@@ -85,12 +85,14 @@ class DiTBlock(nn.Module):
         modulation: tuple[Tensor, ...],
         following: tuple[Tensor, Tensor],
         shared: BlockContext,
+        text: KeysValues | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x, h: [N, C] → the same for the next block.
 
         Both of one dtype, which under autocast is autocast's, as `PatchEmbed3D` gives it.
         modulation: what this block's `adaLN_modulation` gave, 6 or 9 tables [M, C]: shift, scale, gate of each branch.
         following: shift and scale [M, C] of the layer that comes next.
+        text: what `cross.keys_values` made of `shared.text`, where that is made once for many calls.
         """
         rows = shared.rows
         branches = self._tables(modulation, following)
@@ -105,7 +107,7 @@ class DiTBlock(nn.Module):
             if shared.text is None:
                 raise ValueError("shared.text: None, but this block has cross-attention; give packed text")
             h = self._normed(h, x, *branches[1][:2], rows)
-            branch = self.cross(h, shared.text, shared.layout, shared.text_layout, shared.text_schedule)
+            branch = self.cross(h, text or shared.text, shared.layout, shared.text_layout, shared.text_schedule)
             x, h = gated_residual_adaln(x, branch, branches[1][2], *branches[2][:2], rows)
         branch = self.mlp(self._normed(h, x, *branches[-1][:2], rows))
         return gated_residual_adaln(x, branch, branches[-1][2], *following, rows)
