@@ -80,9 +80,15 @@ class Guided:
     def _guide(self, output: RaggedLatents, without: Tensor) -> Tensor:
         segment = pixel_segments(output).clamp(max=output.max_segments - 1)
         given, without = (flat.to(torch.promote_types(flat.dtype, torch.float32)) for flat in (output.flat, without))
-        guided = without + self.scale[segment] * (given - without)
-        if self.channels is None:
-            return guided
-        place = torch.arange(guided.shape[0], device=guided.device) - output.offsets[segment]
-        frame_pixels = output.shapes[segment, 1:].prod(1).clamp(min=1)
-        return torch.where(place // frame_pixels < self.channels, guided, output.flat)
+        strength = self.scale[segment] - 1
+        if self.channels is not None:
+            place = torch.arange(given.shape[0], device=given.device) - output.offsets[segment]
+            frame_pixels = output.shapes[segment, 1:].prod(1).clamp(min=1)
+            strength = torch.where(place // frame_pixels < self.channels, strength, 0)
+        return strengthened(given, without, strength)
+
+
+def strengthened(given: Tensor, without: Tensor, strength: Tensor) -> Tensor:
+    """The prediction with a condition, moved away from that without it. strength: the scale of guidance − 1; where it
+    is 0 the bits of `given` stay."""
+    return given + strength * (given - without)

@@ -2,14 +2,11 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sora_fast.diffusion.guidance import Guided
-from sora_fast.diffusion.noise import noise_like
 from sora_fast.diffusion.paths import RectifiedFlow
 from sora_fast.diffusion.samplers import (
     DDIM,
@@ -19,11 +16,10 @@ from sora_fast.diffusion.samplers import (
     Heun,
     Sampler,
 )
-from sora_fast.diffusion.sampling import Denoiser, sample
-from sora_fast.diffusion.scheduled import scheduled
+from sora_fast.generation.job import Job
+from sora_fast.generation.latency import Clock, Latency
+from sora_fast.generation.phases import Plan
 from sora_fast.generation.tasks import Request, pack_requests
-from sora_fast.models import PackedText
-from sora_fast.packing import PackedLayout
 from sora_fast.proof import prove_at_start
 from sora_fast.training import checkpoint
 from sora_fast.training.distributed import local_rank
@@ -50,6 +46,7 @@ class Engine:
         self.device = torch.device(device)
         prove_at_start(self.device, networks.config.dtypes, leads=local_rank() == 0)
         self.networks = networks.to(self.device).eval().requires_grad_(False)
+        self.latency = Latency()
         self._said: set[str] = set()
 
     @staticmethod
@@ -76,49 +73,50 @@ class Engine:
         *,
         steps: int = 30,
         sampler: Sampler | None = None,
+        cache: float = 0.0,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Tensor]:
         """A video (C, T, H, W), float in [-1, 1] on the CPU, for each request.
 
-        Guidance, and prompts, that the networks were not trained for are named in the log, once.
-        steps: of the sampler; default: Euler for a rectified flow, DDIM for DDPM. progress: called with (steps done,
-        steps). Given frames come back bit for bit if the codec is the identity.
+        Guidance, and prompts, that the networks were not trained for are named in the log, once. Given frames come back
+        bit for bit if the codec is the identity. `self.latency` then says where the time went.
+
+        steps: of the sampler, for requests that do not say themselves; sampler: default: Euler for a rectified flow,
+        DDIM for DDPM. cache: threshold of the first-block cache (see `FirstBlockCache`), such as 0.1; 0: none, and
+        the same bits as without. progress: called with (steps done, steps).
+        With torch.use_deterministic_algorithms(True) a video's bits do not depend on what else is asked for: products
+        of few rows are summed in another order than those of many, so every request gets a pack of its own, and the
+        gain of packing is lost. Without it they differ by rounding.
         """
+        if torch.are_deterministic_algorithms_enabled() and len(requests) > 1:
+            options = {"steps": steps, "sampler": sampler, "cache": cache, "progress": progress}
+            return [self.generate([request], **options)[0] for request in requests]
+        self.latency, clock = Latency(), Clock()
+        half = self.networks.config.train.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            job = self._prepare(requests, steps, sampler, cache)
+            self.latency.prepared = clock.lap()
+            for done in job.steps():
+                self.latency.steps.append(clock.lap())
+                if progress is not None:
+                    progress(done, job.plan.steps)
+            made = job.finish()
+        videos = [self.networks.codec.decode(latents).cpu() for latents in made]
+        self.latency.decoded = clock.lap()
+        return videos
+
+    def _prepare(self, requests: Sequence[Request], steps: int, sampler: Sampler | None, cache: float) -> Job:
         networks = self.networks
-        packed = pack_requests(requests, codec=networks.codec, patch_size=networks.patch_size).to(self.device)
-        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         if sampler is None:
             sampler = Euler() if isinstance(networks.path, RectifiedFlow) else DDIM()
-        half = networks.config.train.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            made = sample(
-                self._denoiser(requests, packed.layout),
-                packed.data.with_flat(noise_like(packed.data, generators)),
-                packed.layout,
-                networks.path,
-                sampler,
-                steps=steps,
-                patch_size=networks.patch_size,
-                data=packed.data,
-                clean=packed.clean,
-                generator=generators,
-                progress=progress,
-            )
-        return [networks.codec.decode(latents).cpu() for latents in made.to_list()]
-
-    def _denoiser(self, requests: Sequence[Request], layout: PackedLayout) -> Denoiser:
-        model = self.networks.model
         self._say_what_is_not_used(requests)
-        if self.networks.text is None:
-            return model
-        text = self._text([request.prompt for request in requests])
-        scale = torch.tensor([request.guidance for request in requests], dtype=torch.float32, device="cpu")
-        if bool((scale == 1).all()):
-            return partial(scheduled(model, layout, text.layout), text=text)
-        null_text = self._text([""] * len(requests))
-        # Not a learned variance: extrapolated, it would leave its bounds.
-        channels = model.config.in_channels
-        return Guided(model, layout, scale=scale, text=text, null_text=null_text, channels=channels)
+        text = None
+        if networks.text is not None:
+            ids, layout = networks.text.tokenize([*(request.prompt for request in requests), ""])
+            text = networks.text(ids.to(self.device), layout.to(self.device))
+        packed = pack_requests(requests, codec=networks.codec, patch_size=networks.patch_size).to(self.device)
+        plan = Plan.of(requests, packed.layout, networks.path, sampler, steps=steps, guidance=text is not None)
+        return Job(networks.model, plan, packed, text, networks.path, sampler, latency=self.latency, cache=cache)
 
     def _say_what_is_not_used(self, requests: Sequence[Request]) -> None:
         guided = any(request.guidance != 1 for request in requests)
@@ -134,10 +132,6 @@ class Engine:
         if message not in self._said:
             self._said.add(message)
             log.warning(message)
-
-    def _text(self, prompts: list[str]) -> PackedText:
-        ids, layout = self.networks.text.tokenize(prompts)
-        return self.networks.text(ids.to(self.device), layout.to(self.device))
 
 
 @torch.no_grad()

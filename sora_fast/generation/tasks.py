@@ -19,6 +19,9 @@ class Request:
     frames, height, width: of the whole result; frames = 1 is an image.
     head, tail: (C, t, height, width) float in [-1, 1], frames that the result begins or ends with, unchanged.
     guidance: 1 is none; more follows the prompt more closely.
+    guidance_interval: the noise levels (low, high) that guidance is limited to, both included; at others the network is
+        not asked what it would make without the prompt (arXiv 2404.07724).
+    steps: of the sampler; None: as many as the call says.
     seed: of the noise; the result does not depend on what else is made in the same pack.
     """
 
@@ -30,11 +33,18 @@ class Request:
     tail: Tensor | None = None
     guidance: float = 1.0
     seed: int = 0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width"):
-            if getattr(self, name) < 1:
+        for name in ("frames", "height", "width", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; it must be at least 1")
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"guidance_interval: {self.guidance_interval}; it must be two noise levels, 0 ≤ low ≤ high ≤ 1"
+            )
         given = 0
         for name in ("head", "tail"):
             clip = getattr(self, name)
@@ -86,11 +96,26 @@ class PackedRequests(TensorBundle):
 
     data: latents of every result, what is given in its place and zero elsewhere; layout: their tokens.
     clean: [N] bool, tokens that are given.
+    heads, tails: [S] int64, how many first and last rows of patches in time are given. given: whether any is.
     """
 
     data: RaggedLatents
     layout: PackedLayout
     clean: Tensor
+    heads: Tensor
+    tails: Tensor
+    given: bool
+
+    def take(self, requests: Sequence[int]) -> "PackedRequests":
+        """Some of them, in this order."""
+        videos, grids = self.data.to_list(), self.layout.grids.tolist()
+        layout = PackedLayout.from_grids(
+            [grids[i] for i in requests], order="raster" if self.layout.is_raster else "tiled"
+        )
+        heads, tails = (counts[list(requests)] for counts in (self.heads, self.tails))
+        layout = layout.to(self.layout.device)
+        data = RaggedLatents.from_list([videos[i] for i in requests])
+        return PackedRequests(data, layout, clean_frames(layout, heads, tails), heads, tails, self.given)
 
 
 def pack_requests(
@@ -102,8 +127,10 @@ def pack_requests(
     placed = [_place(request, codec, patch_size[0]) for request in requests]
     latents, heads, tails = map(list, zip(*placed, strict=True))
     layout = PackedLayout.from_grids([token_grid(video.shape, patch_size) for video in latents], order=order)
-    clean = clean_frames(layout, *(torch.tensor(ends, device="cpu") for ends in (heads, tails)))
-    return PackedRequests(RaggedLatents.from_list(latents), layout, clean)
+    ends = [torch.tensor(counts, device="cpu") for counts in (heads, tails)]
+    return PackedRequests(
+        RaggedLatents.from_list(latents), layout, clean_frames(layout, *ends), *ends, any(heads + tails)
+    )
 
 
 def _place(request: Request, codec: Codec, patch_frames: int) -> tuple[Tensor, int, int]:

@@ -1,8 +1,8 @@
 """SoraDiT: a diffusion transformer over packed videos and images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,7 @@ class Schedules:
 
 
 Tables = tuple[Tensor, ...]
+Trunk = Callable[[Tensor, Tensor, "Prepared"], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,15 +189,24 @@ class SoraDiT(nn.Module):
         position = None if self.pos_embed is None else self.pos_embed(layout)
         return Prepared(modulations, self._shared(layout, conditioning, text, schedules), position)
 
-    def denoise(self, latents: RaggedLatents, prepared: Prepared) -> RaggedLatents:
-        """The second half of `forward`: the network, from the latents to the prediction."""
-        shared, modulations = prepared.shared, prepared.modulations
+    def denoise(self, latents: RaggedLatents, prepared: Prepared, *, trunk: Trunk | None = None) -> RaggedLatents:
+        """The second half of `forward`: the network, from the latents to the prediction.
+
+        trunk: in place of `self.trunk`, for what changes how the blocks are run.
+        """
+        shared = prepared.shared
         x = self.x_embedder(self._own_latents(latents), shared.layout, prepared.position)
-        h = adaln(x, *modulations[0][:2], shared.rows)
-        texts = prepared.texts or repeat(None)
-        for block, modulation, following, text in zip(self.blocks, modulations, modulations[1:], texts, strict=False):
-            x, h = block(x, h, modulation, following[:2], shared, text)
+        h = adaln(x, *prepared.modulations[0][:2], shared.rows)
+        x, h = (trunk or self.trunk)(x, h, prepared)
         return self.final_layer(h, shared.layout, latents)
+
+    def trunk(self, x: Tensor, h: Tensor, prepared: Prepared, blocks: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """All blocks, or some that follow each other: the pair (x, h) that `DiTBlock` takes, to that behind them."""
+        texts = prepared.texts or [None] * len(self.blocks)
+        layers = zip(self.blocks, prepared.modulations, prepared.modulations[1:], texts, strict=False)
+        for block, modulation, following, text in list(layers)[blocks]:
+            x, h = block(x, h, modulation, following[:2], prepared.shared, text)
+        return x, h
 
     def modulations(
         self,

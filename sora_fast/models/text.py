@@ -35,6 +35,15 @@ class PackedText(TensorBundle):
     layout: PackedLayout
     pooled: Tensor | None = None
 
+    def take(self, texts: Sequence[int]) -> "PackedText":
+        """Some of them, in this order and as often as they are named (waits for the device)."""
+        lengths = self.layout.cu_seqlens.diff().tolist()
+        parts = self.tokens[: sum(lengths)].split(lengths)
+        grids = [(lengths[i], 1, 1) for i in texts]
+        layout = PackedLayout.from_grids(grids).to(self.layout.device)
+        pooled = None if self.pooled is None else self.pooled[list(texts)]
+        return PackedText(torch.cat([parts[i] for i in texts]), layout, pooled)
+
 
 class TextEncoder(Protocol):
     """Prompts in, PackedText out. `dim` is the width of both tokens and pooled vectors."""

@@ -1,0 +1,149 @@
+"""The steps of one call of the engine: prepared, taken, finished."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sora_fast.diffusion.noise import noise_like
+from sora_fast.diffusion.paths import NoisePath
+from sora_fast.diffusion.pixels import token_to_pixels
+from sora_fast.diffusion.samplers import Prediction, Sampler
+from sora_fast.diffusion.sampling import Descent
+from sora_fast.generation.latency import Latency
+from sora_fast.generation.pack import Modulations, Pack
+from sora_fast.generation.phases import Phase, Plan
+from sora_fast.generation.step_cache import FirstBlockCache, check_cache
+from sora_fast.generation.tasks import PackedRequests
+from sora_fast.models.sora_dit import Prepared, SoraDiT
+from sora_fast.models.text import PackedText
+from sora_fast.packing import RaggedLatents
+
+
+@dataclass(frozen=True, eq=False)
+class _Stage:
+    """A phase and all that its steps need."""
+
+    phase: Phase
+    pack: Pack
+    modulations: Modulations
+    descent: Descent
+
+
+class Job:
+    """All videos of a plan, from noise to data: what is made once, every step, and the end.
+
+    packed: the requests, in the plan's order. text: their prompts, and behind them that of none; None: the model reads
+    no text. latency: takes down what the network does. cache: threshold, see `FirstBlockCache`.
+    """
+
+    def __init__(
+        self,
+        model: SoraDiT,
+        plan: Plan,
+        packed: PackedRequests,
+        text: PackedText | None,
+        path: NoisePath,
+        sampler: Sampler,
+        *,
+        latency: Latency,
+        cache: float = 0.0,
+    ) -> None:
+        check_cache(cache, min(plan.counts))
+        self.model, self.plan, self.packed, self.text = model, plan, packed, text
+        self.path, self.sampler, self.latency = path, sampler, latency
+        self.cache = FirstBlockCache(model, cache) if cache else None
+        self._generators = [torch.Generator().manual_seed(request.seed) for request in plan.requests]
+        self._sizes = [video.numel() for video in packed.data.to_list()]
+        # Of every request: its state, and what the sampler remembers of its last step.
+        self._x = self._split(noise_like(packed.data, self._generators))
+        self._memory: list[Tensor] | None = None
+        self._stages = list(self._prepared())
+
+    def steps(self) -> Iterator[int]:
+        """Take all steps; gives the number of those done, after each."""
+        for stage in self._stages:
+            requests = stage.phase.requests
+            x = _chosen(self._x, requests)
+            memory = None if self._memory is None else _chosen(self._memory, requests)
+            if self.cache is not None:
+                self.cache.forget()
+            for place, done in enumerate(stage.phase.steps):
+                x, memory = stage.descent.step(
+                    place,
+                    x,
+                    memory,
+                    partial(self._evaluate, stage),
+                    last=all(done + 1 == self.plan.counts[i] for i in requests),
+                    fresh_noise=partial(self._fresh_noise, stage),
+                )
+                yield done + 1
+            self._keep(stage, stage.descent.given(x), memory)
+
+    def finish(self) -> list[Tensor]:
+        """The latents (C, T, H, W) of every request."""
+        return self.packed.data.with_flat(torch.cat(self._x)).to_list()
+
+    def _prepared(self) -> Iterator[_Stage]:
+        numbers = self.sampler.numbers(self.path, self.plan.sigmas)
+        fixed = None
+        if self.packed.given:
+            where = (self.packed.layout, self.model.config.patch_size, self.packed.data)
+            fixed = self._split(token_to_pixels(self.packed.clean, *where))
+        packs: dict[tuple[tuple[int, ...], ...], Pack] = {}
+        for phase in self.plan.phases:
+            requests, steps = list(phase.requests), phase.steps
+            if (phase.guided, phase.unguided) not in packs:
+                packs[phase.guided, phase.unguided] = self._pack(phase)
+            pack = packs[phase.guided, phase.unguided]
+            # A sampler that looks ahead calls the model at the level behind its last step, too.
+            levels = self.plan.sigmas[steps.start : steps.stop + self.sampler.looks_ahead]
+            descent = Descent.of(
+                pack.state,
+                self.sampler,
+                numbers[steps.start : steps.stop, :, requests],
+                data=pack.state.flat,
+                fixed=None if fixed is None else _chosen(fixed, requests),
+            )
+            yield _Stage(phase, pack, pack.modulations(levels[:, requests]), descent)
+
+    def _pack(self, phase: Phase) -> Pack:
+        no_prompt = len(self.plan.requests)
+        text = None if self.text is None else self.text.take([*phase.requests, *[no_prompt] * len(phase.guided)])
+        guidance = [self.plan.requests[i].guidance for i in phase.guided]
+        return Pack.of(self.model, self.packed.take(phase.requests), text, guidance)
+
+    def _evaluate(self, stage: _Stage, x: Tensor, place: int) -> Prediction:
+        self.latency.tokens += stage.pack.tokens
+        return stage.pack.predict(x, stage.modulations[place], self.path, self._network)
+
+    def _network(self, latents: RaggedLatents, prepared: Prepared) -> RaggedLatents:
+        began = time.perf_counter()
+        output = self.model.denoise(latents, prepared, trunk=None if self.cache is None else self.cache.trunk)
+        self.latency.network += time.perf_counter() - began
+        self.latency.calls += 1
+        self.latency.skipped = 0 if self.cache is None else self.cache.skipped
+        return output
+
+    def _fresh_noise(self, stage: _Stage) -> Tensor:
+        return noise_like(stage.pack.state, [self._generators[i] for i in stage.phase.requests])
+
+    def _keep(self, stage: _Stage, x: Tensor, memory: Tensor | None) -> None:
+        """What a stage made, for the next one, where other requests may go on, or in another order."""
+        sizes = [self._sizes[i] for i in stage.phase.requests]
+        for request, part in zip(stage.phase.requests, x.split(sizes), strict=True):
+            self._x[request] = part
+        if memory is not None:
+            self._memory = self._memory or list(self._x)
+            for request, part in zip(stage.phase.requests, memory.split(sizes), strict=True):
+                self._memory[request] = part
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        return list(flat.split(self._sizes))
+
+
+def _chosen(parts: Sequence[Tensor], requests: Sequence[int]) -> Tensor:
+    return torch.cat([parts[i] for i in requests])
