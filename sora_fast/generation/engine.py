@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sora_fast.diffusion.flow_map import FlowMap
 from sora_fast.diffusion.paths import RectifiedFlow
 from sora_fast.diffusion.samplers import (
     DDIM,
@@ -23,7 +24,7 @@ from sora_fast.generation.tasks import Request, pack_requests
 from sora_fast.proof import prove_at_start
 from sora_fast.training import checkpoint
 from sora_fast.training.distributed import local_rank
-from sora_fast.training.run import CHECKPOINTS, Networks, moved, read_run
+from sora_fast.training.run import CHECKPOINTS, Networks, RunConfig, moved, read_run
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,14 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": DDIM(),
     "dpm++": DPMSolver2M(),
     "ddpm": Ancestral(),
+    "flow-map": FlowMap(),
 }
+STEPS = 30
+
+
+def default_steps(config: RunConfig) -> int:
+    """Of the sampler, where nothing is said."""
+    return STEPS if config.distilled is None else config.distilled.steps
 
 
 class Engine:
@@ -71,7 +79,7 @@ class Engine:
         self,
         requests: Sequence[Request],
         *,
-        steps: int = 30,
+        steps: int | None = None,
         sampler: Sampler | None = None,
         cache: float = 0.0,
         progress: Callable[[int, int], None] | None = None,
@@ -81,9 +89,10 @@ class Engine:
         Guidance, and prompts, that the networks were not trained for are named in the log, once. Given frames come back
         bit for bit if the codec is the identity. `self.latency` then says where the time went.
 
-        steps: of the sampler, for requests that do not say themselves; sampler: default: Euler for a rectified flow,
-        DDIM for DDPM. cache: threshold of the first-block cache (see `FirstBlockCache`), such as 0.1; 0: none, and
-        the same bits as without. progress: called with (steps done, steps).
+        steps: of the sampler, for requests that do not say themselves; None: 30, or what a run was distilled for.
+        sampler: default: Euler for a rectified flow, DDIM for DDPM, FlowMap for a distilled run. cache: threshold of
+        the first-block cache (see `FirstBlockCache`), such as 0.1; 0: none, and the same bits as without. progress:
+        called with (steps done, steps).
         With torch.use_deterministic_algorithms(True) a video's bits do not depend on what else is asked for: products
         of few rows are summed in another order than those of many, so every request gets a pack of its own, and the
         gain of packing is lost. Without it they differ by rounding.
@@ -105,22 +114,35 @@ class Engine:
         self.latency.decoded = clock.lap()
         return videos
 
-    def _prepare(self, requests: Sequence[Request], steps: int, sampler: Sampler | None, cache: float) -> Job:
-        networks = self.networks
-        if sampler is None:
-            sampler = Euler() if isinstance(networks.path, RectifiedFlow) else DDIM()
+    def _prepare(self, requests: Sequence[Request], steps: int | None, sampler: Sampler | None, cache: float) -> Job:
+        networks, distilled = self.networks, self.networks.config.distilled
+        sampler, steps = sampler or self._default_sampler(), steps or default_steps(networks.config)
+        if sampler.tells_end and distilled is None:
+            raise ValueError(f"sampler: {type(sampler).__name__} needs a distilled run; `sora-fast distill` makes one")
         self._say_what_is_not_used(requests)
         text = None
         if networks.text is not None:
             ids, layout = networks.text.tokenize([*(request.prompt for request in requests), ""])
             text = networks.text(ids.to(self.device), layout.to(self.device))
         packed = pack_requests(requests, codec=networks.codec, patch_size=networks.patch_size).to(self.device)
-        plan = Plan.of(requests, packed.layout, networks.path, sampler, steps=steps, guidance=text is not None)
+        guidance = text is not None and distilled is None
+        plan = Plan.of(requests, packed.layout, networks.path, sampler, steps=steps, guidance=guidance)
         return Job(networks.model, plan, packed, text, networks.path, sampler, latency=self.latency, cache=cache)
+
+    def _default_sampler(self) -> Sampler:
+        if self.networks.config.distilled is not None:
+            return FlowMap()
+        return Euler() if isinstance(self.networks.path, RectifiedFlow) else DDIM()
 
     def _say_what_is_not_used(self, requests: Sequence[Request]) -> None:
         guided = any(request.guidance != 1 for request in requests)
-        if self.networks.text is None and (guided or any(request.prompt for request in requests)):
+        distilled = self.networks.config.distilled
+        if guided and distilled is not None:
+            self._say_once(
+                f"the run is distilled, with a guidance of {distilled.guidance:g} in its weights "
+                f"({distilled.guidance_given:g} where frames are given): the guidance asked for is not used"
+            )
+        elif self.networks.text is None and (guided or any(request.prompt for request in requests)):
             self._say_once("the model was trained without a text encoder: prompts and guidance are not used")
         elif guided and self.networks.config.train.batch.caption_dropout == 0:
             self._say_once(

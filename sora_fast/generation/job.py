@@ -108,7 +108,8 @@ class Job:
                 data=pack.state.flat,
                 fixed=None if fixed is None else _chosen(fixed, requests),
             )
-            yield _Stage(phase, pack, pack.modulations(levels[:, requests]), descent)
+            ends = self.plan.sigmas[steps.start + 1 : steps.stop + 1, requests] if self.sampler.tells_end else None
+            yield _Stage(phase, pack, pack.modulations(levels[:, requests], ends), descent)
 
     def _pack(self, phase: Phase) -> Pack:
         no_prompt = len(self.plan.requests)

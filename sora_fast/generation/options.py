@@ -6,7 +6,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """The options of the command line, by their names; see `sora-fast sample --help`."""
+    """The options of the command line, by their names; see `sora-fast sample --help`.
+
+    guidance, steps: None: as suits the run.
+    """
 
     run: Path
     out: Path
@@ -15,8 +18,8 @@ class SampleOptions:
     size: tuple[int, int] | None = None
     image: Path | None = None
     end: Path | None = None
-    guidance: float = 3.0
-    steps: int = 30
+    guidance: float | None = None
+    steps: int | None = None
     sampler: str | None = None
     seed: int = 0
     fps: float | None = None

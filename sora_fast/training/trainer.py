@@ -19,6 +19,7 @@ from sora_fast import files
 from sora_fast.diffusion.clean import clean_frames, random_clean_ends
 from sora_fast.diffusion.losses import counted_loss
 from sora_fast.diffusion.noise import noise_like
+from sora_fast.models import SoraDiT
 from sora_fast.packing import PackedLayout, RaggedLatents
 from sora_fast.proof import prove_at_start
 from sora_fast.training import checkpoint, optim
@@ -86,8 +87,9 @@ class Trainer:
             world=self.world,
         )
         self.generator = torch.Generator(self.device)
-        if c.compile is not None:
-            self._compile(c.compile)
+        self.compiles = c.compile is not None and self._can_compile(c.compile)
+        if self.compiles:
+            compile_blocks(self.networks.model, c.compile)
         self.step, self.seconds = 0, 0.0
         self._updating = False  # weights of two steps are no state to save
         self._saved: tuple[int, Path] | None = None
@@ -168,18 +170,13 @@ class Trainer:
         self._resume_state = saved.state["batches"]
         self.batches.load_state_dict(self._resume_state)
 
-    def _compile(self, backend: str) -> None:
-        """Compile the blocks, where the time goes: they share one graph, so the depth costs no compilation.
-
-        (On 2 cores, 4 blocks of width 128: 40 s, where the whole loss in one graph took more than 150 s.)
-        Where that cannot work they stay as they are, with a warning.
-        """
-        if backend == "inductor" and self.device.type == "cpu" and (problem := cpp_problem()):
-            if self.leads:
-                log.warning("training without torch.compile, which is slower: it needs a C++ compiler, but %s", problem)
-            return
-        for block in self.networks.model.blocks:
-            block.compile(fullgraph=True, dynamic=False, backend=backend)
+    def _can_compile(self, backend: str) -> bool:
+        """Where that cannot work the blocks stay as they are, with a warning."""
+        if backend != "inductor" or self.device.type != "cpu" or not (problem := cpp_problem()):
+            return True
+        if self.leads:
+            log.warning("training without torch.compile, which is slower: it needs a C++ compiler, but %s", problem)
+        return False
 
     def _progress(self) -> float:
         """The share of the run that is over."""
@@ -251,6 +248,15 @@ class Trainer:
                 clean=clean,
                 prompts=prompts,
             )
+
+
+def compile_blocks(model: SoraDiT, backend: str) -> None:
+    """Compile the blocks, where the time goes: they share one graph, so the depth costs no compilation.
+
+    (On 2 cores, 4 blocks of width 128: 40 s, where the whole loss in one graph took more than 150 s.)
+    """
+    for block in model.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
 class RunLog:

@@ -70,7 +70,9 @@ def test_the_exact_map_is_at_the_end_in_any_number_of_calls(path, steps) -> None
 
     def error(sampler) -> float:
         made = sample(ExactMap(path), noise, layout, path, sampler, steps=steps, patch_size=PATCH)
-        return max((a - b).abs().max().item() for a, b in zip(made.to_list(), noise.with_flat(exact).to_list()))
+        return max(
+            (a - b).abs().max().item() for a, b in zip(made.to_list(), noise.with_flat(exact).to_list(), strict=True)
+        )
 
     assert error(FlowMap()) < 1e-6  # levels are told in float32
     assert error(Euler()) > 1e-2
