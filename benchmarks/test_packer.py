@@ -61,5 +61,5 @@ def test_a_step_of_many_workers(benchmark: Any, workers: int) -> None:
     options = {"patch_size": (1, 4, 4), "codec": IdentityCodec(1), "world": World(0, workers)}
     batches = Batches(source, config, **options)
     steps: list[list[list[int]]] = []
-    benchmark.pedantic(lambda: steps.append(batches.next_packs()), rounds=33, warmup_rounds=1)
+    benchmark.pedantic(lambda: steps.append(batches.plan.next_packs()), rounds=33, warmup_rounds=1)
     _note_quality(benchmark, [pack for step in steps for pack in step], source.lengths, ranks=workers)

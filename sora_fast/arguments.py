@@ -52,6 +52,7 @@ def sizes(example: str) -> Callable[[str], tuple[int, ...]]:
 
 
 COUNT = number(int, "a whole number of at least 1", lambda value: value >= 1)
+WHOLE = number(int, "a whole number of at least 0", lambda value: value >= 0)
 SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 POSITIVE = number(float, "a positive number", lambda value: 0 < value < math.inf)
 FINITE = number(float, "a finite number", math.isfinite)

@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sora_fast.arguments import COUNT, DECAY, FINITE, POSITIVE, SEED, SHARE, filled, path, sizes
+from sora_fast.arguments import COUNT, DECAY, FINITE, POSITIVE, SEED, SHARE, WHOLE, filled, path, sizes
 from sora_fast.generation.options import SampleOptions
 from sora_fast.training.options import CHANGEABLE, DISTILL_CHANGEABLE, DistillOptions, TrainOptions, spelled
 
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from sora_fast.training.trainer import Trainer
 
 WRONG, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+DROP_HELP = """share of a sample's tokens that are left out, for more samples a second: 0.5, always so much; beta:0.5,
+another one for every sample, so much in the mean; resolution:0.2-0.6, from the smallest to the largest sample;
+decreasing:0.8-0.2, over the run, which needs --steps (default: none)"""
 
 TRAIN_HELP = """\
 Train a video model on a folder of your own videos and images.
@@ -146,12 +150,24 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         action="store_true",
         help=f"go on with the run in --out as it was, except for {spelled(CHANGEABLE)}",
     )
+    add(
+        "--replay",
+        action="store_true",
+        help="run the step again, alone, that the run in --out broke off at as not finite, and say where it goes wrong",
+    )
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     add = parser.add_argument_group("how long, in all (one of the two)").add_argument
     add("--minutes", type=POSITIVE, help="train for so long (default: 30)")
     add("--steps", type=COUNT, help="train for so many steps; resuming then gives the same bits as never stopping")
     add = parser.add_argument_group("data").add_argument
-    add("--max-frames", type=COUNT, help=f"frames taken from the start of a video (default: {defaults.max_frames})")
+    add("--max-frames", type=COUNT, help=f"frames of a clip (default: {defaults.max_frames})")
+    add(
+        "--clips",
+        choices=("anywhere", "first"),
+        help="of a longer video: clips from anywhere, as many an epoch as fit into it, none over a scene cut that "
+        "clip.cuts (seconds, one a line) or PySceneDetect's clip-Scenes.csv lists; or its first frames alone "
+        f"(default: {defaults.clips})",
+    )
     add("--max-side", type=COUNT, help=f"longer sides are scaled down to this (default: {defaults.max_side} pixels)")
     add(
         "--fps",
@@ -160,6 +176,12 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         "most videos have)",
     )
     add("--grey", action="store_true", help="one grey channel in place of RGB")
+    add(
+        "--workers",
+        type=WHOLE,
+        help="processes that read the data, for each training process; 0: a thread (default: a core each but one, at "
+        "most 8). Changes nothing in what is trained",
+    )
     add = parser.add_argument_group("model").add_argument
     add("--dim", type=COUNT, help=f"width (default: {defaults.dim})")
     add("--depth", type=COUNT, help=f"transformer blocks (default: {defaults.depth})")
@@ -178,9 +200,22 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     add("--lr", type=POSITIVE, help=f"peak learning rate (default: {defaults.lr})")
     add("--ema-decay", type=DECAY, help=f"of the averaged weights (default: {defaults.ema_decay})")
     add("--caption-dropout", type=SHARE, help=f"share of captions left out (default: {defaults.caption_dropout})")
+    add("--drop", metavar="RULE", type=filled, help=DROP_HELP)
     add("--save-every", type=COUNT, help=f"steps between checkpoints (default: {defaults.save_every})")
     add("--seed", type=SEED, help=f"default: {defaults.seed}")
     add("--bf16", action="store_true", help="compute in bfloat16 (for GPUs)")
+    add("--accumulate", type=COUNT, metavar="N", help="batches a step: as one that is N times as large (default: 1)")
+    add(
+        "--recompute",
+        choices=("block", "selective"),
+        help="keep less for the backward pass and compute it again: all of a block, or all but products and attention",
+    )
+    add(
+        "--compile",
+        choices=("auto", "blocks", "model"),
+        help="what torch.compile makes one graph of: the blocks (starts sooner), the whole model and its loss, or what "
+        "suits the length of the run (default)",
+    )
     add("--no-compile", action="store_true", help="without torch.compile: starts sooner, runs slower")
 
 
@@ -308,6 +343,8 @@ def _defaults(options: type) -> argparse.Namespace:
 def _train(a: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(a).items() if name != "command"}
     options = TrainOptions(**given, given=frozenset(given.keys() - {"out"}))
+    if options.replay:
+        return _replay(options)
     if not options.resume and options.data is None:
         raise ValueError("train needs --data FOLDER, for a new run, or --resume")
     with _workers(options.device) as (device, world):
@@ -335,6 +372,17 @@ def _workers(device: str | None) -> "Iterator[tuple[str, World]]":
         yield device, world
 
 
+def _replay(o: TrainOptions) -> int:
+    from sora_fast.training.distributed import own_device
+    from sora_fast.training.replay import replay
+
+    if others := sorted(o.given - {"replay", "device"}):
+        raise ValueError(f"{spelled(others)}: beside --replay there can be --out and --device")
+    for finding in replay(o.out, own_device(o.device)):
+        print(finding)
+    return 0
+
+
 def _train_together(o: TrainOptions, device: str, world: "World") -> int:
     """What each of the workers does."""
     from sora_fast.training.beginning import fitted, new_config, resumed_config
@@ -355,7 +403,10 @@ def _train_together(o: TrainOptions, device: str, world: "World") -> int:
     try:
         return _fit(trainer, resume, resumed=o.resume)
     except FloatingPointError as error:
-        raise FloatingPointError(f"{error}: {resume} --lr {config.train.lr / 3:.1g}") from error
+        raise FloatingPointError(
+            f"{error}. To see where: sora-fast train --replay --out {o.out}. To go on from the last checkpoint with a "
+            f"smaller rate: {resume} --lr {config.train.lr / 3:.1g}"
+        ) from error
 
 
 def _distill_together(o: DistillOptions, device: str, world: "World") -> int:
@@ -378,8 +429,13 @@ def _fit(trainer: "Trainer", resume: str, *, resumed: bool) -> int:
     """Train to the end, and say what there is to do then. resume: the command that goes on."""
     if resumed:
         print(f"going on from step {trainer.step}")
+    if trainer.compiling is not None:
+        print(trainer.compiling)
     before = trainer.step
-    if not trainer.fit():
+    finished = trainer.fit()
+    if trainer.skipped_steps:
+        print(f"{trainer.skipped_steps} steps were skipped: their loss or gradient was not finite")
+    if not finished:
         print(f"Saved at step {trainer.step}. To go on: {resume}")
         return INTERRUPTED
     if resumed and trainer.step == before:

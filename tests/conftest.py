@@ -57,3 +57,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         elif _HAS_CUDA and "device" in getattr(item, "fixturenames", ()):
             item.add_marker("gpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Generator[None, None, None]:
+    """A cache of their own, so that the user's is not filled; where there is a GPU, its proofs are the user's."""
+    if _HAS_CUDA or "SORA_FAST_CACHE" in os.environ:
+        yield
+        return
+    os.environ["SORA_FAST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["SORA_FAST_CACHE"]

@@ -19,13 +19,16 @@ from sora_fast.generation.engine import Engine
 from sora_fast.generation.options import SampleOptions
 from sora_fast.media import read_media, write_media
 from sora_fast.models.text import T5_TOKENS, ByteTextEncoder
+from sora_fast.packing import SigmoidDrop
 from sora_fast.training.config import write_config
 from sora_fast.training.options import TrainOptions
 from sora_fast.training.run import CONFIG, LOG, Distilled, read_run
-from sora_fast.training.trainer import read_log
+from sora_fast.training.runlog import read_log
 from tests.text_encoders import save_clip
 
-_SMALL = "--dim 32 --depth 1 --heads 2 --capacity 256 --max-side 16 --max-frames 3 --no-compile --device cpu"
+_SMALL = (
+    "--dim 32 --depth 1 --heads 2 --capacity 256 --max-side 16 --max-frames 3 --no-compile --device cpu --workers 0"
+)
 SMALL = _SMALL.split()
 
 
@@ -130,7 +133,10 @@ def test_a_diverged_run_goes_on_with_a_smaller_learning_rate(
     run = tmp_path / "run"
     assert main(["train", "--data", str(folder), "--out", str(run), "--steps", "4", "--lr", "1e30", *SMALL]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "not finite at step 2;" in error
+    # The first step's gradient is finite, and its rate ruins the weights.
+    assert "not finite in 3 steps in a row, 2 to 4;" in error
+    assert main(["train", "--replay", "--out", str(run), "--device", "cpu"]) == 0
+    assert "step 2, worker 0, pack 0: loss nan; not finite first in the " in capsys.readouterr().out
     command = error[error.index("train --resume") :].split()
     assert command == ["train", "--resume", "--out", str(run), "--lr", "3e+29"]
     assert main([*command[:-1], "1e-3", "--device", "cpu"]) == 0
@@ -583,3 +589,35 @@ def test_every_option_can_be_said_and_has_one_default(line: str, options: type) 
     said = {k: v for k, v in vars(_parser().parse_args(line.split())).items() if k != "command"}
     needed = {field.name: said[field.name] for field in fields(options) if field.default is MISSING}
     assert options(**said) == options(**needed)
+
+
+def test_data_options_reach_the_run_and_the_workers_may_change(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    line = ["train", "--out", str(tmp_path / "run")]
+    sizes = [*SMALL, "--steps", "2"]
+    options = ["--workers", "2", "--drop", "decreasing:0.6-0.2", "--seed", "3"]
+    assert main([*line, "--data", str(folder), *sizes, *options]) == 0
+    config = read_run(tmp_path / "run")
+    assert config.train.workers == 2
+    assert config.train.batch.drop == SigmoidDrop(2, 0.6, 0.2)
+    assert config.data.clips == "anywhere"
+    assert main([*line, "--resume", "--steps", "4", "--workers", "0"]) == 0
+    assert read_run(tmp_path / "run").train.workers == 0
+    assert [row["step"] for row in read_log(tmp_path / "run" / LOG)] == [1, 2, 3, 4]
+    capsys.readouterr()
+    assert main([*line, "--resume", "--steps", "6", "--clips", "first"]) == 2
+    assert "--clips: a run keeps what it was made with" in capsys.readouterr().err
+
+
+def test_a_run_from_before_there_was_a_choice_goes_on_with_first_frames(folder: Path, tmp_path: Path) -> None:
+    line = ["train", "--out", str(tmp_path / "run")]
+    assert main([*line, "--data", str(folder), *SMALL, "--steps", "2", "--clips", "first"]) == 0
+    place = tmp_path / "run" / CONFIG
+    content = json.loads(place.read_text())
+    for part, name in ((content["data"], "clips"), (content["train"], "workers"), (content["train"]["batch"], "drop")):
+        del part[name]  # as it was written then
+    place.write_text(json.dumps(content))
+    assert main([*line, "--resume", "--steps", "3"]) == 0
+    config = read_run(tmp_path / "run")
+    assert (config.data.clips, config.train.workers, config.train.batch.drop) == ("first", 0, None)

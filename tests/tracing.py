@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +33,40 @@ class Computed(TorchDispatchMode):
         if "empty" not in name and not any(result.alias_info for result in func._schema.returns):
             self.names.append(name.removeprefix("aten::"))
         return func(*args, **(kwargs or {}))
+
+
+class Products(TorchDispatchMode):
+    """Inside, collects the dtypes that matrix products are made in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
+            self.dtypes.add(result.dtype)
+        return result
+
+
+class KeptBytes(TorchDispatchMode):
+    """Takes note of the memory of every result that is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def now(self) -> int:
+        """Bytes of it that are still held by anybody."""
+        return sum(size for storage, size in self._made.values() if not storage.expired())
 
 
 def check_unasked(

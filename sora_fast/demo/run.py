@@ -36,7 +36,8 @@ from sora_fast.models import SoraDiTConfig
 from sora_fast.training.batches import BatchConfig
 from sora_fast.training.distributed import joined, launch, launched
 from sora_fast.training.run import LOG, RunConfig, TextConfig, TrainConfig, read_run
-from sora_fast.training.trainer import Trainer, read_log
+from sora_fast.training.runlog import read_log
+from sora_fast.training.trainer import Trainer
 
 INTERRUPTED = 130
 MARK = ".sora_fast_demo"  # stands in a folder that a demo made, and so may replace

@@ -22,6 +22,7 @@ from sora_fast.diffusion.paths import RectifiedFlow
 from sora_fast.diffusion.pixels import PatchSize, pixel_segments, spread, token_to_pixels
 from sora_fast.diffusion.samplers import Euler
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
+from sora_fast.packing._bundle import TensorBundle
 
 Model = Callable[..., RaggedLatents]
 
@@ -58,7 +59,7 @@ LEAST_LEVEL = 0.03
 
 
 @dataclass(frozen=True, eq=False)
-class Interval:
+class Interval(TensorBundle):
     """The levels that a jump is trained at, a segment: t = `level` > s = `middle` > r = `end`, [S] float32 each."""
 
     level: Tensor
@@ -91,7 +92,7 @@ class Interval:
         return torch.where(first, self.level, self.middle)
 
 
-class NoisyPack:
+class FlowPack:
     """Videos on their way between data and noise, and what a flow map's targets and loss over them need.
 
     data: latents, the clean tokens' too; the computation on them is float32 at least, whatever a model's is.
@@ -136,7 +137,7 @@ class NoisyPack:
         return torch.where(self.noisy, x, self.data.flat)
 
 
-def split_target(pack: NoisyPack, model: Model, x: Tensor, at: Interval, **inputs: Any) -> Tensor:
+def split_target(pack: FlowPack, model: Model, x: Tensor, at: Interval, **inputs: Any) -> Tensor:
     """D* [P] of the interval by two jumps of `model`, a slow average of the one that is trained."""
     first = pack.predict(model, x, at.level, at.middle, **inputs)
     between = pack.jump(x, first, at.level, at.middle)
@@ -144,7 +145,7 @@ def split_target(pack: NoisyPack, model: Model, x: Tensor, at: Interval, **input
     return torch.lerp(second, first, split_share(*map(pack.spread, (at.level, at.middle, at.end))))
 
 
-def flow_map_loss(pack: NoisyPack, clean: Tensor, target: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def flow_map_loss(pack: FlowPack, clean: Tensor, target: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """t⁻²‖D − D*‖², the squared error of the average velocity: the mean over the noisy pixels, and their number.
 
     clean, target: D and D* [P]. Below the path's least level the weight grows no more, as in its own loss.

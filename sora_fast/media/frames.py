@@ -43,10 +43,18 @@ def mean_rate(first: Frame, last: Frame, count: int) -> float | None:
     return count / seconds if seconds > 0 else stated
 
 
-def at_rate(frames: Iterable[Frame], fps: float) -> Iterator[Frame]:
-    """What is on screen 0, 1/fps, 2/fps, … seconds after the beginning, until the last frame's end."""
-    tolerance = min(1e-3, 0.25 / fps)  # timestamps are rounded, often to milliseconds
-    beginning, ticks = None, 0
+def tolerance(fps: float) -> float:
+    """Seconds by which a frame may be late at this rate: timestamps are rounded, often to milliseconds."""
+    return min(1e-3, 0.25 / fps)
+
+
+def at_rate(frames: Iterable[Frame], fps: float, *, beginning: float | None = None, first: int = 0) -> Iterator[Frame]:
+    """What is on screen 0, 1/fps, 2/fps, … seconds after the beginning, until the last frame's end.
+
+    beginning: where the first of the frames is not the first of the video, when that began; first: how many of the
+    instants are over by then.
+    """
+    ticks = first
     for shown, following in pairwise(chain(frames, (None,))):
         if beginning is None:
             if following is None and shown.end is None:  # a still image
@@ -55,6 +63,6 @@ def at_rate(frames: Iterable[Frame], fps: float) -> Iterator[Frame]:
             beginning = shown.start
         end = shown.end if following is None else following.start
         end = shown.start + 1 / DEFAULT_RATE if end is None else end
-        while ticks == 0 or ticks / fps < end - beginning - tolerance:
+        while ticks == 0 or ticks / fps < end - beginning - tolerance(fps):
             yield replace(shown, start=ticks / fps, end=(ticks + 1) / fps, rate=fps)
             ticks += 1

@@ -15,6 +15,8 @@ HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"mif2"}  # still im
 MOTION_JPEG = (".mjpeg", ".mjpg")  # one JPEG after the other, of which Pillow sees the first
 TIFF = (b"II*\0", b"MM\0*")
 
+ORIENTATION = 0x0112  # of EXIF: from 5 on, width and height are exchanged
+
 DEFAULT_SECONDS = 0.1  # what browsers show a frame for that asks for no time at all
 
 
@@ -27,6 +29,20 @@ def image_frames(path: Path) -> Iterator[Frame] | None:
     except Exception as error:  # Pillow's parsers raise whatever they stumble over: IndexError, struct.error, …
         raise UnreadableMedia(path, _reason(error)) from error
     return None if image is None else _pages(path, image)
+
+
+def still_size(path: Path) -> tuple[int, int] | None:
+    """Height and width of a still image as it is to be seen, from its header; None where that does not say."""
+    try:
+        with _open(path) as image:  # an AttributeError if it is none
+            if image.format not in FORMATS or (image.format in ANIMATED_FORMATS and image.is_animated):
+                return None
+            # Of PNGs that have it behind the pixels, reading it would decode them.
+            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+            turned = exif.get(ORIENTATION, 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception:  # who decodes it will say what is wrong
+        return None
 
 
 def _open(path: Path) -> Image.Image | None:

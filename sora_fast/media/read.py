@@ -1,6 +1,6 @@
 """Videos and images on disk, read into tensors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from sora_fast.media.frames import Frame, UnreadableMedia, at_rate, mean_rate
 from sora_fast.media.images import image_frames
-from sora_fast.media.videos import video_frames
+from sora_fast.media.probing import scaled
+from sora_fast.media.timeline import Timeline
+from sora_fast.media.videos import frames_from, video_frames
 
 # Numbers in the frames that repeat the one before, because fps= asks for more than there are: a file of a few bytes
 # must not fill the memory.
@@ -53,6 +55,8 @@ def read_clip(
     fps: float | None = None,
     max_side: int | None = None,
     channels: int = 3,
+    start: int = 0,
+    timeline: Timeline | None = None,
 ) -> Clip:
     """Reads any video or image that PyAV or Pillow reads, as a good player would show it.
 
@@ -66,6 +70,9 @@ def read_clip(
             as long as the file says); None takes every frame.
         max_side: frames with a longer side are scaled down to it, keeping their aspect ratio.
         channels: 3 for RGB, 1 for grey.
+        start: leave out so many of the frames, those of `fps` if it is given.
+        timeline: the file's own, from `probe`: what is left out of a video is then not decoded either, but for the
+            frames from the last keyframe on. The same frames come as without it.
 
     Raises:
         UnreadableMedia: an empty, corrupt, truncated or audio-only file, whatever is no video or image at all, and
@@ -84,13 +91,22 @@ def read_clip(
         raise UnreadableMedia(path, "empty file (0 bytes)")
 
     try:
-        frames = image_frames(path) or video_frames(path)
-        frames = islice(frames if fps is None else at_rate(frames, fps), max_frames)
+        frames = islice(_frames(path, fps, start, timeline), max_frames)
         return _to_clip(path, frames, max_side, channels)
     except UnreadableMedia:
         raise
     except Exception as error:  # a decoder meets what its author did not think of, or sizes that no memory holds
         raise UnreadableMedia(path, f"cannot be decoded: {error!r}") from error
+
+
+def _frames(path: Path, fps: float | None, start: int, timeline: Timeline | None) -> Iterator[Frame]:
+    if timeline is None or not timeline.can_seek or not start:
+        frames = image_frames(path) or video_frames(path)
+        return islice(frames if fps is None else at_rate(frames, fps), start, None)
+    if fps is None:
+        return frames_from(path, timeline, start)
+    frames = frames_from(path, timeline, timeline.shown(start, fps))
+    return at_rate(frames, fps, beginning=timeline.first, first=start)
 
 
 def _to_clip(path: Path, frames: Iterable[Frame], max_side: int | None, channels: int) -> Clip:
@@ -112,10 +128,9 @@ def _to_clip(path: Path, frames: Iterable[Frame], max_side: int | None, channels
 
 
 def _to_array(image: Image.Image, max_side: int | None, channels: int) -> np.ndarray:
-    if max_side is not None and max(image.size) > max_side:
-        ratio = max_side / max(image.size)
-        size = (max(1, round(image.width * ratio)), max(1, round(image.height * ratio)))
-        image = image.resize(size, Image.Resampling.LANCZOS)
+    height, width = scaled(image.height, image.width, max_side)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(image) if channels == 3 else np.asarray(image.convert("L"))[..., None]
 
 

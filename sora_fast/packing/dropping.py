@@ -21,7 +21,10 @@ from sora_fast.packing.order import Grid
 
 
 class DropRule(Protocol):
-    """How much of each sample to drop."""
+    """How much of each sample to drop. most: the largest rate that `rates` gives."""
+
+    @property
+    def most(self) -> float: ...
 
     def rates(self, grids: Sequence[Grid], rng: np.random.Generator, *, step: int = 0) -> np.ndarray:
         """The share of tokens that each sample loses: float64 [S] in [0, 1].
@@ -39,6 +42,11 @@ class ConstantDrop:
 
     def __post_init__(self) -> None:
         _require_share("rate", self.rate)
+
+    @property
+    def most(self) -> float:
+        """The largest rate that `rates` gives."""
+        return self.rate
 
     def rates(self, grids: Sequence[Grid], rng: np.random.Generator, *, step: int = 0) -> np.ndarray:
         return np.full(len(grids), self.rate, dtype=np.float64)
@@ -65,6 +73,11 @@ class BetaDrop:
             raise ValueError(f"mean must not exceed max_rate, got mean={self.mean}, max_rate={self.max_rate}")
         if not 0 < self.spread < 1:
             raise ValueError(f"spread must be between 0 and 1, both excluded, got {self.spread}")
+
+    @property
+    def most(self) -> float:
+        """The largest rate that `rates` gives."""
+        return self.max_rate
 
     def rates(self, grids: Sequence[Grid], rng: np.random.Generator, *, step: int = 0) -> np.ndarray:
         if self.mean in (0.0, self.max_rate):  # the Beta has shrunk to a point
@@ -100,6 +113,11 @@ class ResolutionDrop:
         if not 0 <= self.std < math.inf:
             raise ValueError(f"std must be finite and not negative, got {self.std}")
 
+    @property
+    def most(self) -> float:
+        """The largest rate that `rates` gives."""
+        return min(1.0, max(self.low, self.high) + 2 * self.std)
+
     def rates(self, grids: Sequence[Grid], rng: np.random.Generator, *, step: int = 0) -> np.ndarray:
         tokens = _tokens(grids)
         mean = np.interp(tokens, (self.min_tokens, self.max_tokens), (self.low, self.high))
@@ -131,6 +149,11 @@ class SigmoidDrop:
             raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
         if not 0 < self.width < math.inf:
             raise ValueError(f"width must be finite and above 0, got {self.width}")
+
+    @property
+    def most(self) -> float:
+        """The largest rate that `rates` gives."""
+        return self.high
 
     def rates(self, grids: Sequence[Grid], rng: np.random.Generator, *, step: int = 0) -> np.ndarray:
         distance = (self.middle - step / self.total_steps) / self.width

@@ -1,91 +1,39 @@
 """From a source of samples to packed batches of static capacity, one after the other, for ever."""
 
+import contextlib
 import logging
-import math
-import queue
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
-from torch import Tensor
-
-from sora_fast.models.codecs import Codec, LatentSpec
+from sora_fast.models.codecs import Codec
 from sora_fast.models.text import TextEncoder
-from sora_fast.packing import PackedLayout, RaggedLatents, token_grid
-from sora_fast.packing._bundle import TensorBundle
-from sora_fast.packing.packer import PackRules, StreamingPacker
-from sora_fast.training.data import Sample, Source
+from sora_fast.training.batch import Batch, BatchConfig, Prompts
+from sora_fast.training.data import Source
 from sora_fast.training.distributed import World
-
-Item = TypeVar("Item")
+from sora_fast.training.making import Made, Maker
+from sora_fast.training.plan import Plan
+from sora_fast.training.pool import MakerPool
 
 log = logging.getLogger(__name__)
 
-# What a random draw is for: no two purposes share random numbers.
-_ORDER, _CAPTION = 0, 1
-
-
-@dataclass(frozen=True, eq=False)
-class Prompts(TensorBundle):
-    """What a text encoder takes: ids [Nt], and their layout of S segments."""
-
-    ids: Tensor
-    layout: PackedLayout
-
-
-@dataclass(frozen=True, eq=False)
-class Batch(TensorBundle):
-    """Packed samples. The tensors' shapes never change from batch to batch.
-
-    latents, layout: S segments in N tokens. prompts: the captions, tokenized; None without a text encoder.
-    useful: tokens that are no padding. skipped: samples longer than the capacity, so far.
-    resume: what `Batches.load_state_dict` takes to go on after this batch; JSON-able.
-    """
-
-    latents: RaggedLatents
-    layout: PackedLayout
-    prompts: Prompts | None
-    useful: int
-    skipped: int
-    resume: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class BatchConfig:
-    """How samples become batches.
-
-    capacity: tokens in a batch. max_segments: samples in a batch, at most.
-    text_capacity: text tokens in a batch; where captions are longer together, the longest are cut, and the log says
-        so once.
-    look_ahead: samples a worker that the packer chooses from: more of it, less padding, and packs of more equal cost
-        (of 8 or 64 workers' time 5% goes by in waiting for the slowest with 16, 2% with 32, 0.4% with 128).
-    order: "tiled" or "raster", the token order.
-    caption_dropout: share of the samples whose caption is left out, for classifier-free guidance.
-    oversized: "raise" an error for a sample longer than the capacity, or "skip" and count it.
-    """
-
-    capacity: int = 4096
-    max_segments: int = 32
-    text_capacity: int = 2048
-    look_ahead: int = 128
-    order: str = "tiled"
-    caption_dropout: float = 0.1
-    oversized: str = "raise"
-
 
 class Batches:
-    """An endless iterator of `Batch`, the same one for the same arguments.
+    """An endless iterator of `Batch`, the same one for the same arguments, whatever the number of workers.
 
     codec: what makes the samples' latents. text: what tokenizes the captions, if anything.
-    world: the workers whose packs are planned together, a step at a time, so that their costs are alike; each gets its
-        own, and all go through the stream in step.
+    world: the processes that train together, whose packs are planned together, a step at a time, so that their costs
+        are alike; each gets its own, and all go through the stream in step.
+    workers: processes that make batches (see pool.py); 0: they are made here, when they are asked for. The source
+        must then be picklable (one with a memory of its own may have a method `divided(workers)`, which gives what each
+        is to get), and a script that starts them needs `if __name__ == "__main__":`.
 
     A data set (a source with `__len__`) is gone through in a new random order every epoch. Samples are fetched twice,
-    once for their length and once for their pixels, so that what waits in the packer costs no memory; the workers share
-    out the first, and a source with a method `shape(index) -> (C, T, H, W)` spares it.
+    once for their length and once for their pixels, so that what waits in the packer costs no memory; those who train
+    together share out the first, and a source with a method `shape(index) -> (C, T, H, W)` spares it.
+
+    A sample that proves unusable (`UnusableSample`, or a worker that dies of it) is named in the log and left out from
+    then on; the packs are planned as if it was there, so that they stay the same for all who train together.
     """
 
     def __init__(
@@ -98,119 +46,70 @@ class Batches:
         text: TextEncoder | None = None,
         seed: int = 0,
         world: World | None = None,
+        workers: int = 0,
     ) -> None:
-        self.source, self.config, self.codec, self.text = source, config, codec, text
-        self.patch_size, self.seed, self.world = patch_size, seed, world or World()
-        rules = PackRules(config.capacity, config.max_segments, oversized=config.oversized)
-        look_ahead = config.look_ahead * self.world.size
-        self.packer = StreamingPacker(rules, look_ahead=look_ahead, ranks=self.world.size)
-        # Batches are made in a thread: what it exchanges must not meet what the training step does.
-        self._measurers = World() if hasattr(source, "shape") else self.world.apart()
-        self._lengths: dict[int, int] = {}
-        # The packs of all workers are planned by each: for 1,024 of them this is a third of the time.
-        self._tokens = lru_cache(maxsize=1 << 16)(partial(_count_tokens, codec.spec, patch_size))
-        self.position = 0
-        self._fingerprint: str | None = getattr(source, "fingerprint", None)
-        self._epoch: tuple[int, np.ndarray] | None = None
+        self.config, self.text, self.workers = config, text, workers
+        self.plan = Plan(source, config, patch_size=patch_size, spec=codec.spec, seed=seed, world=world)
+        shared = source.divided(workers) if workers and hasattr(source, "divided") else source
+        self.maker = Maker(shared, config, codec, patch_size, seed)
+        # What proved unusable, with the reason.
+        self.lost: dict[str, str] = {}
+        self._noted: set[str] = set()
         self._warned_of_cut = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the stream, what waits in the packer, and of which source that is true; JSON-able."""
-        return {"position": self.position, "packer": self.packer.state_dict(), "source": self._fingerprint}
+        """Where in the stream it is, and what is left out; JSON-able."""
+        return self._state(self.plan.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. ValueError if the source has another fingerprint now."""
-        if state.get("source") != self._fingerprint:
-            raise ValueError(
-                f"source: {self._fingerprint}, but it was {state.get('source')}; files, their sizes or their captions "
-                "have changed. Put back what was there, or start a new run"
-            )
-        self.position = state["position"]
-        packer = state["packer"]
-        self.packer.load_state_dict(packer if packer["ranks"] == self.world.size else self._repacked(packer))
-
-    def _repacked(self, state: dict[str, Any]) -> dict[str, Any]:
-        """For a run that goes on with another number of workers: what was packed waits again, first in line."""
-        packed = [position for pack in state["ready"] for position in pack]
-        waiting = [*zip(packed, self._measured(packed), strict=True), *state["waiting"]]
-        return state | {"ranks": self.world.size, "ready": [], "waiting": waiting, "left_over": len(packed)}
+        self.plan.load_state_dict(state)
+        self.lost = dict(state.get("lost", {}))
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            yield self._batch(self.next_packs()[self.world.rank])
+        if not self.workers:
+            for pack in self.plan:
+                yield self._finished(self.maker.make(pack, without=self.lost))
+            return
+        with contextlib.closing(MakerPool(self.maker, self.workers, self._lose)) as pool:
+            for made in pool.made(self.plan, self.lost):
+                yield self._finished(made)
 
     @property
     def exchanges(self) -> bool:
-        """Whether making batches takes exchanges with the other workers, as measuring samples together does."""
-        return self._measurers.size > 1
+        """Whether making batches takes exchanges with those who train too, as measuring samples together does."""
+        return self.plan.measurers.size > 1
 
-    def next_packs(self) -> list[list[int]]:
-        """Positions in the stream of the samples of each worker's next pack."""
-        while True:
-            packs = self.packer.push(self.position, self._length(self.position))
-            self.position += 1
-            if packs:
-                return packs
-            self._check_progress()
-
-    def _batch(self, positions: Sequence[int]) -> Batch:
-        c = self.config
-        encoded = [self._encode(position) for position in positions]
-        # Equal lengths side by side: on a CPU they share one call of attention.
-        encoded.sort(key=lambda item: math.prod(token_grid(item[0].shape, self.patch_size)))
-        videos, captions = [list(column) for column in zip(*encoded, strict=True)]
-        grids = [token_grid(video.shape, self.patch_size) for video in videos]
-        elements = c.capacity * self.codec.spec.channels * math.prod(self.patch_size)
-        layout = PackedLayout.from_grids(grids, order=c.order, capacity=c.capacity, max_segments=c.max_segments)
-        return Batch(
-            RaggedLatents.from_list(videos, capacity=elements, max_segments=c.max_segments),
-            layout,
-            self._prompts(captions),
-            useful=sum(map(math.prod, grids)),
-            skipped=self.packer.skipped,
-            resume=self.state_dict(),
+    def _finished(self, made: Made) -> Batch:
+        for name, reason in made.lost.items():
+            self._lose(name, reason)
+        for name, note in made.notes.items():
+            if name not in self._noted:
+                self._noted.add(name)
+                log.warning("%s: %s", name, note)
+        batch = made.batch
+        return replace(
+            batch,
+            prompts=self._prompts(made.captions),
+            skipped=batch.skipped + len(self.lost),
+            resume=self._state(batch.resume),
         )
 
-    def _encode(self, position: int) -> tuple[Tensor, str]:
-        """Latents and caption of the sample at a position of the stream."""
-        sample = self.source[self._index(position)]
-        return self.codec.encode(sample.video), self._caption(sample, position)
+    def _state(self, plan: dict[str, Any]) -> dict[str, Any]:
+        return plan | ({"lost": dict(self.lost)} if self.lost else {})
 
-    def _length(self, position: int) -> int:
-        """Tokens of the sample at a position of the stream."""
-        if hasattr(self.source, "shape"):
-            return self._tokens(tuple(self.source.shape(self._index(position))))
-        if (index := self._index(position)) not in self._lengths:
-            coming = range(position, position + self._measurers.size)
-            if not hasattr(self.source, "__len__"):  # an endless stream asks for none twice
-                self._lengths.clear()
-            self._lengths.update(zip(map(self._index, coming), self._measured(coming), strict=True))
-        return self._lengths[index]
-
-    def _measured(self, positions: Sequence[int]) -> list[int]:
-        """Tokens of several samples, which may have to be decoded for it: each worker takes a share of them."""
-        indices = [self._index(position) for position in self._measurers.shared_out(positions)]
-        shape = getattr(self.source, "shape", lambda index: self.source[index].video.shape)
-        return self._measurers.joint([self._tokens(tuple(shape(index))) for index in indices])
-
-    def _index(self, position: int) -> int:
-        """The sample at a position of the stream."""
-        if not hasattr(self.source, "__len__"):
-            return position
-        epoch, place = divmod(position, len(self.source))
-        if self._epoch is None or self._epoch[0] != epoch:
-            random = np.random.default_rng((self.seed, _ORDER, epoch))
-            self._epoch = epoch, random.permutation(len(self.source))
-        return int(self._epoch[1][place])
-
-    def _caption(self, sample: Sample, position: int) -> str:
-        dropped = np.random.default_rng((self.seed, _CAPTION, position)).random()
-        return "" if dropped < self.config.caption_dropout else sample.caption
+    def _lose(self, name: str, reason: str) -> None:
+        if name not in self.lost:
+            self.lost[name] = reason
+            log.warning("left out from now on, %d so far: %s: %s", len(self.lost), name, reason)
+            source = self.plan.source
+            if hasattr(source, "__len__") and len(self.lost) >= len({self.maker.name(i) for i in range(len(source))}):
+                raise ValueError(f"nothing is left to train on; the last was {name}: {reason}")
 
     def _prompts(self, captions: list[str]) -> Prompts | None:
         if self.text is None:
             return None
-        c, longest = self.config, max(map(len, captions))
+        c, longest = self.config, max(map(len, captions), default=0)
         while longest and (tokens := self.text.tokenize(captions)[0].shape[0]) > c.text_capacity:
             self._warn_of_cut(tokens)
             longest = longest * 3 // 4
@@ -226,50 +125,3 @@ class Batches:
                 tokens,
                 self.config.text_capacity,
             )
-
-    def _check_progress(self) -> None:
-        if hasattr(self.source, "__len__") and self.packer.skipped >= len(self.source) == self.position:
-            raise ValueError(
-                f"all {len(self.source)} samples are longer than the capacity of {self.config.capacity} tokens; "
-                "raise the capacity, or make the samples smaller"
-            )
-
-
-def _count_tokens(spec: LatentSpec, patch_size: tuple[int, int, int], shape: tuple[int, ...]) -> int:
-    return math.prod(token_grid(spec.latent_shape(*shape[1:]), patch_size))
-
-
-def prefetch(items: Iterator[Item], depth: int = 2, *, in_step: bool = False) -> Iterator[Item]:
-    """The same items in the same order, made up to `depth` ahead in a thread that ends with the generator.
-
-    in_step: making them takes exchanges with other workers, of whom each is to make the same number: `depth` more than
-        were taken, also where the generator ends before.
-    """
-    made: queue.SimpleQueue[tuple[Item | None, BaseException | None]] = queue.SimpleQueue()
-    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            while wanted.get() and (in_step or not ending.is_set()):
-                made.put((next(items), None))
-        except BaseException as error:
-            made.put((None, error))
-
-    ending = threading.Event()
-    for _ in range(depth):
-        wanted.put(True)
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = made.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            wanted.put(True)
-            yield item
-    finally:
-        ending.set()
-        wanted.put(False)
-        thread.join()

@@ -1,6 +1,7 @@
 """From what was asked for to the configuration of a run: of a new one, and of one that goes on."""
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,14 @@ from sora_fast.models.codecs import IdentityCodec
 from sora_fast.packing import token_grid
 from sora_fast.training.batches import BatchConfig
 from sora_fast.training.data import DataConfig, FolderSource
+from sora_fast.training.dropping import drop_rule
 from sora_fast.training.options import CHANGEABLE, TrainOptions, spelled
 from sora_fast.training.run import RunConfig, TextConfig, TrainConfig, check_new, moved, read_run
 
 # Static sizes of a batch that cost time even where they are not used: enough for small images, not for the worst case.
 MOST_SEGMENTS, MOST_TEXT = 256, 8192
+# Data workers, where nothing is said.
+MOST_WORKERS = 8
 
 
 def new_config(o: TrainOptions) -> RunConfig:
@@ -42,11 +46,15 @@ def new_config(o: TrainOptions) -> RunConfig:
             ema_decay=o.ema_decay,
             precision="bfloat16" if o.bf16 else "float32",
             compile=None if o.no_compile else "inductor",
+            compile_scope=o.compile,
+            recompute=o.recompute,
+            accumulate=o.accumulate,
             seed=o.seed,
             save_every=o.save_every,
+            workers=_workers(o),
         ),
         text=text,
-        data=DataConfig(o.data, o.max_frames, o.max_side, o.fps, channels),
+        data=DataConfig(o.data, o.max_frames, o.max_side, o.fps, channels, clips=o.clips),
         fps=o.fps or 8.0,
     )
 
@@ -72,12 +80,22 @@ def resumed_config(o: TrainOptions) -> RunConfig:
     config = moved(config, data=o.data, text_encoder=o.text_encoder)
     if not Path(config.data.folder).is_dir():
         raise ValueError(f"{config.data.folder} is no folder; say where the run's data is now: --data FOLDER")
-    changes = {name: getattr(o, name) for name in o.given & {"lr", "save_every"}}
+    changes = {name: getattr(o, name) for name in o.given & {"lr", "save_every", "recompute", "workers"}}
     if o.given & {"steps", "minutes"}:  # either takes the place of what limited the run
         changes |= {"steps": o.steps, "minutes": o.minutes}
+    if "compile" in o.given:
+        changes |= {"compile": "inductor", "compile_scope": o.compile}
     if o.no_compile:
         changes["compile"] = None
     return replace(config, train=replace(config.train, **changes))
+
+
+def _workers(o: TrainOptions) -> int:
+    """As many data workers as the options ask for, or as suit this machine."""
+    if o.workers is not None:
+        return o.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 def _batch_config(o: TrainOptions, source: FolderSource) -> BatchConfig:
@@ -90,7 +108,9 @@ def _batch_config(o: TrainOptions, source: FolderSource) -> BatchConfig:
                 f"{path} has {tokens} tokens, more than a batch of --capacity {o.capacity} holds; raise it, or lower "
                 "--max-frames or --max-side, or use a larger --patch"
             )
-    segments = min(o.capacity // min(lengths), MOST_SEGMENTS)
+    drop = o.drop and drop_rule(o.drop, steps=o.steps, tokens=lengths)
+    shortest = max(1, int(min(lengths) * (1 - drop.most if drop else 1)))
+    segments = min(o.capacity // shortest, MOST_SEGMENTS)
     longest = max(len(caption.encode()) for caption in source.captions)
     return BatchConfig(
         capacity=o.capacity,
@@ -98,4 +118,5 @@ def _batch_config(o: TrainOptions, source: FolderSource) -> BatchConfig:
         text_capacity=min(segments * (longest + 2), MOST_TEXT),
         look_ahead=max(128, 2 * segments),
         caption_dropout=o.caption_dropout,
+        drop=drop or None,
     )

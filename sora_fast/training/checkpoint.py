@@ -49,21 +49,19 @@ def save(
     Those of later steps go too: they are what a run passed over, being damaged, when it went on from an older one.
 
     tensors: per file name (without suffix), the named tensors in it, on any device. state: what JSON takes.
-    Returns the checkpoint's directory.
+    Returns the checkpoint's directory. OSError or SafetensorError if it cannot be written, as on a full disk: what was
+    there before is whole then.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     root.mkdir(parents=True, exist_ok=True)
     _remove_partial(root)
     partial, final = root / f"{_PARTIAL}{step}", root / f"step-{step:08d}"
-    partial.mkdir()
-    for group, named in tensors.items():
-        file = partial / f"{group}.safetensors"
-        save_file({name: t.detach().cpu().contiguous() for name, t in named.items()}, file)
-        files.flush(file)
-    (partial / "state.json").write_text(json.dumps({"step": step, "groups": list(tensors), "state": state}))
-    files.flush(partial / "state.json")
-    files.flush(partial)
+    try:
+        _write(partial, {"step": step, "groups": list(tensors), "state": state}, tensors)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk, room for what comes next
+        raise
     if final.exists():
         _discard(final)
     partial.rename(final)
@@ -73,6 +71,17 @@ def save(
         if path not in kept:
             _discard(path)
     return final
+
+
+def _write(directory: Path, record: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    directory.mkdir()
+    for group, named in tensors.items():
+        file = directory / f"{group}.safetensors"
+        save_file({name: t.detach().cpu().contiguous() for name, t in named.items()}, file)
+        files.flush(file)
+    (directory / "state.json").write_text(json.dumps(record))
+    files.flush(directory / "state.json")
+    files.flush(directory)
 
 
 def load(directory: Path, groups: Collection[str] | None = None) -> Checkpoint:

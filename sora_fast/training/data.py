@@ -8,11 +8,14 @@ With a text `fingerprint` that changes whenever its samples do, a run refuses to
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -20,10 +23,11 @@ from tqdm import tqdm
 from sora_fast.training.captions import CaptionError, Matches, is_caption, match, read_caption
 from sora_fast.training.distributed import World
 from sora_fast.training.rates import common_rates
+from sora_fast.training.scenes import CutsError, is_cuts, match_cuts, read_cuts, scenes
 from sora_fast.training.walk import each_once, walk
 
 if TYPE_CHECKING:
-    from sora_fast.media import Clip
+    from sora_fast.media import Clip, Probe, Timeline
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +37,16 @@ class Sample:
     """One video or image (T = 1) with its caption.
 
     video: (C, T, H, W), float, values in [-1, 1].
+    note: what the user should hear of it, once.
     """
 
     video: Tensor
     caption: str = ""
+    note: str = ""
+
+
+class UnusableSample(ValueError):
+    """A sample that cannot be used after all; the message says why. Training goes on without it."""
 
 
 class Source(Protocol):
@@ -50,7 +60,10 @@ class DataConfig:
     """Which files are read, and how much of each.
 
     folder: searched with all its subfolders and what links lead to; names that begin with a dot are left out.
-    max_frames: frames taken from the start of a video; what follows is not used.
+    max_frames: of a clip; None: all of the video.
+    clips: "first": a video gives its first frames, and every file is decoded once at the start, as runs did before
+        there was a choice. "anywhere": a clip begins at random, a long video gives several an epoch, in proportion to
+        its length, none goes over a scene cut (see scenes.py), and the start probes the files (see index.py).
     max_side: frames with a longer side are scaled down to it, keeping their aspect ratio.
     fps: frames per second at which videos are sampled; None takes every frame.
     channels: 3 for RGB, 1 for grey.
@@ -64,43 +77,71 @@ class DataConfig:
     fps: float | None = None
     channels: int = 3
     cache_bytes: int = 2 << 30
+    clips: str = "first"
+
+    def __post_init__(self) -> None:
+        if self.clips not in ("first", "anywhere"):
+            raise ValueError(f'clips: {self.clips!r}; it must be "first" or "anywhere"')
+
+
+class Entry(NamedTuple):
+    """What is known of a file: its caption, (C, T, H, W) of all that `DataConfig` takes of it, frames per second.
+
+    timeline: of a file that was probed. cuts: seconds at which its scenes begin.
+    """
+
+    caption: str
+    shape: tuple[int, int, int, int]
+    rate: float | None
+    timeline: "Timeline | None" = None
+    cuts: tuple[float, ...] = ()
+
+
+class Span(NamedTuple):
+    """Where a clip may lie: of a file, the frames first … last, of which it takes `length`, side by side."""
+
+    file: int
+    first: int
+    last: int
+    length: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is but one such clip."""
+        return self.last - self.first == self.length
 
 
 @dataclass(eq=False)
 class FolderSource:
     """The videos and images of a folder, each once, with the captions beside them (see captions.py).
 
-    Every file is decoded once at the start. What cannot be used is named in the log, and kept in `skipped` with the
-    reason; caption files that belong to nothing are named too. Raises ValueError if the folder is missing or nothing
-    in it is usable.
-    rates: frames per second of each file; None for a still, and for a file that does not say.
-    world: the workers that share out the decoding; each keeps the frames that it decoded in its own memory.
+    A sample is a clip of a file, anywhere in its span (see `DataConfig.clips`). What cannot be used is named in the
+    log, and kept in `skipped` with the reason; caption files that belong to nothing are named too. Raises ValueError
+    if the folder is missing or nothing in it is usable.
+    files, entries: one each. spans: one a sample; every file has at least one.
+    world: the workers that share out the files; each keeps the frames that it decoded in its own memory.
     """
 
     config: DataConfig
     progress: bool = False
     world: World = field(default_factory=World)
     files: list[Path] = field(default_factory=list, init=False)
-    captions: list[str] = field(default_factory=list, init=False)
-    shapes: list[tuple[int, int, int, int]] = field(default_factory=list, init=False)
-    rates: list[float | None] = field(default_factory=list, init=False)
+    entries: list[Entry] = field(default_factory=list, init=False)
+    spans: list[Span] = field(default_factory=list, init=False)
     skipped: dict[Path, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._cache: dict[Path, Tensor] = {}
+        self._cache: dict[tuple[Path, int], Tensor] = {}
         self._cached_bytes = 0
         folder = Path(self.config.folder)
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder")
         found = walk(folder)
-        media, doubles = each_once([path for path in found.files if not is_caption(path)])
-        self.skipped |= found.skipped | doubles
-        matches = match(media, [path for path in found.files if is_caption(path)])
-        mine = tqdm(self.world.shared_out(media), desc="reading", unit=" files", disable=not self.progress)
-        entries = self.world.joint([self._take(path, matches.files.get(path)) for path in mine])
-        for path, entry in zip(media, entries, strict=True):
+        beside = _Beside.of(found.files, cuts=self.config.clips == "anywhere")
+        self.skipped |= found.skipped | beside.doubles
+        for path, entry in zip(beside.media, self._entries(beside), strict=True):
             self._note(path, entry)
-        _warn_of_unused(matches)
+        _warn_of_unused(beside.captions)
         for path, reason in self.skipped.items():
             log.warning("skipped %s: %s", path, reason)
         if not self.files:
@@ -108,36 +149,70 @@ class FolderSource:
             raise ValueError(f"{folder} holds no usable video or image{f' ({reasons})' if reasons else ''}")
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.spans)
 
     def __getitem__(self, index: int) -> Sample:
-        path = self.files[index]
-        if path in self._cache:
-            video = self._cache[path].float().div(127.5).sub(1)
-        else:
-            video = self._read(path).video
-            self._keep(path, video)
-        return Sample(video, self.captions[index])
+        """The first of the clips that a sample may be."""
+        return self._clip(self.spans[index], self.spans[index].first)
+
+    def draw(self, index: int, random: np.random.Generator) -> Sample:
+        """One of the clips that a sample may be."""
+        span = self.spans[index]
+        return self._clip(span, span.first + int(random.integers(span.last - span.first - span.length + 1)))
+
+    def name(self, index: int) -> str:
+        """The file of a sample."""
+        return str(self.files[self.spans[index].file])
+
+    def divided(self, parts: int) -> "FolderSource":
+        """The same, without what it has in its memory, for one of several processes that share out the memory."""
+        other = copy(self)
+        other.config = replace(self.config, cache_bytes=self.config.cache_bytes // parts)
+        other.world, other._cache, other._cached_bytes = World(), {}, 0
+        return other
+
+    @property
+    def captions(self) -> list[str]:
+        """Of the files."""
+        return [entry.caption for entry in self.entries]
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int, int]]:
+        """(C, T, H, W) of the files' clips, the longest of each."""
+        longest = [0] * len(self.files)
+        for span in self.spans:
+            longest[span.file] = max(longest[span.file], span.length)
+        return [(entry.shape[0], length, *entry.shape[2:]) for entry, length in zip(self.entries, longest, strict=True)]
+
+    @property
+    def rates(self) -> list[float | None]:
+        """Frames per second of the files; None for a still, and for a file that does not say."""
+        return [entry.rate for entry in self.entries]
 
     @property
     def summary(self) -> str:
         """How many files there are, with and without a caption, and how many were skipped, in one line."""
-        captioned = sum(bool(caption) for caption in self.captions)
+        captioned = sum(map(bool, self.captions))
+        clips = f", {len(self)} clips an epoch" if len(self) > len(self.files) else ""
         return (
-            f"{len(self)} files to train on, {captioned} with a caption and {len(self) - captioned} without; "
-            f"{len(self.skipped)} skipped"
+            f"{len(self.files)} files to train on, {captioned} with a caption and {len(self.files) - captioned} "
+            f"without{clips}; {len(self.skipped)} skipped"
         )
 
     @property
     def fingerprint(self) -> str:
-        """How many files, and a hash of their names below the folder, shapes and captions."""
+        """How many files, and a hash of their names below the folder, shapes, captions and, if they matter, spans."""
         names = [path.relative_to(self.config.folder).as_posix() for path in self.files]
-        content = json.dumps(list(zip(names, self.shapes, self.captions, strict=True)))
-        return f"{len(self)} files, {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        content = json.dumps(list(zip(names, (entry.shape for entry in self.entries), self.captions, strict=True)))
+        if self.config.clips == "anywhere":
+            content += json.dumps(self.spans)
+        return f"{len(self.files)} files, {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def shape(self, index: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of a sample, without reading it."""
-        return self.shapes[index]
+        span = self.spans[index]
+        channels, _, height, width = self.entries[span.file].shape
+        return channels, span.length, height, width
 
     @property
     def rate(self) -> float | None:
@@ -156,47 +231,137 @@ class FolderSource:
     def _common_rates(self) -> dict[float, int]:
         return common_rates([rate for rate in self.rates if rate is not None])
 
-    def _read(self, path: Path) -> "Clip":
-        from sora_fast.media import read_clip  # needs PyAV, which only those who read files have to have
+    def _clip(self, span: Span, first: int) -> Sample:
+        entry, key = self.entries[span.file], (self.files[span.file], first)
+        if key in self._cache:
+            return Sample(self._cache[key].float().div(127.5).sub(1), entry.caption)
+        video, note = self._decoded(span, first)
+        if span.is_whole:  # of others it would hardly be asked for again
+            self._keep(key, video)
+        return Sample(video, entry.caption, note)
+
+    def _decoded(self, span: Span, first: int) -> tuple[Tensor, str]:
+        """A clip, and what of it is not as the file's header says. UnusableSample if it cannot be had."""
+        from sora_fast.media import UnreadableMedia
+
+        entry = self.entries[span.file]
+        try:
+            video = self._read(self.files[span.file], span.length, first, entry.timeline).video
+        except UnreadableMedia as error:
+            raise UnusableSample(error.reason) from error
+        except OSError as error:
+            raise UnusableSample(str(error)) from error
+        expected = (entry.shape[0], span.length, *entry.shape[2:])
+        if video.shape == expected:
+            return video, ""
+        came = f"it has {_in_words(video.shape)} where its header says {_in_words(expected)}"
+        if video.shape[2:] != expected[2:]:
+            raise UnusableSample(came)
+        return video, f"{came}; used as it is"
+
+    def _read(self, path: Path, frames: int | None, first: int, timeline: "Timeline | None") -> "Clip":
+        from sora_fast import media  # needs PyAV, which only those who read files have to have
 
         c = self.config
-        return read_clip(path, max_frames=c.max_frames, fps=c.fps, max_side=c.max_side, channels=c.channels)
+        options = {"fps": c.fps, "max_side": c.max_side, "channels": c.channels}
+        return media.read_clip(path, max_frames=frames, start=first, timeline=timeline, **options)
 
-    def _take(self, path: Path, caption_file: Path | None) -> "_Entry | str":
-        """What is to be known of a file, or why it cannot be used."""
+    def _entries(self, beside: "_Beside") -> list[Entry | str]:
+        """What is to be known of each file, or why it cannot be used."""
+        mine = list(self.world.shared_out(beside.media))
+        bar = partial(tqdm, desc="reading", unit=" files", disable=not self.progress, total=len(mine))
+        if self.config.clips == "first":
+            found = map(self._decoded_entry, bar(mine))
+        else:
+            from sora_fast.training.index import probed
+
+            found = map(self._probed_entry, probed(Path(self.config.folder), mine, tell=bar))
+        read = [_with_texts(path, entry, beside) for path, entry in zip(mine, found, strict=True)]
+        return self.world.joint(read)
+
+    def _decoded_entry(self, path: Path) -> Entry | str:
         from sora_fast.media import UnreadableMedia
 
         try:
-            caption = "" if caption_file is None else read_caption(caption_file)
-            clip = self._read(path)
+            clip = self._read(path, self.config.max_frames, 0, None)
         except UnreadableMedia as error:
             return error.reason
-        except (OSError, CaptionError) as error:
+        except OSError as error:
             return str(error)
-        self._keep(path, clip.video)
-        return _Entry(caption, tuple(clip.video.shape), clip.fps)
+        self._keep((path, 0), clip.video)
+        return Entry("", tuple(clip.video.shape), clip.fps)
 
-    def _keep(self, path: Path, video: Tensor) -> None:
+    def _probed_entry(self, found: "Probe | str") -> Entry | str:
+        from sora_fast.media import scaled
+
+        if isinstance(found, str):
+            return found
+        c, timeline = self.config, found.timeline
+        size = scaled(found.height, found.width, c.max_side)
+        rate = timeline.mean_rate if c.fps is None or timeline.is_still else c.fps
+        return Entry("", (c.channels, timeline.ticks(c.fps), *size), rate, timeline)
+
+    def _keep(self, key: tuple[Path, int], video: Tensor) -> None:
         if self._cached_bytes + video.numel() <= self.config.cache_bytes:
             self._cached_bytes += video.numel()
-            self._cache[path] = video.add(1).mul(127.5).round().to(torch.uint8)
+            self._cache[key] = video.add(1).mul(127.5).round().to(torch.uint8)
 
-    def _note(self, path: Path, entry: "_Entry | str") -> None:
+    def _note(self, path: Path, entry: Entry | str) -> None:
         if isinstance(entry, str):
             self.skipped[path] = entry
             return
+        self.spans += _spans(len(self.files), entry, self.config)
         self.files.append(path)
-        self.captions.append(entry.caption)
-        self.shapes.append(entry.shape)
-        self.rates.append(entry.rate)
+        self.entries.append(entry)
 
 
-class _Entry(NamedTuple):
-    """caption, shape (C, T, H, W) and rate of a file."""
+@dataclass(frozen=True)
+class _Beside:
+    """The media of a folder, and which files belong to them. doubles: links to media that are there already."""
 
-    caption: str
-    shape: tuple[int, int, int, int]
-    rate: float | None
+    media: list[Path]
+    doubles: dict[Path, str]
+    captions: Matches
+    cuts: dict[Path, Path]
+
+    @staticmethod
+    def of(files: Sequence[Path], *, cuts: bool) -> "_Beside":
+        """cuts: whether lists of scene cuts are looked for; else they are taken for what they are not, media."""
+        captions = [path for path in files if is_caption(path)]
+        others = [path for path in files if not is_caption(path)]
+        lists = [path for path in others if cuts and is_cuts(path)]
+        media, doubles = each_once([path for path in others if path not in set(lists)])
+        return _Beside(media, doubles, match(media, captions), match_cuts(media, lists))
+
+
+def _with_texts(path: Path, entry: Entry | str, beside: _Beside) -> Entry | str:
+    """With what stands beside the file; or why that cannot be used."""
+    if isinstance(entry, str):
+        return entry
+    caption, cuts = beside.captions.files.get(path), beside.cuts.get(path)
+    try:
+        return entry._replace(
+            caption="" if caption is None else read_caption(caption),
+            cuts=() if cuts is None else tuple(read_cuts(cuts)),
+        )
+    except (OSError, CaptionError, CutsError) as error:
+        return str(error)
+
+
+def _spans(file: int, entry: Entry, config: DataConfig) -> Iterator[Span]:
+    """As many clips of each scene as fit into it side by side, but at least one."""
+    total = entry.shape[1]
+    if config.clips == "first":
+        yield Span(file, 0, total, total)
+        return
+    for first, last in scenes(entry.timeline, entry.cuts, config.fps):
+        length = min(last - first, config.max_frames or last - first)
+        yield from [Span(file, first, last, length)] * ((last - first) // length)
+
+
+def _in_words(shape: Sequence[int]) -> str:
+    _, frames, height, width = shape
+    return f"{frames} frames of {height}x{width}"
 
 
 def _warn_of_unused(matches: Matches) -> None:

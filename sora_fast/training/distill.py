@@ -4,20 +4,23 @@ The new run has a folder of its own, as `train` makes one, and in its RUN/teache
 """
 
 import copy
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sora_fast.diffusion.flow_map import Interval, NoisyPack, flow_map_loss, split_target
+from sora_fast.diffusion.flow_map import FlowPack, Interval, flow_map_loss, split_target
 from sora_fast.files import check_folder
-from sora_fast.packing import PackedLayout, RaggedLatents
 from sora_fast.training import checkpoint
 from sora_fast.training.batches import Batch, Prompts
+from sora_fast.training.compiling import compile_loss
 from sora_fast.training.data import Source
 from sora_fast.training.options import DISTILL_CHANGEABLE, DistillOptions, spelled
+from sora_fast.training.precision import computing
+from sora_fast.training.recompute import recompute
 from sora_fast.training.run import (
     CHECKPOINTS,
     Distilled,
@@ -28,7 +31,8 @@ from sora_fast.training.run import (
     moved,
     read_run,
 )
-from sora_fast.training.trainer import Trainer, compile_blocks
+from sora_fast.training.step import NoisyPack, PackLoss
+from sora_fast.training.trainer import Trainer
 
 TEACHER = "teacher"
 # The jumps that are learned from should follow soon: the average is 100 steps behind, however long the run.
@@ -102,6 +106,53 @@ def keep_teacher(run: Path | str, folder: Path | str) -> None:
     checkpoint.save(folder / TEACHER, saved.step, {"ema": saved.tensors["ema"]}, {}, keep=1)
 
 
+@dataclass(frozen=True, eq=False)
+class JumpPack(NoisyPack):
+    """A pack, and what is to be learned from it: the teacher at `interval.taught`, or to jump over the interval.
+
+    sigma: not used.
+    """
+
+    interval: Interval
+    from_teacher: bool
+
+
+class JumpLoss(PackLoss):
+    """JumpPack → its loss and pixels, as `PackLoss` has them.
+
+    teacher: the networks as they were, without the second level. slow: a running average of those that are trained.
+    null_prompts: what guidance leads away from; None: the teacher is asked once, without.
+    """
+
+    def __init__(
+        self, networks: Networks, precision: str, *, teacher: Networks, slow: Networks, null_prompts: Prompts | None
+    ) -> None:
+        super().__init__(networks, precision)
+        self.teacher, self.slow, self.null_prompts = teacher, slow, null_prompts
+
+    def forward(self, pack: JumpPack) -> tuple[Tensor, Tensor]:
+        networks, at, prompts = self.networks, pack.interval, pack.prompts
+        flow = FlowPack(pack.latents, pack.layout, networks.path, clean=pack.clean, patch_size=networks.patch_size)
+        level, end = (at.taught, at.taught) if pack.from_teacher else (at.level, at.end)
+        x = flow.at(pack.noise, level)
+        with computing(self.precision, pack.noise.device.type):
+            with torch.no_grad():
+                if pack.from_teacher:
+                    target = self._guided(flow, x, level, prompts)
+                else:
+                    target = split_target(flow, self.slow, x, at, prompts=prompts)
+            return flow_map_loss(flow, flow.predict(networks, x, level, end, prompts=prompts), target, level)
+
+    def _guided(self, flow: FlowPack, x: Tensor, sigma: Tensor, prompts: Prompts | None) -> Tensor:
+        """The teacher's clean data [P] at levels [S]."""
+        given = flow.predict(self.teacher, x, sigma, None, prompts=prompts)
+        if self.null_prompts is None:
+            return given
+        without = flow.predict(self.teacher, x, sigma, None, prompts=self.null_prompts)
+        d = self.networks.config.distilled
+        return torch.lerp(without, given, flow.spread(torch.where(flow.given, d.guidance_given, d.guidance)))
+
+
 class Distiller(Trainer):
     """Trains a flow map; all that is not said here is as in `Trainer`.
 
@@ -123,20 +174,37 @@ class Distiller(Trainer):
         saved = checkpoint.latest(Path(folder) / TEACHER)
         if saved is None:
             raise ValueError(f"{Path(folder) / TEACHER}: no weights to begin with are there")
+        self._teacher = saved.tensors["ema"]
         super().__init__(config, source, folder, device=device, resume=resume)
-        plain = replace(config, model=replace(config.model, sigma_end=False), distilled=None)
-        self.teacher = self._twin(plain, saved.tensors["ema"])
         if self.step == 0:
-            self._begin(saved.tensors["ema"])
-        self.slow = self._twin(config, self.average.tensors)
-        self.null_prompts = self._null_prompts()
+            self._begin()
 
     @torch.no_grad()
-    def _begin(self, weights: dict[str, Tensor]) -> None:
+    def _begin(self) -> None:
         """With the teacher's weights; those of the second level, which it has not, start as they are."""
-        for name, value in weights.items():
+        for name, value in self._teacher.items():
             self.parameters[name].copy_(value)
         self.average.load({name: p.detach() for name, p in self.parameters.items()})
+
+    def _applied(self, loss: PackLoss) -> JumpLoss:
+        c, config = self.config, loss.networks.config
+        plain = replace(config, model=replace(config.model, sigma_end=False), distilled=None)
+        jumps = JumpLoss(
+            loss.networks,
+            c.precision,
+            teacher=self._twin(plain, self._teacher),
+            slow=self._twin(config, self.average.tensors),
+            null_prompts=self._null_prompts(config.distilled),
+        )
+        models = [networks.model for networks in (jumps.networks, jumps.teacher, jumps.slow)]
+        if c.recompute is not None:
+            recompute(models[0].blocks, c.recompute)
+        if c.compile is not None:
+            blocks = [block for model in models for block in model.blocks]
+            # The loss itself has two forms, and calls the blocks three times: they are what compiles once.
+            options = {"backend": c.compile, "scope": "blocks", "device": self.device, "minutes": c.minutes}
+            self.compiling = compile_loss(jumps, blocks, **options)
+        return jumps
 
     def _twin(self, config: RunConfig, weights: dict[str, Tensor]) -> Networks:
         """Networks that share the memory of `weights`, if they are on the device, and a frozen text encoder."""
@@ -147,52 +215,26 @@ class Distiller(Trainer):
         twin = twin.to(self.device)
         for name, parameter in twin.trained().items():
             parameter.data = weights[name].to(self.device)
-        if self.compiles:
-            compile_blocks(twin.model, self.config.compile)
         return twin.requires_grad_(False)
 
-    def _null_prompts(self) -> Prompts | None:
-        """What guidance leads away from; None if the teacher is asked once, without."""
-        d, batch = self.networks.config.distilled, self.config.batch
-        if self.networks.text is None or d.guidance == d.guidance_given == 1:
+    def _null_prompts(self, distilled: Distilled) -> Prompts | None:
+        batch = self.config.batch
+        if self.networks.text is None or distilled.guidance == distilled.guidance_given == 1:
             return None
         ids, layout = self.networks.text.tokenize(
             [""] * batch.max_segments, capacity=batch.text_capacity, max_segments=batch.max_segments
         )
         return Prompts(ids, layout).to(self.device)
 
-    def _draw(self, batch: Batch) -> tuple[Any, ...]:
-        """Noise and clean tokens, as in every training, and the interval of a jump."""
-        _, noise, clean = super()._draw(batch)
-        return noise, clean, Interval.draw(self.networks.path, batch.layout, self.generator)
-
-    def _loss(
-        self,
-        latents: RaggedLatents,
-        layout: PackedLayout,
-        prompts: Prompts | None,
-        noise: Tensor,
-        clean: Tensor,
-        interval: Interval,
-    ) -> tuple[Tensor, Tensor]:
-        networks, half = self.networks, self.config.precision == "bfloat16"
-        pack = NoisyPack(latents, layout, networks.path, clean=clean, patch_size=networks.patch_size)
+    def _packs(self, batches: Sequence[Batch]) -> list[NoisyPack]:
         from_teacher = (self.step + self.world.rank) % 2 == 0
-        level, end = (interval.taught, interval.taught) if from_teacher else (interval.level, interval.end)
-        x = pack.at(noise, level)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            with torch.no_grad():
-                if from_teacher:
-                    target = self._guided(pack, x, level, prompts)
-                else:
-                    target = split_target(pack, self.slow, x, interval, prompts=prompts)
-            return flow_map_loss(pack, pack.predict(networks, x, level, end, prompts=prompts), target, level)
+        packs = super()._packs(batches)  # after which the generator goes on
+        intervals = [Interval.draw(self.networks.path, pack.layout, self.generator) for pack in packs]
+        return [
+            JumpPack(**_fields(pack), interval=interval, from_teacher=from_teacher)
+            for pack, interval in zip(packs, intervals, strict=True)
+        ]
 
-    def _guided(self, pack: NoisyPack, x: Tensor, sigma: Tensor, prompts: Prompts | None) -> Tensor:
-        """The teacher's clean data [P] at levels [S]."""
-        given = pack.predict(self.teacher, x, sigma, None, prompts=prompts)
-        if self.null_prompts is None:
-            return given
-        without = pack.predict(self.teacher, x, sigma, None, prompts=self.null_prompts)
-        d = self.networks.config.distilled
-        return torch.lerp(without, given, pack.spread(torch.where(pack.given, d.guidance_given, d.guidance)))
+
+def _fields(pack: NoisyPack) -> dict[str, Any]:
+    return {field.name: getattr(pack, field.name) for field in fields(pack)}

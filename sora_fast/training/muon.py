@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient; where `optim.skip_where` says so, change nothing."""
         for group in self.param_groups:
             alike: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
@@ -47,12 +47,19 @@ class Muon(torch.optim.Optimizer):
                 self._update(parameters, group["lr"], group["weight_decay"], group["momentum"])
 
     def _update(self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float, momentum: float) -> None:
-        gradients = [p.grad for p in parameters]
         buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+        gradients, shrink = [p.grad for p in parameters], 1 - lr * weight_decay
+        if (found := getattr(self, "found_inf", None)) is not None:
+            # Gradients that are the momentum leave it as it is.
+            bad = found > 0
+            gradients = [torch.where(bad, b, g) for b, g in zip(buffers, gradients, strict=True)]
+            shrink = torch.where(bad, torch.ones_like(found), shrink)
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         looking_ahead = torch._foreach_lerp(gradients, buffers, momentum)
         directions = _shared(World.current(), torch.stack(looking_ahead)).to(gradients[0].dtype)
-        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        if found is not None:
+            directions = torch.where(bad, 0.0, directions)
+        torch._foreach_mul_(parameters, shrink)
         # An orthogonal matrix has entries of size 1/√max(shape); AdamW's updates have about 0.2.
         size = 0.2 * max(parameters[0].shape) ** 0.5
         torch._foreach_add_(parameters, list(directions.unbind()), alpha=-lr * size)

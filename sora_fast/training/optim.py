@@ -1,7 +1,8 @@
 """Optimisers, learning-rate schedule and the running average of weights."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +83,22 @@ def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
             group["lr"] = lr * group["ratio"]
 
 
+@contextlib.contextmanager
+def skip_where(optimizers: Sequence[torch.optim.Optimizer], bad: Tensor) -> Iterator[None]:
+    """Inside, a step changes nothing, weights nor state, where `bad`, [] bool on their device, is true.
+
+    By the attributes through which torch's GradScaler tells fused optimizers so, which Muon looks at too.
+    """
+    found = bad.float()
+    for optimizer in optimizers:
+        optimizer.grad_scale, optimizer.found_inf = None, found
+    try:
+        yield
+    finally:
+        for optimizer in optimizers:
+            del optimizer.grad_scale, optimizer.found_inf
+
+
 def optimizer_tensors(
     optimizers: list[torch.optim.Optimizer], parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
@@ -124,10 +141,15 @@ class WeightAverage:
         self.tensors = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after optimiser step `step` (from 0)."""
-        keep = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.tensors.values()), self._live, 1.0 - keep)
+    def update(self, step: int, bad: Tensor | None = None) -> None:
+        """Take in the weights after optimiser step `step` (from 0); not where `bad`, [] bool, is true."""
+        averaged, weight = list(self.tensors.values()), 1.0 - min(self.decay, (1 + step) / (10 + step))
+        if bad is None:
+            torch._foreach_lerp_(averaged, self._live, weight)
+            return
+        # On a CPU, to the bit as with the number itself.
+        weights = [(~bad).float() * weight] * len(averaged)
+        torch._foreach_lerp_(averaged, self._live, weights)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

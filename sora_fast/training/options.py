@@ -15,12 +15,14 @@ class TrainOptions:
     out: Path
     data: str | None = None
     resume: bool = False
+    replay: bool = False
     device: str | None = None
     minutes: float | None = None
     steps: int | None = None
     max_frames: int = 16
     max_side: int = 64
     fps: float | None = None
+    clips: str = "anywhere"
     grey: bool = False
     dim: int = 256
     depth: int = 6
@@ -32,10 +34,15 @@ class TrainOptions:
     lr: float = 1e-3
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
+    drop: str | None = None
     save_every: int = 500
     seed: int = 0
     bf16: bool = False
+    accumulate: int = 1
+    recompute: str | None = None
+    compile: str = "auto"
     no_compile: bool = False
+    workers: int | None = None
     given: frozenset[str] = frozenset()
 
 
@@ -64,9 +71,10 @@ class DistillOptions:
         return self.out or self.run.with_name(f"{self.run.name}-distilled")
 
 
-# What can be said of a distillation that goes on, and of a run.
+# What can be said of a run that goes on, and of a distillation.
 DISTILL_CHANGEABLE = ("minutes", "no_compile", "data", "text_encoder")
-CHANGEABLE = ("lr", "minutes", "steps", "save_every", "no_compile", "data", "text_encoder")
+_TRAINING = ("lr", "minutes", "steps", "save_every", "recompute", "compile", "no_compile")
+CHANGEABLE = (*_TRAINING, "workers", "data", "text_encoder")
 
 
 def spelled(names: Iterable[str]) -> str:

@@ -20,8 +20,11 @@ from sora_fast.models.codecs import IdentityCodec
 from sora_fast.models.text import ByteTextEncoder, TransformersTextEncoder
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
 from sora_fast.training.batches import BatchConfig, Prompts
+from sora_fast.training.compiling import SCOPES
 from sora_fast.training.config import read_config, write_config
 from sora_fast.training.data import DataConfig
+from sora_fast.training.precision import PRECISIONS
+from sora_fast.training.recompute import HOW
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +86,13 @@ class TrainConfig:
     clean_share: of the clips have their first frames, last frames or both given clean, which is what image-to-video,
         extension and joining need.
     precision: "float32", or "bfloat16" (autocast).
-    compile: the backend of torch.compile that the model's blocks run on, one graph for the whole run; None: eager.
+    compile: the backend of torch.compile, which compiles once for the whole run; None: eager.
+    compile_scope: of what, "blocks", "model" (with the text encoder and the loss), or "auto" (see compiling.py).
+    recompute: None, "block" or "selective" (see recompute.py): less memory for more time.
+    accumulate: packs a step, of each worker; the gradient is that of the mean over all their pixels.
+    nonfinite_limit: steps in a row whose loss or gradient is not finite, and which are left out, before the run stops.
     save_every, log_every: steps. keep: checkpoints.
+    workers: processes that make batches; 0: a thread. Changes no bit.
     """
 
     steps: int | None = None
@@ -102,20 +110,30 @@ class TrainConfig:
     clean_share: float = 0.5
     precision: str = "float32"
     compile: str | None = "inductor"
+    compile_scope: str = "blocks"
+    recompute: str | None = None
+    accumulate: int = 1
+    nonfinite_limit: int = 3
     seed: int = 0
     save_every: int = 500
     log_every: int = 10
     keep: int = 2
+    workers: int = 0
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(f"steps, minutes: {self.steps}, {self.minutes}; exactly one must be given")
-        for name in ("steps", "minutes", "lr", "muon_ratio", "clip_norm", "save_every", "log_every", "keep"):
+        positive = ("steps", "minutes", "lr", "muon_ratio", "clip_norm", "save_every", "log_every", "keep")
+        for name in (*positive, "accumulate", "nonfinite_limit"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: {value}; it must be positive")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f'precision: {self.precision!r}; it must be "float32" or "bfloat16"')
+        if self.workers < 0:
+            raise ValueError(f"workers: {self.workers}; it must be 0 or more")
+        choices = {"precision": PRECISIONS, "compile_scope": SCOPES, "recompute": (None, *HOW)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r}; it must be one of {', '.join(map(str, allowed))}")
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,30 @@
 """Trainer: packed batches in, checkpoints out, on one device a worker."""
 
 import contextlib
-import json
 import logging
-import math
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from sora_fast import files
-from sora_fast.diffusion.clean import clean_frames, random_clean_ends
-from sora_fast.diffusion.losses import counted_loss
-from sora_fast.diffusion.noise import noise_like
-from sora_fast.models import SoraDiT
-from sora_fast.packing import PackedLayout, RaggedLatents
 from sora_fast.proof import prove_at_start
-from sora_fast.training import checkpoint, optim
-from sora_fast.training.batches import Batch, Batches, Prompts, prefetch
-from sora_fast.training.compiler import cpp_problem
+from sora_fast.training import checkpoint, optim, replay
+from sora_fast.training.batches import Batch, Batches
+from sora_fast.training.compiling import compile_loss
 from sora_fast.training.data import Source
 from sora_fast.training.distributed import World, local_rank
+from sora_fast.training.guard import Diverged, Guard
+from sora_fast.training.interruption import Interruption, Stopped
+from sora_fast.training.prefetch import prefetch
+from sora_fast.training.recompute import recompute
 from sora_fast.training.run import CHECKPOINTS, LOG, Networks, RunConfig, check_resumable, create_run, update_run
+from sora_fast.training.runlog import RunLog
+from sora_fast.training.step import NoisyPack, PackLoss, drawn, take_gradients, update
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +82,15 @@ class Trainer:
             text=self.networks.text,
             seed=c.seed,
             world=self.world,
+            workers=c.workers,
         )
         self.generator = torch.Generator(self.device)
-        self.compiles = c.compile is not None and self._can_compile(c.compile)
-        if self.compiles:
-            compile_blocks(self.networks.model, c.compile)
+        self.compiling: str | None = None
+        self.loss = self._applied(PackLoss(self.networks, c.precision))
         self.step, self.seconds = 0, 0.0
         self._updating = False  # weights of two steps are no state to save
+        self._compiled = c.compile is None
+        self._guard = Guard(c.nonfinite_limit)
         self._saved: tuple[int, Path] | None = None
         self._resume_state = self.batches.state_dict()
         self._log = RunLog(self.folder / LOG)
@@ -106,41 +105,74 @@ class Trainer:
             create_run(self.folder, config)
 
     def fit(self, *, progress: bool = True) -> bool:
-        """Train to the end of the run, or until Ctrl-C, which saves. True if the run is at its end."""
-        began = time.monotonic() - self.seconds
-        done, stop = self._progress(), False
+        """Train to the end of the run, or until Ctrl-C or SIGTERM, which save. True if the run is at its end.
+
+        A step whose loss or gradient is not finite changes nothing but the number of steps; after `nonfinite_limit` in
+        a row it is over: Diverged (a FloatingPointError), with the packs of the first kept for a replay.
+        """
         with (
-            _Interruption() as interruption,
-            _bar(done, progress and self.leads) as bar,
+            Interruption() as interruption,
+            _bar(self._progress(), progress and self.leads) as bar,
             contextlib.closing(self._prefetched()) as batches,
         ):
-            for batch in batches:
-                if done >= 1 or stop:
-                    break
-                try:
-                    self._train_on(batch, done)
-                except Exception:
-                    # Ctrl-C reaches the C++ compiler too; what it then makes of the first step is no error.
-                    if interruption.requested and not self._updating:
-                        break
-                    raise
-                # The workers go by one clock, and stop after the same step.
-                seconds, requests = self.world.total(time.monotonic() - began, interruption.requested)
-                self.seconds, stop = seconds / self.world.size, requests > 0
-                previous, done = done, self._progress()
-                if self.leads:
-                    self._record(bar, done - previous)
+            try:
+                self._take_steps(batches, interruption, bar)
+                self._guard.settle()
+            except Diverged as error:
+                self._keep(error)
+                raise
             if self.leads:
                 self.save()
         self.world.total(0)  # whoever goes on from here finds it saved
-        return done >= 1
+        return self._progress() >= 1
+
+    def _take_steps(self, batches: Iterator[Batch], interruption: Interruption, bar: tqdm) -> None:
+        began, stop = time.monotonic() - self.seconds, False
+        while (done := self._progress()) < 1 and not stop:
+            try:
+                # A request of one worker alone must not keep the others waiting, in a step that it has left.
+                with interruption.at_once(when=self.world.size == 1):
+                    taken = list(islice(batches, self.config.accumulate))
+                if len(taken) < self.config.accumulate:
+                    return
+                self._train_on(taken, done, interruption)
+            except Stopped:
+                self.networks.zero_grad()  # of half a step
+                return
+            except Diverged:
+                raise
+            except Exception:
+                # Ctrl-C reaches the C++ compiler too; what it then makes of the first step is no error.
+                if interruption.requested and not self._updating:
+                    return
+                raise
+            # The workers go by one clock, and stop after the same step.
+            seconds, requests = self.world.total(time.monotonic() - began, interruption.requested)
+            self.seconds, stop = seconds / self.world.size, requests > 0
+            if self.leads:
+                self._record(bar, self._progress() - done)
+
+    def _keep(self, error: Diverged) -> None:
+        """What a run that is over leaves behind: its log, and the step for a replay."""
+        if self.leads:
+            self._log.flush(self.seconds)
+        kept = replay.save(self.folder, self.world.rank, error.step, self.networks, error.packs)
+        log.warning("the packs of step %d are kept in %s", error.step, kept)
 
     def _record(self, bar: tqdm, progress: float) -> None:
         bar.update(progress)
         if self.step % self.config.log_every == 0:
             bar.set_postfix_str(self._log.flush(self.seconds))
         if self.step % self.config.save_every == 0:
-            self.save()
+            try:
+                self.save()
+            except (OSError, SafetensorError) as error:
+                # Hours of training are worth more than one checkpoint; the last one of the run must succeed.
+                log.warning(
+                    "the checkpoint of step %d could not be written (%s); the one before is whole; training goes on",
+                    self.step,
+                    error,
+                )
 
     def save(self) -> Path:
         """Write a checkpoint of the state between two steps, unless the newest is of this step already."""
@@ -170,13 +202,20 @@ class Trainer:
         self._resume_state = saved.state["batches"]
         self.batches.load_state_dict(self._resume_state)
 
-    def _can_compile(self, backend: str) -> bool:
-        """Where that cannot work the blocks stay as they are, with a warning."""
-        if backend != "inductor" or self.device.type != "cpu" or not (problem := cpp_problem()):
-            return True
-        if self.leads:
-            log.warning("training without torch.compile, which is slower: it needs a C++ compiler, but %s", problem)
-        return False
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were left out as not finite, of those since this trainer was made, as far as they are known."""
+        return self._log.left_out
+
+    def _applied(self, loss: PackLoss) -> PackLoss:
+        """With recomputation and compilation, as the configuration asks for them."""
+        c = self.config
+        if c.recompute is not None:
+            recompute(self.networks.model.blocks, c.recompute)
+        if c.compile is not None:
+            blocks, options = self.networks.model.blocks, {"backend": c.compile, "scope": c.compile_scope}
+            self.compiling = compile_loss(loss, blocks, **options, device=self.device, minutes=c.minutes)
+        return loss
 
     def _progress(self) -> float:
         """The share of the run that is over."""
@@ -191,148 +230,40 @@ class Trainer:
             batches = (batch.pin_memory() for batch in batches)
         return prefetch(batches, in_step=self.batches.exchanges)
 
-    def _train_on(self, batch: Batch, progress: float) -> None:
+    def _train_on(self, batches: Sequence[Batch], progress: float, interruption: Interruption) -> None:
         """One optimiser step; nothing in it waits for the device."""
         c = self.config
-        batch = batch.to(self.device, non_blocking=True)
         lr = c.lr * self.schedule(self.step, progress)
         optim.set_lr(self.optimizers, lr)
-        loss, pixels = self._loss(batch.latents, batch.layout, batch.prompts, *self._draw(batch))
-        loss.backward()
-        loss = loss.detach()
-        self.world.mean([loss, *(p.grad for p in self.parameters.values() if p.grad is not None)], pixels)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), c.clip_norm)
+        packs = self._packs(batches)
+        # The first step compiles, which may take minutes.
+        with interruption.at_once(when=self.world.size == 1 and not self._compiled):
+            loss = take_gradients(self.loss, packs, list(self.parameters.values()), self.world)
+        self._compiled = True
         self._updating = True
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        norm, bad = update(self.parameters, self.optimizers, self.average, loss, step=self.step, clip_norm=c.clip_norm)
         self._updating = False
-        self.average.update(self.step)
         self.step += 1
-        self._resume_state = batch.resume
-        (useful,) = self.world.total(batch.useful)
-        padding = 1 - useful / (batch.layout.capacity * self.world.size)
+        self._resume_state = batches[-1].resume
+        self._note(batches, loss, norm, lr)
+        self._guard.watch(self.step, packs, bad)
+
+    def _note(self, batches: Sequence[Batch], loss: Tensor, norm: Tensor, lr: float) -> None:
+        """A row for the log."""
+        (useful,) = self.world.total(sum(batch.useful for batch in batches))
+        room = sum(batch.layout.capacity for batch in batches) * self.world.size
+        row = {"lr": lr, "useful": int(useful), "padding": 1 - useful / room, "skipped": batches[-1].skipped}
         if self.leads:
-            row = {"lr": lr, "useful": int(useful), "padding": padding, "skipped": batch.skipped}
             self._log.add(loss, norm, {"step": self.step} | row)
 
-    def _draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise level [S], noise [P] and clean tokens [N] of a step."""
-        entropy = np.random.SeedSequence((self.config.seed, self.step, self.world.rank))
-        self.generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
-        sigma = self.networks.path.sample_sigma(batch.layout, self.generator)
-        noise = noise_like(batch.latents, self.generator)
-        ends = random_clean_ends(batch.layout, self.generator, share=self.config.clean_share)
-        return sigma, noise, clean_frames(batch.layout, *ends)
-
-    def _loss(
-        self,
-        latents: RaggedLatents,
-        layout: PackedLayout,
-        prompts: Prompts | None,
-        sigma: Tensor,
-        noise: Tensor,
-        clean: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The mean over the pixels that count, and their number."""
-        networks, half = self.networks, self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            return counted_loss(
-                networks,
-                latents,
-                layout,
-                networks.path,
-                sigma,
-                noise=noise,
-                patch_size=networks.patch_size,
-                clean=clean,
-                prompts=prompts,
-            )
-
-
-def compile_blocks(model: SoraDiT, backend: str) -> None:
-    """Compile the blocks, where the time goes: they share one graph, so the depth costs no compilation.
-
-    (On 2 cores, 4 blocks of width 128: 40 s, where the whole loss in one graph took more than 150 s.)
-    """
-    for block in model.blocks:
-        block.compile(fullgraph=True, dynamic=False, backend=backend)
-
-
-class RunLog:
-    """log.jsonl: one line a step. The numbers are fetched from the device in groups, not at every step."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._rows: list[dict[str, Any]] = []
-        self._values: list[Tensor] = []
-        self._since = time.monotonic()
-        self._summary = ""
-
-    def add(self, loss: Tensor, norm: Tensor, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-        self._values.append(torch.stack([loss.float(), norm.float()]))
-
-    def flush(self, seconds: float) -> str:
-        """Write what was added; returns one line about it. FloatingPointError if the loss is not finite any more."""
-        if not self._rows:
-            return self._summary
-        values = torch.stack(self._values).tolist()
-        rows = [row | {"loss": loss, "norm": norm} for row, (loss, norm) in zip(self._rows, values, strict=True)]
-        elapsed, self._since = time.monotonic() - self._since, time.monotonic()
-        rate = sum(row["useful"] for row in rows) / elapsed
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(row | {"seconds": seconds, "tokens_per_s": rate}) + "\n" for row in rows)
-        self._rows, self._values = [], []
-        for row in rows:
-            if not math.isfinite(row["loss"] + row["norm"]):
-                raise FloatingPointError(f"the loss is not finite at step {row['step']}; resume with a smaller lr")
-        mean = {name: sum(row[name] for row in rows) / len(rows) for name in ("loss", "padding")}
-        self._summary = (
-            f"step {rows[-1]['step']}, loss {mean['loss']:.4f}, {rate:,.0f} useful tokens/s, "
-            f"{mean['padding']:.1%} padding"
-        )
-        return self._summary
-
-    def cut(self, step: int) -> None:
-        """Drop what was logged after `step`: a resumed run writes it anew."""
-        rows = [row for row in read_log(self.path) if row["step"] <= step]
-        files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log.jsonl: step, loss, norm, lr, useful, padding, skipped, seconds, tokens_per_s."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a killed run may leave half a line
-            rows.append(json.loads(line))
-    return rows
-
-
-class _Interruption:
-    """Turns the first Ctrl-C (or SIGTERM) into a request to stop after the step; the second one stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Interruption":
-        with contextlib.suppress(ValueError):  # signals belong to the main thread; elsewhere there is nothing to do
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        tqdm.write("Stopping after this step, and saving. (Again: stop at once, without.)")
+    def _packs(self, batches: Sequence[Batch]) -> list[NoisyPack]:
+        """Those of this worker's next step, on the device, with what is random about them."""
+        packs = []
+        for number, batch in enumerate(batches):
+            entropy = (self.config.seed, self.step, self.world.rank, *([number] if number else []))
+            batch = batch.to(self.device, non_blocking=True)
+            packs.append(drawn(batch, self.networks.path, self.generator, entropy, self.config.clean_share))
+        return packs
 
 
 def _bar(done: float, shown: bool) -> tqdm:

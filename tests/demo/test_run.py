@@ -8,7 +8,7 @@ from sora_fast.demo import run
 from sora_fast.demo.digits import DigitsConfig
 from sora_fast.demo.run import FULL, QUICK, Plan, run_config
 from sora_fast.models.codecs import IdentityCodec
-from sora_fast.training.batches import token_grid
+from sora_fast.packing import token_grid
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sora_fast.diffusion import Euler, RectifiedFlow, noise_like, sample
-from sora_fast.diffusion.flow_map import FlowMap, Interval, NoisyPack, flow_map_loss, jump, split_share, split_target
+from sora_fast.diffusion.flow_map import FlowMap, FlowPack, Interval, flow_map_loss, jump, split_share, split_target
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
 from tests.diffusion.stand_ins import PATCH, GaussianModel, layout_of, pixel_sigma
 
@@ -31,7 +31,7 @@ class ExactMap(GaussianModel):
         return latents.with_flat(self.path.target(clean, (x - (1 - t) * clean) / t, t))
 
 
-def pack(path: RectifiedFlow, share: float = 0.0) -> tuple[NoisyPack, torch.Tensor]:
+def pack(path: RectifiedFlow, share: float = 0.0) -> tuple[FlowPack, torch.Tensor]:
     """Two videos of normal data, with a share of clean tokens, and noise."""
     latents = RaggedLatents.empty(
         SHAPES, capacity=sum(map(math.prod, SHAPES)) + 7, max_segments=len(SHAPES) + 1, dtype=torch.float64
@@ -40,7 +40,7 @@ def pack(path: RectifiedFlow, share: float = 0.0) -> tuple[NoisyPack, torch.Tens
     data = latents.with_flat(0.7 + 0.3 * noise_like(latents, generator))
     layout = layout_of(data.to_list(), order="tiled", max_segments=len(SHAPES) + 1, tile_size=16)
     clean = torch.rand(layout.capacity, generator=generator) < share
-    return NoisyPack(data, layout, path, clean=clean, patch_size=PATCH), noise_like(latents, generator)
+    return FlowPack(data, layout, path, clean=clean, patch_size=PATCH), noise_like(latents, generator)
 
 
 def interval() -> Interval:
@@ -129,7 +129,7 @@ def test_given_segments() -> None:
     clean = torch.zeros(20, dtype=torch.bool)
     clean[[9, 17]] = True  # the third segment, and padding
     data = RaggedLatents.from_list(data.to_list(), max_segments=5)
-    noisy = NoisyPack(data, layout, PATHS[0], clean=clean, patch_size=PATCH)
+    noisy = FlowPack(data, layout, PATHS[0], clean=clean, patch_size=PATCH)
     assert noisy.given.tolist() == [False, False, True, False, False]
 
 

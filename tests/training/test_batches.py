@@ -1,9 +1,7 @@
 import itertools
 import json
 import logging
-import threading
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,9 +10,10 @@ import torch
 from benchmarks.lengths import Shapes, image_video_mix
 from sora_fast.models.codecs import IdentityCodec
 from sora_fast.models.text import ByteTextEncoder
-from sora_fast.packing import token_grid
+from sora_fast.packing import BetaDrop, ConstantDrop, ResolutionDrop, SigmoidDrop, token_grid
+from sora_fast.packing.dropping import DropRule
 from sora_fast.packing.packer import PackRules
-from sora_fast.training.batches import Batch, BatchConfig, Batches, prefetch
+from sora_fast.training.batches import Batch, BatchConfig, Batches
 from sora_fast.training.data import Sample
 from sora_fast.training.distributed import World
 
@@ -40,12 +39,18 @@ class _DataSet(_Stream):
 
 
 def _batches(
-    source: _Stream, *, seed: int = 0, text: bool = False, world: World | None = None, **options: object
+    source: _Stream,
+    *,
+    seed: int = 0,
+    text: bool = False,
+    world: World | None = None,
+    workers: int = 0,
+    **options: object,
 ) -> Batches:
     config = BatchConfig(**{"capacity": 512, "max_segments": 16, "look_ahead": 24, **options})  # type: ignore[arg-type]
     encoder = ByteTextEncoder(8, layers=1) if text else None
     given = {"patch_size": PATCH, "codec": IdentityCodec(1), "text": encoder, "seed": seed, "world": world}
-    return Batches(source, config, **given)
+    return Batches(source, config, **given, workers=workers)
 
 
 def _take(batches: Batches, count: int) -> list[Batch]:
@@ -80,10 +85,10 @@ def test_packs_are_planned_over_all_workers_together() -> None:
     """Every sample once, and the packs of a step of almost the same cost, which they are not if dealt in turn."""
     source, options = Shapes(image_video_mix(20_000)), {"capacity": 32_768, "max_segments": 1000, "look_ahead": 128}
     workers = _of_workers(8, source, **options)
-    together = [[batches.next_packs() for _ in range(30)] for batches in workers]
+    together = [[batches.plan.next_packs() for _ in range(30)] for batches in workers]
     assert all(packs == together[0] for packs in together), "they agree without a word"
     alone = _batches(source, **options)
-    dealt = [[alone.next_packs()[0] for _ in range(8)] for _ in range(30)]
+    dealt = [[alone.plan.next_packs()[0] for _ in range(8)] for _ in range(30)]
 
     def waiting(steps: list[list[list[int]]]) -> float:
         """The share of the workers' time that is spent waiting for the slowest."""
@@ -104,7 +109,7 @@ def test_planning_for_a_thousand_workers_is_quick() -> None:
     )
     start = time.process_time()
     for _ in range(11):
-        batches.next_packs()
+        batches.plan.next_packs()
     assert time.process_time() - start < 11 * 0.5
 
 
@@ -121,8 +126,8 @@ def test_goes_on_with_another_number_of_workers(before: int, after: int) -> None
     state = second[0][-1].resume
     held = [place for place, _ in state["packer"]["waiting"]]
     held += [place for pack in state["packer"]["ready"] for place in pack]
-    held = [batches._index(place) for place in held]
-    assert sorted(seen + held) == sorted(batches._index(place) for place in range(state["position"]))
+    held = [batches.plan.index(place) for place in held]
+    assert sorted(seen + held) == sorted(batches.plan.index(place) for place in range(state["position"]))
     assert len(seen) == len(set(seen))
 
 
@@ -168,10 +173,10 @@ def test_other_data_is_not_gone_on_with() -> None:
 
 def test_epochs_are_complete_and_in_different_orders() -> None:
     batches = _batches(_DataSet(10), look_ahead=1)
-    orders = [[batches._index(epoch * 10 + place) for place in range(10)] for epoch in range(3)]
+    orders = [[batches.plan.index(epoch * 10 + place) for place in range(10)] for epoch in range(3)]
     assert all(sorted(order) == list(range(10)) for order in orders)
     assert orders[0] != orders[1]
-    assert [_batches(_DataSet(10), seed=1)._index(place) for place in range(10)] != orders[0]
+    assert [_batches(_DataSet(10), seed=1).plan.index(place) for place in range(10)] != orders[0]
 
 
 def test_captions_are_dropped_at_the_asked_rate() -> None:
@@ -207,45 +212,67 @@ def test_oversized() -> None:
         _take(_batches(_DataSet(6), capacity=1, oversized="skip"), 1)
 
 
-def test_prefetch_keeps_order_and_ends_its_thread() -> None:
-    before = threading.active_count()
-    items = prefetch(iter(range(100)), depth=3)
-    assert list(itertools.islice(items, 50)) == list(range(50))
-    items.close()
-    assert threading.active_count() == before
+RULES = [
+    ConstantDrop(0.5),
+    BetaDrop(0.5, max_rate=0.85),
+    ResolutionDrop(0.2, 0.6, min_tokens=4, max_tokens=200),
+    SigmoidDrop(12, high=0.8, low=0.2),
+]
 
 
-def test_prefetch_ends_with_its_items() -> None:
-    assert list(prefetch(iter(range(7)), depth=3)) == list(range(7))
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_dropped_tokens_make_room_for_other_samples(rule: DropRule) -> None:
+    whole, dropped = (_take(_batches(_Stream(), drop=drop, max_segments=64), 12) for drop in (None, rule))
+    assert sum(batch.useful for batch in dropped) / (12 * 512) > 0.9
+    assert sum(len(_numbers(batch)) for batch in dropped) > 1.25 * sum(len(_numbers(batch)) for batch in whole)
+    for batch in dropped:
+        lengths = batch.layout.cu_seqlens.diff()
+        assert batch.useful == int(lengths.sum())
+        for number, video in enumerate(batch.latents.to_list()):
+            sample = _Stream()[int(video.flatten()[0])]
+            assert torch.equal(video, sample.video)
+            kept = batch.layout.raster_index[batch.layout.segment_ids == number]
+            assert len(kept.unique()) == len(kept) == int(lengths[number])
+            assert int(kept.max()) < int(batch.layout.grids[number].prod())
 
 
-def test_prefetch_in_step_makes_as_many_wherever_it_is_stopped() -> None:
-    """Two workers, of which one is slow; each item takes an exchange with the other."""
-    meeting, made = threading.Barrier(2, timeout=60), [[], []]
-
-    def items(worker: int) -> Iterator[int]:
-        for number in itertools.count():
-            if worker:
-                time.sleep(0.01)
-            meeting.wait()
-            made[worker].append(number)
-            yield number
-
-    ahead = [prefetch(items(worker), depth=2, in_step=True) for worker in range(2)]
-    threads = [threading.Thread(target=lambda one=one: (list(itertools.islice(one, 5)), one.close())) for one in ahead]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert made[0] == made[1] == list(range(7)), "two more than were taken"
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_dropping_resumes_to_the_bit(rule: DropRule, workers: int) -> None:
+    whole = _take(_batches(_Stream(), drop=rule), 10)
+    resumed = _batches(_Stream(), drop=rule, workers=workers)
+    resumed.load_state_dict(json.loads(json.dumps(whole[3].resume)))
+    for before, after in zip(whole[4:], _take(resumed, 6), strict=True):
+        assert _equal(before, after)
+        assert torch.equal(before.layout.raster_index, after.layout.raster_index)
+    other = _take(_batches(_Stream(), drop=rule, seed=1), 10)
+    assert not all(torch.equal(a.layout.raster_index, b.layout.raster_index) for a, b in zip(whole, other, strict=True))
 
 
-def test_prefetch_hands_on_errors() -> None:
-    def broken() -> Iterator[int]:
-        yield 1
-        raise OSError("the disk is gone")
+def test_a_decreasing_rule_goes_by_the_steps() -> None:
+    """Each of the workers that train together sees the same share fall."""
+    source, rule = _Shaped(1000), SigmoidDrop(20, high=0.8, low=0.2)
+    shares = []
+    for batches in _of_workers(2, source, drop=rule, max_segments=64):
+        taken = _take(batches, 20)
+        full = [sum(int(grid.prod()) for grid in batch.layout.grids) for batch in taken]
+        shares.append([1 - batch.useful / tokens for batch, tokens in zip(taken, full, strict=True)])
+    for falling in shares:
+        assert falling[0] > 0.75
+        assert falling[-1] < 0.3
+        assert max(b - a for a, b in itertools.pairwise(falling)) < 0.1
+    assert shares[0] == pytest.approx(shares[1], abs=0.05)
 
-    items = prefetch(broken())
-    assert next(items) == 1
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(items)
+
+def test_dropping_goes_on_with_another_number_of_workers() -> None:
+    source, rule = _Shaped(300), BetaDrop(0.5, max_rate=0.85)
+    first = [_take(batches, 3) for batches in _of_workers(2, source, drop=rule)]
+    assert first[0][-1].resume == first[1][-1].resume
+    for batches in _of_workers(3, source, drop=rule):
+        batches.load_state_dict(json.loads(json.dumps(first[0][-1].resume)))
+        assert all(batch.useful > 400 for batch in _take(batches, 4))
+
+
+def test_most_that_can_be_dropped() -> None:
+    with pytest.raises(ValueError, match=r"drop: .* may drop 1 of the tokens; 0.9 is the most"):
+        BatchConfig(drop=BetaDrop(0.5))

@@ -2,12 +2,14 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from sora_fast import media
 from sora_fast.media import write_media
-from sora_fast.training.data import DataConfig, FolderSource
+from sora_fast.training.data import DataConfig, FolderSource, UnusableSample
+from tests.media.files import greys, write_video
 from tests.media.test_read import absurd_png
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -201,3 +203,76 @@ def test_nothing_usable(tmp_path: Path) -> None:
         _source(tmp_path)
     with pytest.raises(ValueError, match="is not a folder"):
         _source(tmp_path / "absent")
+
+
+def _long(path: Path, frames: int) -> Path:
+    """Frames that can be told apart by their brightness, which H.264 keeps to within one."""
+    pictures = [np.full((32, 32, 3), 5 + 4 * number, np.uint8) for number in range(frames)]
+    return write_video(path, pictures, b_frames=2)
+
+
+def _shown(video: torch.Tensor) -> list[int]:
+    return (((video[0, :, 8, 8] + 1) * 127.5 - 5) / 4).round().int().tolist()
+
+
+def test_clips_come_from_anywhere_and_in_proportion_to_the_length(tmp_path: Path) -> None:
+    _long(tmp_path / "long.mp4", 50)
+    _long(tmp_path / "short.mp4", 6)
+    write_media(tmp_path / "still.png", _video(frames=1, height=32, width=32))
+    source = _source(tmp_path, max_frames=8, clips="anywhere")
+    assert [span.file for span in source.spans] == [0] * 6 + [1, 2]
+    assert [source.shape(index)[1] for index in range(8)] == [8] * 6 + [6, 1]
+    assert source.summary == "3 files to train on, 0 with a caption and 3 without, 8 clips an epoch; 0 skipped"
+    assert source.rates == [8.0, 8.0, None]
+    starts = set()
+    for seed in range(100):
+        shown = _shown(source.draw(0, np.random.default_rng(seed)).video)
+        assert shown == list(range(shown[0], shown[0] + 8))
+        starts.add(shown[0])
+    assert {0, 42} <= starts
+    assert len(starts) > 30
+    again = [source.draw(0, np.random.default_rng(3)).video for _ in range(2)]
+    assert torch.equal(*again)
+    assert not source._cached_bytes, "of these none is asked for twice"
+
+
+def test_no_clip_goes_over_a_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _long(tmp_path / "long.mp4", 40)
+    whole = _source(tmp_path, max_frames=8, clips="anywhere")
+    (tmp_path / "long.cuts").write_text("2.5\n3.0")  # 20 and 24 frames
+    source = _source(tmp_path, max_frames=8, clips="anywhere")
+    assert not caplog.messages
+    assert source.fingerprint != whole.fingerprint
+    assert [tuple(span) for span in source.spans] == [(0, 0, 20, 8)] * 2 + [(0, 20, 24, 4)] + [(0, 24, 40, 8)] * 2
+    for index, span in enumerate(source.spans):
+        for seed in range(20):
+            shown = _shown(source.draw(index, np.random.default_rng(seed)).video)
+            assert span.first <= shown[0]
+            assert shown[-1] < span.last
+
+
+def test_what_its_header_did_not_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SORA_FAST_CACHE", str(tmp_path / "cache"))
+    clips = tmp_path / "clips"
+    still = write_media(clips / "a.png", _video(frames=1))
+    still.write_bytes(still.read_bytes()[:-30])
+    _long(clips / "b.mp4", 9)
+    _long(clips / "c.mp4", 9)
+    source = _source(clips, clips="anywhere")
+    assert len(source) == 3
+    with pytest.raises(UnusableSample, match="truncated"):
+        source[0]
+    _long(clips / "b.mp4", 5)  # written anew while the run goes on
+    shorter = source[1]
+    assert shorter.video.shape[1] == 5
+    assert shorter.note == "it has 5 frames of 32x32 where its header says 9 frames of 32x32; used as it is"
+    write_video(clips / "c.mp4", greys(9))
+    with pytest.raises(UnusableSample, match="9 frames of 32x48 where its header says 9 frames of 32x32"):
+        source[2]
+
+
+def test_the_first_frames_are_those_that_they_always_were(tmp_path: Path) -> None:
+    _long(tmp_path / "a.mp4", 30)
+    source = _source(tmp_path, max_frames=8)
+    assert len(source) == 1
+    assert _shown(source.draw(0, np.random.default_rng(0)).video) == _shown(source[0].video) == list(range(8))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sora_fast.diffusion.flow_map import NoisyPack
+from sora_fast.diffusion.flow_map import FlowPack
 from sora_fast.diffusion.paths import DDPM
 from sora_fast.training import checkpoint
 from sora_fast.training.distill import TEACHER, Distiller, distilled_config, keep_teacher
@@ -33,22 +33,22 @@ def test_it_begins_as_the_teacher_and_ends_as_another(teacher: Path, tmp_path: P
     before = {path: path.read_bytes() for path in teacher.rglob("*") if path.is_file()}
     distiller = begun(teacher, tmp_path / "run")
     batch = next(iter(distiller.batches))
-    noise, clean, interval = distiller._draw(batch)
-    sigma = interval.level
-    networks = distiller.networks
-    pack = NoisyPack(batch.latents, batch.layout, networks.path, clean=clean, patch_size=networks.patch_size)
-    x = pack.at(noise, sigma)
+    (drawn,) = distiller._packs([batch])
+    sigma, networks = drawn.interval.level, distiller.networks
+    pack = FlowPack(batch.latents, batch.layout, networks.path, clean=drawn.clean, patch_size=networks.patch_size)
+    x = pack.at(drawn.noise, sigma)
 
     def said(model: torch.nn.Module, end: torch.Tensor | None) -> torch.Tensor:
         with torch.no_grad():
             return pack.predict(model, x, sigma, end, prompts=batch.prompts)
 
-    start = said(distiller.teacher, None)
-    assert torch.equal(said(networks, sigma), start) and torch.equal(said(distiller.slow, interval.end), start)
+    original, slow = distiller.loss.teacher, distiller.loss.slow
+    start = said(original, None)
+    assert torch.equal(said(networks, sigma), start) and torch.equal(said(slow, drawn.interval.end), start)
     distiller.fit(progress=False)
-    assert torch.equal(said(distiller.teacher, None), start)
+    assert torch.equal(said(original, None), start)
     assert not torch.allclose(said(networks, sigma), start, atol=1e-4)
-    weights = dict(distiller.slow.named_parameters())
+    weights = dict(slow.named_parameters())
     assert all(weights[name].data_ptr() == average.data_ptr() for name, average in distiller.average.tensors.items())
     assert before == {path: path.read_bytes() for path in teacher.rglob("*") if path.is_file()}
 
@@ -89,7 +89,7 @@ def test_a_model_without_prompts(tmp_path: Path) -> None:
     plain = replace(tiny(), text=None, model=replace(tiny().model, text_dim=None, pooled_dim=None))
     Trainer(plain, Gradients(), tmp_path / "teacher").fit(progress=False)
     distiller = begun(tmp_path / "teacher", tmp_path / "run", steps=2)
-    assert distiller.null_prompts is None and distiller.fit(progress=False)
+    assert distiller.loss.null_prompts is None and distiller.fit(progress=False)
 
 
 def test_what_cannot_be_distilled_is_named(teacher: Path, tmp_path: Path) -> None:

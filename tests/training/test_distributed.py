@@ -6,19 +6,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from sora_fast.diffusion.join import join_latents, join_layouts, join_texts, join_tokens
-from sora_fast.diffusion.losses import counted_loss
-from sora_fast.diffusion.paths import RectifiedFlow
 from sora_fast.media import write_media
 from sora_fast.training.distributed import World, joined, launch
 from sora_fast.training.run import CHECKPOINTS, LOG
-from sora_fast.training.trainer import Trainer, read_log
+from sora_fast.training.runlog import read_log
+from sora_fast.training.trainer import Trainer
+from tests.training.packs import joined as joined_packs
 from tests.training.test_trainer import _assert_same_run
 from tests.training.together import Measured, config
 
@@ -102,29 +100,10 @@ def trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
 
 def test_the_step_is_that_of_one_mean_over_all_pixels(runs: Path, trainers: list[Trainer]) -> None:
     """One process that has both packs in one sequence: its loss and the norm of its gradient are those in the log."""
-    batches = [next(iter(trainer.batches)) for trainer in trainers]
-    sigmas, noises, cleans = zip(
-        *(trainer._draw(batch) for trainer, batch in zip(trainers, batches, strict=True)), strict=True
-    )
-    latents = join_latents(*(replace(batch.latents, flat=noise) for batch, noise in zip(batches, noises, strict=True)))
-    layouts = tuple(batch.layout for batch in batches)
-    networks = trainers[0].networks
-    loss, pixels = counted_loss(
-        networks.model,
-        join_latents(*(batch.latents for batch in batches)),
-        join_layouts(*layouts),
-        RectifiedFlow(),
-        torch.cat(sigmas),
-        noise=latents.flat,
-        clean=join_tokens(*cleans, layouts),
-        patch_size=networks.patch_size,
-        text=join_texts(*(networks.text(batch.prompts.ids, batch.prompts.layout) for batch in batches)),
-    )
+    packs = [trainer._packs([next(iter(trainer.batches))])[0] for trainer in trainers]
+    loss, pixels = trainers[0].loss(joined_packs(*packs))
     loss.backward()
-    counts = [
-        (trainer._loss(batch.latents, batch.layout, batch.prompts, sigma, noise, clean))[1].item()
-        for trainer, batch, sigma, noise, clean in zip(trainers, batches, sigmas, noises, cleans, strict=True)
-    ]
+    counts = [trainers[0].loss(pack)[1].item() for pack in packs]
     assert pixels == sum(counts) and counts[0] != counts[1]
     norm = torch.stack([p.grad.norm() for p in trainers[0].parameters.values() if p.grad is not None]).norm()
     row = read_log(runs / "whole" / "run" / LOG)[0]

@@ -1,5 +1,8 @@
+import errno
 import itertools
+import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -7,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +18,13 @@ import torch
 
 from sora_fast.diffusion.paths import DDPM
 from sora_fast.models import SoraDiTConfig
-from sora_fast.training import checkpoint, trainer
+from sora_fast.packing import SigmoidDrop
+from sora_fast.training import checkpoint, replay, trainer
 from sora_fast.training.batches import BatchConfig
-from sora_fast.training.data import Sample
+from sora_fast.training.data import Sample, UnusableSample
 from sora_fast.training.run import CHECKPOINTS, CONFIG, LOG, RunConfig, TextConfig, TrainConfig, read_run
-from sora_fast.training.trainer import Trainer, read_log
+from sora_fast.training.runlog import read_log
+from sora_fast.training.trainer import Trainer
 
 
 class Gradients:
@@ -102,6 +108,48 @@ def test_interrupted_then_resumed_to_the_bit(whole: Path, tmp_path: Path, capsys
     assert resumed.step == stopped.step
     assert resumed.fit(progress=False)
     _assert_same_run(whole, folder)
+
+
+def test_data_workers_change_no_bit(whole: Path, tmp_path: Path) -> None:
+    assert Trainer(tiny(workers=2), Gradients(), tmp_path / "run").fit(progress=False)
+    _assert_same_run(whole, tmp_path / "run")
+
+
+def test_resumed_with_dropped_tokens_to_the_bit(tmp_path: Path) -> None:
+    drop = SigmoidDrop(12, high=0.7, low=0.1)
+    config = tiny(batch=replace(tiny().train.batch, drop=drop, max_segments=16))
+    assert Trainer(config, Gradients(), tmp_path / "whole").fit(progress=False)
+    stopped = Trainer(config, Gradients(interrupt_at=60), tmp_path / "run")
+    assert not stopped.fit(progress=False)
+    assert 0 < stopped.step < 12
+    assert Trainer(read_run(tmp_path / "run"), Gradients(), tmp_path / "run", resume=True).fit(progress=False)
+    _assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+class Unusable(Gradients):
+    """None of the first samples can be used: whole packs are empty."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.lost:
+            raise UnusableSample("nothing knows it")
+        return super().__getitem__(index)
+
+    lost = frozenset()
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        return tuple(super().__getitem__(index).video.shape)
+
+
+def test_a_pack_of_which_nothing_can_be_used_changes_nothing(tmp_path: Path) -> None:
+    source = Unusable()
+    source.lost = frozenset(range(10_000))
+    trainer = Trainer(tiny(steps=2), source, tmp_path / "run")
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    assert trainer.fit(progress=False)
+    rows = read_log(tmp_path / "run" / LOG)
+    assert [row["useful"] for row in rows] == [0, 0]
+    assert all(row["loss"] == row["norm"] == 0 and row["skipped"] > 0 for row in rows)
+    assert all(torch.allclose(p, before[name], atol=1e-3) for name, p in trainer.parameters.items())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -209,30 +257,102 @@ def test_the_callers_random_state_is_left_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_diverged(tmp_path: Path) -> None:
-    class _Broken(Gradients):
-        def __getitem__(self, index: int) -> Sample:
-            sample = super().__getitem__(index)
-            return Sample(sample.video * float("inf"), sample.caption)
+class Broken(Gradients):
+    """Whose samples from `first` to `last` are not finite."""
 
-    with pytest.raises(FloatingPointError, match="not finite at step 1;"):
-        Trainer(tiny(), _Broken(), tmp_path / "run").fit(progress=False)
-    assert checkpoint.latest(tmp_path / "run" / CHECKPOINTS) is None
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__()
+        self.broken = range(first, last + 1)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        return replace(sample, video=sample.video * (float("inf") if index in self.broken else 1))
 
 
-def test_a_diverged_step_is_not_saved(tmp_path: Path) -> None:
-    class _Broken(Gradients):
-        def __getitem__(self, index: int) -> Sample:
-            sample = super().__getitem__(index)
-            return Sample(sample.video * (float("inf") if index > 40 else 1), sample.caption)
+def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(tmp_path: Path) -> None:
+    """And a run that has one is resumed to the bit."""
+    config = tiny(steps=14, log_every=2)
+    one = Trainer(config, Broken(40, 40), tmp_path / "one")
+    assert one.fit(progress=False)
+    rows = read_log(tmp_path / "one" / LOG)
+    bad = [row["step"] for row in rows if not np.isfinite(row["loss"] + row["norm"])]
+    assert len(rows) == 14 and len(bad) == one.skipped_steps == 1
+    assert "1 steps skipped as not finite" in one._log.flush(0.0)
+    assert all(value.isfinite().all() for value in _weights(tmp_path / "one").values())
+    adam = next(iter(one.optimizers[0].state.values()))
+    assert adam["step"] == 13, "the optimizer knows nothing of it"
 
+
+@pytest.mark.parametrize("after", [0, 30])
+def test_diverged(tmp_path: Path, after: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Three in a row are enough; the first is kept, and its replay tells that it was the data."""
     folder = tmp_path / "run"
-    with pytest.raises(FloatingPointError, match="not finite at step") as error:
-        Trainer(tiny(save_every=1), _Broken(), folder).fit(progress=False)
+    trainer = Trainer(tiny(steps=100, save_every=1), Broken(after, 10**9), folder)
+    with pytest.raises(FloatingPointError, match="not finite in 3 steps in a row") as error:
+        trainer.fit(progress=False)
+    first = error.value.step
+    assert (first == 1) == (after == 0)
+    assert f"{first} to {first + 2};" in str(error.value) and f"the packs of step {first} are kept in" in caplog.text
+    assert [row["step"] for row in read_log(folder / LOG)][-1] >= first + 1
+    (finding,) = replay.replay(folder)
+    assert finding.step == first and finding.where.startswith("the data: sample ")
     saved = checkpoint.latest(folder / CHECKPOINTS)
-    assert saved is not None and saved.step > 0
-    assert str(error.value).startswith(f"the loss is not finite at step {saved.step + 1};")
     assert all(value.isfinite().all() for named in saved.tensors.values() for value in named.values())
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Files cannot grow past a limit while steps 5 to 8 are taken: the checkpoint of step 8 fails, and the log too."""
+    folder, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    there: list[list[str]] = []
+
+    class _Full(Trainer):
+        def _record(self, *args: Any) -> None:
+            if self.step in (5, 9):
+                size = (folder / LOG).stat().st_size + 100 if self.step == 5 else limits[0]
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            super()._record(*args)
+            if self.step == 8:
+                there.append([path.name for path in (folder / CHECKPOINTS).iterdir()])
+
+    try:
+        assert _Full(tiny(log_every=1), Gradients(), folder).fit(progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert there == [["step-00000004"]]
+    assert "the checkpoint of step 8 could not be written" in caplog.text
+    assert caplog.text.count("log.jsonl cannot be written") == 1
+    assert checkpoint.latest(folder / CHECKPOINTS).step == 12
+    assert [row["step"] for row in read_log(folder / LOG)] == list(range(1, 13))
+
+
+def test_the_last_checkpoint_of_a_run_must_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = Trainer(tiny(steps=2), Gradients(), tmp_path / "run")
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit(progress=False)
+
+
+@pytest.mark.parametrize("changed", [{"accumulate": 3}, {"recompute": "selective"}, {"precision": "bfloat16"}])
+def test_options_of_the_step_resume_to_the_bit(tmp_path: Path, changed: dict[str, Any]) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    Trainer(tiny(decay="constant", **changed), Gradients(), one).fit(progress=False)
+    Trainer(tiny(decay="constant", steps=5, **changed), Gradients(), other).fit(progress=False)
+    Trainer(tiny(decay="constant", **changed), Gradients(), other, resume=True).fit(progress=False)
+    _assert_same_run(one, other)
+
+
+def test_old_configurations_mean_what_they_meant(tmp_path: Path) -> None:
+    Trainer(tiny(steps=1), Gradients(), tmp_path / "run").fit(progress=False)
+    file = tmp_path / "run" / CONFIG
+    values = json.loads(file.read_text())
+    for name in ("compile_scope", "recompute", "accumulate", "nonfinite_limit"):
+        del values["train"][name]
+    file.write_text(json.dumps(values))
+    assert read_run(tmp_path / "run") == tiny(steps=1)
+    assert (tiny().train.compile_scope, tiny().train.recompute, tiny().train.accumulate) == ("blocks", None, 1)
 
 
 def test_resumed_with_another_learning_rate_for_more_steps(whole: Path, tmp_path: Path) -> None:

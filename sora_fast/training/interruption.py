@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM: a run stops between two steps, and is saved."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Stopped(KeyboardInterrupt):
+    """A request to stop, raised where waiting for the step's end would only be waiting."""
+
+
+class Interruption:
+    """Turns the first Ctrl-C (or SIGTERM) into a request to stop after the step; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._interruptible = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        with contextlib.suppress(ValueError):  # signals belong to the main thread; elsewhere there is nothing to do
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def at_once(self, *, when: bool = True) -> Iterator[None]:
+        """Inside, a request raises `Stopped`: for what changes nothing and may take minutes (data, compilation)."""
+        self._interruptible = when
+        try:
+            yield
+        finally:
+            self._interruptible = False
+
+    def _request(self, number: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        if self._interruptible:
+            tqdm.write("Stopping, and saving. (Again: stop at once, without.)")
+            raise Stopped
+        tqdm.write("Stopping after this step, and saving. (Again: stop at once, without.)")

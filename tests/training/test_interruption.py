@@ -1,0 +1,76 @@
+"""SIGTERM in the two places where a step's end may be minutes away, provoked there."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sora_fast.training.data import Sample
+from sora_fast.training.run import CHECKPOINTS
+from sora_fast.training.trainer import Trainer
+from tests.training.test_trainer import Gradients, tiny
+
+LONG = 60.0
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+def test_while_compiling(tmp_path: Path) -> None:
+    def endless(graph: Any, inputs: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(LONG)
+
+    torch._dynamo.reset()
+    Trainer(tiny(steps=2), Gradients(), tmp_path / "run").fit(progress=False)
+    torch._dynamo.register_backend(endless, name="endless")
+    trainer = Trainer(tiny(compile="endless"), Gradients(), tmp_path / "run", resume=True)
+    before = [p.detach().clone() for p in trainer.parameters.values()]
+    assert _seconds(lambda: trainer.fit(progress=False)) < LONG / 2
+    assert trainer.step == 2 and [p.name for p in (tmp_path / "run" / CHECKPOINTS).iterdir()] == ["step-00000002"]
+    assert all(map(torch.equal, before, trainer.parameters.values()))
+    assert all(p.grad is None for p in trainer.parameters.values())
+
+
+def test_while_data_is_awaited(tmp_path: Path) -> None:
+    """Even of a source that never answers."""
+    never, main = threading.Event(), threading.main_thread()
+
+    class _Stuck(Gradients):
+        def __getitem__(self, index: int) -> Sample:
+            if index == 45:
+                time.sleep(0.5)  # until the training has caught up
+                signal.pthread_kill(main.ident, signal.SIGTERM)
+                never.wait(LONG)
+            return super().__getitem__(index)
+
+    trainer = Trainer(tiny(), _Stuck(), tmp_path / "run")
+    try:
+        assert _seconds(lambda: trainer.fit(progress=False)) < LONG / 2
+    finally:
+        never.set()
+    assert 0 < trainer.step < 12
+    assert (tmp_path / "run" / CHECKPOINTS / f"step-{trainer.step:08d}").is_dir()
+    resumed = Trainer(tiny(), Gradients(), tmp_path / "run", resume=True)
+    assert resumed.step == trainer.step
+
+
+def test_the_second_request_stops_at_once(tmp_path: Path) -> None:
+    class _Impatient(Gradients):
+        def __getitem__(self, index: int) -> Sample:
+            if index == 45:
+                for _ in range(2):
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                    time.sleep(0.2)
+            return super().__getitem__(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(tiny(steps=10000), _Impatient(), tmp_path / "run").fit(progress=False)
