@@ -1,4 +1,6 @@
-"""What sampling costs beside the model: the driver with a model that costs nothing, per pack of mixed videos."""
+"""What sampling costs beside the model, the driver with a model that costs nothing, per pack of mixed videos; and the
+engine with a model like the demo's, beside the sampler before it. What the engine's options cost in quality, and whole
+calls compiled, are `python -m benchmarks.sampler`'s, on a trained run."""
 
 from typing import Any
 
@@ -6,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peers import sampler as before
+from benchmarks.sampler import MIXED, SINGLE, requests
+from sora_fast.demo.run import FULL, run_config
 from sora_fast.diffusion import (
     DDIM,
     DDPM,
@@ -22,7 +27,9 @@ from sora_fast.diffusion import (
     sample,
     training_loss,
 )
+from sora_fast.generation.engine import Engine
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
+from sora_fast.training.run import Networks
 
 PATCH = (1, 2, 2)
 STEPS = 4
@@ -72,3 +79,19 @@ def test_training_loss(benchmark: Any, path: NoisePath) -> None:
     noise, layout, clean = pack()
     sigma = path.sample_sigma(layout, torch.Generator().manual_seed(0))
     benchmark(training_loss, no_model, noise, layout, path, sigma, noise=noise.flat, patch_size=PATCH, clean=clean)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """Untrained: its weights do not change what it costs."""
+    return Engine(Networks(run_config(FULL)), compile=False)
+
+
+@pytest.mark.parametrize("shapes", [[SINGLE], MIXED], ids=["single", "mixed"])
+@pytest.mark.parametrize("way", ["engine", "before"])
+def test_engine(benchmark: Any, engine: Engine, shapes: list[tuple[int, int, int]], way: str) -> None:
+    benchmark.group, benchmark.extra_info["steps"] = f"engine[{len(shapes)}]", STEPS
+    if way == "engine":
+        benchmark(engine.generate, requests(shapes), steps=STEPS)
+    else:
+        benchmark(before.generate, engine, requests(shapes), steps=STEPS)

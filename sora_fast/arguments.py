@@ -51,6 +51,19 @@ def sizes(example: str) -> Callable[[str], tuple[int, ...]]:
     return parse
 
 
+def interval(text: str) -> tuple[float, float]:
+    """Two numbers from 0 to 1, the lower one first, with a colon between: "0.2:0.8"."""
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        low = high = math.nan
+    if not 0 <= low <= high <= 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not two numbers from 0 to 1, the lower one first, with a colon between, like 0.2:0.8"
+        )
+    return low, high
+
+
 COUNT = number(int, "a whole number of at least 1", lambda value: value >= 1)
 WHOLE = number(int, "a whole number of at least 0", lambda value: value >= 0)
 SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)

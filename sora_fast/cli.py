@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sora_fast.arguments import COUNT, DECAY, FINITE, POSITIVE, SEED, SHARE, WHOLE, filled, path, sizes
+from sora_fast.arguments import COUNT, DECAY, FINITE, POSITIVE, SEED, SHARE, WHOLE, filled, interval, path, sizes
 from sora_fast.generation.options import SampleOptions
 from sora_fast.training.options import CHANGEABLE, DISTILL_CHANGEABLE, DistillOptions, TrainOptions, spelled
 
@@ -288,8 +288,27 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
         type=FINITE,
         help="1: none; more follows the prompt closer (default: 3; a distilled run has its own, which stays)",
     )
+    add(
+        "--guidance-interval",
+        type=interval,
+        metavar="LOW:HIGH",
+        help="guide at noise levels between these only, such as 0.8:1 (0 is clean); a step without guidance takes half "
+        "the time (default: at all)",
+    )
     add("--steps", type=COUNT, help="steps of the sampler (default: 30, or what the run was distilled for)")
     add("--sampler", help="euler, heun, ddim, dpm++, ddpm or flow-map (default: what suits the run)")
+    add(
+        "--cache",
+        type=DECAY,
+        metavar="SHARE",
+        help="do without most of the network in steps whose first block changes by less than this, as 0.1: sooner, "
+        "but not the same video; takes 8 steps at least (default: never)",
+    )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="with torch.compile (default: on a CPU, where that takes less time in all)",
+    )
     add("--seed", type=SEED, help="another seed, another video (default: %(default)s)")
     add("--fps", type=POSITIVE, help="frames per second of the result (default: those of the given clip or of the run)")
     add("--scale", type=COUNT, help="enlarge every pixel so many times (default: %(default)s)")
@@ -463,16 +482,19 @@ def _sample(a: argparse.Namespace) -> int:
     device, config = own_device(o.device), read_run(o.run)
     request, fps = requested(o, config)
     played = check_result(o, request, config.model.in_channels, fps)
-    engine = Engine.load(o.run, device=device, text_encoder=o.text_encoder)
+    engine = Engine.load(o.run, device=device, text_encoder=o.text_encoder, compile=o.compile)
     if engine.networks.text is not None:
         engine.networks.text.check([o.prompt])
+    asked = {"steps": o.steps, "sampler": SAMPLERS.get(o.sampler)}
+    print(engine.forecast([request], **asked))
     with tqdm(total=o.steps or default_steps(config), desc="sampling", unit=" steps") as bar:
         (video,) = engine.generate(
             [request],
-            steps=o.steps,
-            sampler=SAMPLERS.get(o.sampler),
+            **asked,
+            cache=o.cache,
             progress=lambda done, steps: bar.update(),
         )
+    print(engine.latency)
     write_result(o, video, fps)
     rate = f", {played:g} a second" if request.frames > 1 else ""
     print(f"{o.out}: {request.frames} frames of {request.height}x{request.width}{rate}")

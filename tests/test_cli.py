@@ -60,7 +60,10 @@ def test_sample(run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     arguments = ["sample", str(run), "--steps", "2", "--out", str(out), "--device", "cpu"]
     assert main([*arguments, "--prompt", "brighter", "--frames", "3", "--size", "12x20"]) == 0
     assert read_media(out).shape == (3, 3, 12, 20)
-    assert "3 frames of 12x20" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 frames of 12x20" in said
+    assert "1 video of 45 tokens, 2 steps, all guided: 180 tokens through the network" in said
+    assert "first step" in said and "outside the network" in said
     assert main([*arguments, "--frames", "4", "--image", str(folder / "left.png")]) == 0
     video, image = read_media(out), read_media(folder / "left.png", max_side=16)
     assert video.shape[1] == 4
@@ -516,6 +519,8 @@ def test_argparse_errors(arguments: list[str]) -> None:
     ("option", "values"),
     [
         ("sample --scale", "0 -1 2.5"),
+        ("sample --guidance-interval", "1 0.5:0.2 0:2 a:b 0:nan"),
+        ("sample --cache", "-0.1 1 nan"),
         ("sample --steps", "0"),
         ("sample --frames", "0"),
         ("sample --fps", "0 -8 inf nan fast"),

@@ -34,7 +34,8 @@ def requested(o: SampleOptions, config: RunConfig) -> tuple[Request, float]:
     guidance = o.guidance
     if guidance is None:
         guidance = GUIDANCE if config.distilled is None else 1.0
-    request = Request(o.prompt, o.frames, height, width, head, tail, guidance=guidance, seed=o.seed)
+    options = {"guidance": guidance, "guidance_interval": o.guidance_interval, "seed": o.seed}
+    request = Request(o.prompt, o.frames, height, width, head, tail, **options)
     return request, _rate(o.fps, given, config)
 
 

@@ -1,6 +1,7 @@
 """Engine: a trained run in, videos out."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from sora_fast.diffusion.samplers import (
     Heun,
     Sampler,
 )
+from sora_fast.generation.compiling import any_sizes, compile_blocks, is_worth_it
+from sora_fast.generation.forecast import Forecast
 from sora_fast.generation.job import Job
 from sora_fast.generation.latency import Clock, Latency
 from sora_fast.generation.phases import Plan
 from sora_fast.generation.tasks import Request, pack_requests
+from sora_fast.packing import PackedLayout, token_grid
 from sora_fast.proof import prove_at_start
 from sora_fast.training import checkpoint
 from sora_fast.training.distributed import local_rank
@@ -48,22 +52,34 @@ class Engine:
     """Makes videos with trained networks; all requests of a call are packed into one sequence.
 
     networks: as the trainer has them; put into evaluation mode and moved to `device`.
+    compile: the model's blocks, with torch.compile; None: on a CPU, as soon as the steps that are asked for are enough
+        to save the start-up (see compiling.py), never on a GPU nor in deterministic mode, since it rounds differently.
     """
 
-    def __init__(self, networks: Networks, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, networks: Networks, *, device: torch.device | str = "cpu", compile: bool | None = None) -> None:
         self.device = torch.device(device)
         prove_at_start(self.device, networks.config.dtypes, leads=local_rank() == 0)
         self.networks = networks.to(self.device).eval().requires_grad_(False)
         self.latency = Latency()
+        self.compiled = False
+        self._may_compile = compile is None and self.device.type == "cpu"
+        self._spent = 0.0  # seconds of the network, in eager mode
+        if compile:
+            self.compiled = compile_blocks(self.networks.model)
         self._said: set[str] = set()
 
     @staticmethod
     def load(
-        folder: Path | str, *, device: torch.device | str = "cpu", text_encoder: Path | str | None = None
+        folder: Path | str,
+        *,
+        device: torch.device | str = "cpu",
+        text_encoder: Path | str | None = None,
+        compile: bool | None = None,
     ) -> "Engine":
         """The newest averaged weights of a run's folder. ValueError if it holds no run or no checkpoint.
 
         text_encoder: where the folder of the run's text encoder is, if not where it was. ValueError if it is another.
+        compile: as of the engine.
         """
         folder = Path(folder)
         config = moved(read_run(folder), text_encoder=text_encoder)
@@ -72,7 +88,7 @@ class Engine:
             raise ValueError(f"{folder} holds no checkpoint yet; train it first")
         networks = Networks(config)
         _take(networks.trained(), saved.tensors["ema"], folder)
-        return Engine(networks, device=device)
+        return Engine(networks, device=device, compile=compile)
 
     @torch.no_grad()
     def generate(
@@ -95,18 +111,19 @@ class Engine:
         called with (steps done, steps).
         With torch.use_deterministic_algorithms(True) a video's bits do not depend on what else is asked for: products
         of few rows are summed in another order than those of many, so every request gets a pack of its own, and the
-        gain of packing is lost. Without it they differ by rounding.
+        gain of packing is lost; `self.latency` is the last one's. Without it they differ by rounding.
         """
         if torch.are_deterministic_algorithms_enabled() and len(requests) > 1:
             options = {"steps": steps, "sampler": sampler, "cache": cache, "progress": progress}
             return [self.generate([request], **options)[0] for request in requests]
         self.latency, clock = Latency(), Clock()
         half = self.networks.config.train.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+        with any_sizes(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             job = self._prepare(requests, steps, sampler, cache)
             self.latency.prepared = clock.lap()
             for done in job.steps():
                 self.latency.steps.append(clock.lap())
+                self._decide(job.plan.steps - done)
                 if progress is not None:
                     progress(done, job.plan.steps)
             made = job.finish()
@@ -114,25 +131,51 @@ class Engine:
         self.latency.decoded = clock.lap()
         return videos
 
-    def _prepare(self, requests: Sequence[Request], steps: int | None, sampler: Sampler | None, cache: float) -> Job:
-        networks, distilled = self.networks, self.networks.config.distilled
-        sampler, steps = sampler or self._default_sampler(), steps or default_steps(networks.config)
-        if sampler.tells_end and distilled is None:
+    def forecast(
+        self, requests: Sequence[Request], *, steps: int | None = None, sampler: Sampler | None = None
+    ) -> Forecast:
+        """What `generate` will do if it is asked the same."""
+        networks = self.networks
+        spec = networks.codec.spec
+        shapes = [spec.latent_shape(request.frames, request.height, request.width) for request in requests]
+        grids = [token_grid(shape, networks.patch_size) for shape in shapes]
+        plan = self._plan(requests, PackedLayout.from_grids(grids), self._sampler(sampler), steps)
+        return Forecast.of(networks.model, plan, [math.prod(grid) for grid in grids])
+
+    def _sampler(self, sampler: Sampler | None) -> Sampler:
+        distilled = self.networks.config.distilled is not None
+        if sampler is None and distilled:
+            return FlowMap()
+        sampler = sampler or (Euler() if isinstance(self.networks.path, RectifiedFlow) else DDIM())
+        if sampler.tells_end and not distilled:
             raise ValueError(f"sampler: {type(sampler).__name__} needs a distilled run; `sora-fast distill` makes one")
+        return sampler
+
+    def _plan(self, requests: Sequence[Request], layout: PackedLayout, sampler: Sampler, steps: int | None) -> Plan:
+        config = self.networks.config
+        guidance = config.text is not None and config.distilled is None
+        steps = steps or default_steps(config)
+        return Plan.of(requests, layout, self.networks.path, sampler, steps=steps, guidance=guidance)
+
+    def _decide(self, left: int) -> None:
+        """Compile, if what took so long so far and what is left of this call are worth it."""
+        if not self._may_compile or self.compiled or torch.are_deterministic_algorithms_enabled():
+            return
+        self._spent += self.latency.steps[-1]
+        if left and is_worth_it(self._spent + left * self.latency.steps[-1]):
+            self._may_compile = False
+            self.compiled = compile_blocks(self.networks.model)
+
+    def _prepare(self, requests: Sequence[Request], steps: int | None, sampler: Sampler | None, cache: float) -> Job:
+        networks, sampler = self.networks, self._sampler(sampler)
         self._say_what_is_not_used(requests)
         text = None
         if networks.text is not None:
             ids, layout = networks.text.tokenize([*(request.prompt for request in requests), ""])
             text = networks.text(ids.to(self.device), layout.to(self.device))
         packed = pack_requests(requests, codec=networks.codec, patch_size=networks.patch_size).to(self.device)
-        guidance = text is not None and distilled is None
-        plan = Plan.of(requests, packed.layout, networks.path, sampler, steps=steps, guidance=guidance)
+        plan = self._plan(requests, packed.layout, sampler, steps)
         return Job(networks.model, plan, packed, text, networks.path, sampler, latency=self.latency, cache=cache)
-
-    def _default_sampler(self) -> Sampler:
-        if self.networks.config.distilled is not None:
-            return FlowMap()
-        return Euler() if isinstance(self.networks.path, RectifiedFlow) else DDIM()
 
     def _say_what_is_not_used(self, requests: Sequence[Request]) -> None:
         guided = any(request.guidance != 1 for request in requests)

@@ -109,11 +109,14 @@ class Job:
                 fixed=None if fixed is None else _chosen(fixed, requests),
             )
             ends = self.plan.sigmas[steps.start + 1 : steps.stop + 1, requests] if self.sampler.tells_end else None
-            yield _Stage(phase, pack, pack.modulations(levels[:, requests], ends), descent)
+            modulations = pack.modulations(levels[:, requests], len(phase.guided), ends)
+            yield _Stage(phase, pack, modulations, descent)
 
     def _pack(self, phase: Phase) -> Pack:
         no_prompt = len(self.plan.requests)
-        text = None if self.text is None else self.text.take([*phase.requests, *[no_prompt] * len(phase.guided)])
+        text = (
+            None if self.text is None else self.text.take([*phase.requests, *[no_prompt] * len(phase.guided)], least=2)
+        )
         guidance = [self.plan.requests[i].guidance for i in phase.guided]
         return Pack.of(self.model, self.packed.take(phase.requests), text, guidance)
 

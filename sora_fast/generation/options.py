@@ -19,8 +19,11 @@ class SampleOptions:
     image: Path | None = None
     end: Path | None = None
     guidance: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     steps: int | None = None
     sampler: str | None = None
+    cache: float = 0.0
+    compile: bool | None = None
     seed: int = 0
     fps: float | None = None
     scale: int = 1

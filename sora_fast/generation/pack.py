@@ -51,12 +51,14 @@ class Pack:
         guidance: of the guided ones."""
         guided, state = len(guidance), packed.data
         grids = packed.layout.grids.tolist()
-        layout = PackedLayout.from_grids(
-            [*grids, *grids[:guided]], order="raster" if packed.layout.is_raster else "tiled"
-        ).to(packed.layout.device)
         videos = state.to_list()
-        joined = RaggedLatents.from_list([*videos, *videos[:guided]])
-        ends = [torch.cat([counts, counts[:guided]]) for counts in (packed.heads, packed.tails)]
+        # One segment would be a size of its own to torch.compile.
+        places = max(2, len(videos) + guided)
+        order = "raster" if packed.layout.is_raster else "tiled"
+        layout = PackedLayout.from_grids([*grids, *grids[:guided]], order=order, max_segments=places)
+        layout = layout.to(packed.layout.device)
+        joined = RaggedLatents.from_list([*videos, *videos[:guided]], max_segments=places)
+        ends = [_padded(torch.cat([counts, counts[:guided]]), places) for counts in (packed.heads, packed.tails)]
         conditioning = _conditioning(layout, clean_frames(layout, *ends) if packed.given else None)
         prepared = model.prepare(layout, conditioning, text)
         if model.config.text_dim is not None:
@@ -65,14 +67,15 @@ class Pack:
         count = sum(video.numel() for video in videos[:guided])
         return Pack(model, state, joined, prepared, conditioning, text, count, strength, layout.capacity)
 
-    def modulations(self, sigmas: Tensor, ends: Tensor | None = None) -> "Modulations":
-        """For noise levels [K, S] of the requests, and of a flow map those that its steps lead to."""
-        return Modulations(self, self._of_rows(sigmas), None if ends is None else self._of_rows(ends))
+    def modulations(self, sigmas: Tensor, guided: int, ends: Tensor | None = None) -> "Modulations":
+        """For noise levels [K, S] of the requests, of which so many are guided, and of a flow map those that its steps
+        lead to."""
+        return Modulations(self, self._of_rows(sigmas, guided), None if ends is None else self._of_rows(ends, guided))
 
-    def _of_rows(self, sigmas: Tensor) -> Tensor:
+    def _of_rows(self, sigmas: Tensor, guided: int) -> Tensor:
         """[K, S] → [K, M]."""
-        copies = self.joined.max_segments - self.state.max_segments
-        sigmas = torch.cat([sigmas, sigmas[:, :copies]], dim=1)
+        sigmas = torch.cat([sigmas, sigmas[:, :guided]], dim=1)
+        sigmas = torch.nn.functional.pad(sigmas, (0, self.joined.max_segments - sigmas.shape[1]))
         return sigmas[:, self.conditioning.segment.long()].float() * self.conditioning.sigma
 
     def predict(self, x: Tensor, prepared: Prepared, path: NoisePath, network: Network) -> Prediction:
@@ -121,6 +124,10 @@ class Modulations:
         )
         self._counts = [len(layer) for layer in layers]
         return torch.stack([table.view(steps, rows, -1) for layer in layers for table in layer], dim=1)
+
+
+def _padded(counts: Tensor, places: int) -> Tensor:
+    return torch.nn.functional.pad(counts, (0, places - counts.shape[0]))
 
 
 def _conditioning(layout: PackedLayout, clean: Tensor | None) -> Conditioning:

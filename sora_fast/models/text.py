@@ -35,13 +35,15 @@ class PackedText(TensorBundle):
     layout: PackedLayout
     pooled: Tensor | None = None
 
-    def take(self, texts: Sequence[int]) -> "PackedText":
-        """Some of them, in this order and as often as they are named (waits for the device)."""
+    def take(self, texts: Sequence[int], *, least: int = 1) -> "PackedText":
+        """Some of them, in this order and as often as they are named (waits for the device); at least so many segments,
+        the last of them empty."""
         lengths = self.layout.cu_seqlens.diff().tolist()
         parts = self.tokens[: sum(lengths)].split(lengths)
         grids = [(lengths[i], 1, 1) for i in texts]
-        layout = PackedLayout.from_grids(grids).to(self.layout.device)
-        pooled = None if self.pooled is None else self.pooled[list(texts)]
+        empty = max(0, least - len(texts))
+        layout = PackedLayout.from_grids(grids, max_segments=len(texts) + empty).to(self.layout.device)
+        pooled = None if self.pooled is None else F.pad(self.pooled[list(texts)], (0, 0, 0, empty))
         return PackedText(torch.cat([parts[i] for i in texts]), layout, pooled)
 
 

@@ -207,3 +207,22 @@ def test_a_distilled_run_keeps_given_frames(distilled: Engine) -> None:
 def test_a_flow_map_needs_a_distilled_run(engine: Engine) -> None:
     with pytest.raises(ValueError, match="needs a distilled run"):
         engine.generate([text_to_video("left", 1, (8, 8))], sampler=SAMPLERS["flow-map"])
+
+
+def test_deterministic_means_alone_as_packed_to_the_bit(engine: Engine) -> None:
+    requests = [text_to_video("left", 3, (10, 14), guidance=2.0, seed=7), text_to_video("right", 1, (8, 8), seed=8)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        packed = engine.generate(requests, steps=3)
+        alone = [engine.generate([request], steps=3)[0] for request in requests]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, other) for one, other in zip(packed, alone, strict=True))
+
+
+def test_it_says_where_the_time_went(engine: Engine) -> None:
+    engine.generate([text_to_video("left", 3, (10, 14), guidance=2.0)], steps=3)
+    latency = engine.latency
+    assert len(latency.steps) == latency.calls == 3 and latency.tokens == 3 * 2 * 3 * 3 * 4
+    assert 0 < latency.network < sum(latency.steps) and 0 < latency.outside < 1
+    assert "first step" in str(latency) and "outside the network" in str(latency)

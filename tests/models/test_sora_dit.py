@@ -192,3 +192,19 @@ def test_bad_calls_are_named() -> None:
         small(num_classes=3)(latents, layout, levels(layout))
     with pytest.raises(ValueError, match="labels: shape"):
         small(num_classes=3)(latents, layout, levels(layout), labels=torch.zeros(5))
+
+
+@torch.no_grad()
+def test_what_is_prepared_once_serves_many_levels() -> None:
+    """Modulation of several noise levels in one go, keys and values of the text made before."""
+    model, encoder = small(text_dim=16, pooled_dim=16), ByteTextEncoder(16, layers=1)
+    text = encoder(*encoder.tokenize(["a", "bcd", ""]))
+    latents, layout = pack(videos())
+    several = [levels(layout), Conditioning.per_segment(torch.tensor([0.9, 0.2, 0.0]), layout)]
+    segment = several[0].segment.repeat(2)
+    tables = model.modulations(torch.cat([one.sigma for one in several]), segment, text, None)
+    prepared = replace(model.prepare(layout, several[0], text), texts=model.read(text))
+    for step, conditioning in enumerate(several):
+        own = tuple(tuple(table[3 * step : 3 * step + 3] for table in layer) for layer in tables)
+        said = model.denoise(latents, replace(prepared, modulations=own))
+        torch.testing.assert_close(said.flat, model(latents, layout, conditioning, text).flat, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,20 @@
+"""An engine whose every weight is random: at its true start adaLN-Zero makes the blocks invisible."""
+
+from dataclasses import replace
+
+import torch
+
+from sora_fast.generation.engine import Engine
+from sora_fast.training.run import Networks
+from tests.training.test_trainer import tiny
+
+
+def random_engine(*, compile: bool | None = False, **model: object) -> Engine:
+    """Reads text by cross-attention and pooled; `model`: other fields of its configuration."""
+    config = tiny()
+    config = replace(config, model=replace(config.model, **{"depth": 2, **model}))
+    torch.manual_seed(0)
+    networks = Networks(config)
+    for parameter in networks.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return Engine(networks, compile=compile)

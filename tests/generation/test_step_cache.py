@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from sora_fast.generation.engine import Engine
+from sora_fast.generation.tasks import Request
+from tests.generation.random_engine import random_engine
+
+REQUESTS = [Request("left", 3, 10, 14, guidance=2.0, seed=1), Request("right", 1, 16, 8, seed=2)]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return random_engine(depth=3)
+
+
+def test_a_threshold_of_nothing_gives_the_same_bits(engine: Engine) -> None:
+    """0 uses no cache; one below any change is used in vain."""
+    plain = engine.generate(REQUESTS, steps=8)
+    for threshold in (0.0, 1e-12):
+        cached = engine.generate(REQUESTS, steps=8, cache=threshold)
+        assert engine.latency.skipped == 0
+        for one, other in zip(plain, cached, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_steps_that_change_little_are_cut_short(engine: Engine) -> None:
+    plain = engine.generate(REQUESTS, steps=40)
+    errors = []
+    for threshold in (0.02, 0.6):
+        cached = engine.generate(REQUESTS, steps=40, cache=threshold)
+        errors.append(max((a - b).abs().max().item() for a, b in zip(plain, cached, strict=True)))
+        skipped = engine.latency.skipped
+        assert 0 < skipped < engine.latency.calls == 40
+        assert f"{skipped} of 40 cut short by the cache" in str(engine.latency)
+    assert 0 < errors[0] < errors[1]
+
+
+def test_errors(engine: Engine) -> None:
+    with pytest.raises(ValueError, match=r"cache: 0\.1 with 7 steps; .* it takes 8"):
+        engine.generate(REQUESTS, steps=7, cache=0.1)
+    with pytest.raises(ValueError, match=r"cache: 1\.5; it must be a share"):
+        engine.generate(REQUESTS, steps=8, cache=1.5)
