@@ -31,7 +31,7 @@ VIDEOS, FRAMES, SIDE, CLIP = 6, 240, 256, 16
 PATCH = (2, 16, 16)
 # Two clips of 2,048 tokens each.
 BATCH = BatchConfig(capacity=4096, max_segments=8, text_capacity=1024, look_ahead=16)
-STEPS, WARMUP = 8, 3
+STEPS, WARMUP = 6, 2
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +67,14 @@ def test_frames_a_second(benchmark: Any, clips: FolderSource, workers: int) -> N
         samples = benchmark.pedantic(take, rounds=3)
     benchmark.group = "frames of H.264 clips"
     benchmark.extra_info.update(workers=workers, frames=CLIP * samples)
-    benchmark.extra_info["frames_per_s"] = CLIP * samples / benchmark.stats.stats.median
+    if benchmark.enabled:
+        benchmark.extra_info["frames_per_s"] = CLIP * samples / benchmark.stats.stats.median
 
 
 def _on_clips(clips: FolderSource) -> tuple[RunConfig, Source]:
     model = SoraDiTConfig(dim=256, depth=6, heads=4, in_channels=3, patch_size=PATCH, text_dim=128, pooled_dim=128)
-    return RunConfig(model=model, train=TrainConfig(steps=STEPS + WARMUP, batch=BATCH), text=TextConfig()), clips
+    train = TrainConfig(steps=STEPS + WARMUP, batch=BATCH, compile=None)  # which here would take longer than the steps
+    return RunConfig(model=model, train=train, text=TextConfig()), clips
 
 
 def _on_digits() -> tuple[RunConfig, Source]:

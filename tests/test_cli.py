@@ -20,6 +20,7 @@ from sora_fast.generation.options import SampleOptions
 from sora_fast.media import read_media, write_media
 from sora_fast.models.text import T5_TOKENS, ByteTextEncoder
 from sora_fast.packing import SigmoidDrop
+from sora_fast.training.beginning import new_config
 from sora_fast.training.config import write_config
 from sora_fast.training.options import TrainOptions
 from sora_fast.training.run import CONFIG, LOG, Distilled, read_run
@@ -626,3 +627,15 @@ def test_a_run_from_before_there_was_a_choice_goes_on_with_first_frames(folder: 
     assert main([*line, "--resume", "--steps", "3"]) == 0
     config = read_run(tmp_path / "run")
     assert (config.data.clips, config.train.workers, config.train.batch.drop) == ("first", 0, None)
+
+
+@pytest.mark.parametrize(
+    ("cores", "local", "workers"), [(1, "1", 1), (2, "1", 1), (8, "1", 7), (96, "8", 8), (64, "1", 8)]
+)
+def test_as_many_data_workers_as_suit_the_machine(
+    cores: int, local: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert new_config(TrainOptions(tmp_path / "run", data="clips")).train.workers == workers
+    assert new_config(TrainOptions(tmp_path / "run", data="clips", workers=3)).train.workers == 3

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -34,9 +33,9 @@ class Timeline:
         even = all(abs(first + number * step - start) < 1e-6 for number, start in enumerate(starts))
         return Timeline(count, first, step, None if even else tuple(starts), end, rate, can_seek)
 
-    @cached_property
+    @property
     def times(self) -> np.ndarray:
-        """[count] seconds."""
+        """[count] seconds. Made anew each time: of many long videos they would fill the memory."""
         return np.asarray(self.starts) if self.starts else self.first + self.step * np.arange(self.count)
 
     @property
@@ -47,12 +46,12 @@ class Timeline:
     @property
     def mean_rate(self) -> float | None:
         """Frames per second over all frames, as `frames.mean_rate` has it; None where nothing says."""
-        end = None if self.end is None else Frame(None, self.start(-1), self.end, self.rate)
+        end = None if self.end is None else Frame(None, self.start(self.count - 1), self.end, self.rate)
         return end and mean_rate(Frame(None, self.first), end, self.count)
 
     def start(self, number: int) -> float:
         """Seconds at which a frame begins."""
-        return float(self.times[number])
+        return self.starts[number] if self.starts else self.first + self.step * number
 
     def slack(self, number: int) -> float:
         """How far off a frame's time may be before it might be another frame's: a quarter of what is beside it."""

@@ -9,7 +9,7 @@ from typing import Any
 from sora_fast.models.codecs import Codec
 from sora_fast.models.text import TextEncoder
 from sora_fast.training.batch import Batch, BatchConfig, Prompts
-from sora_fast.training.data import Source
+from sora_fast.training.data import Source, sample_name
 from sora_fast.training.distributed import World
 from sora_fast.training.making import Made, Maker
 from sora_fast.training.plan import Plan
@@ -33,7 +33,8 @@ class Batches:
     together share out the first, and a source with a method `shape(index) -> (C, T, H, W)` spares it.
 
     A sample that proves unusable (`UnusableSample`, or a worker that dies of it) is named in the log and left out from
-    then on; the packs are planned as if it was there, so that they stay the same for all who train together.
+    then on, with all of its file if the source has a method `name(index)`. For some time packs are still planned as if
+    it was there, and its places stay empty (see `Plan.leave_out`).
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Batches:
         self.maker = Maker(shared, config, codec, patch_size, seed)
         # What proved unusable, with the reason.
         self.lost: dict[str, str] = {}
+        self._left_out: dict[str, int] = {}
         self._noted: set[str] = set()
+        self._step = 0
         self._warned_of_cut = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,6 +68,7 @@ class Batches:
         """Go on where `state_dict` was taken. ValueError if the source has another fingerprint now."""
         self.plan.load_state_dict(state)
         self.lost = dict(state.get("lost", {}))
+        self._left_out, self._step = dict(state.get("left_out", {})), state.get("steps", 0)
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.workers:
@@ -81,6 +85,7 @@ class Batches:
         return self.plan.measurers.size > 1
 
     def _finished(self, made: Made) -> Batch:
+        self._step = made.batch.resume["steps"]
         for name, reason in made.lost.items():
             self._lose(name, reason)
         for name, note in made.notes.items():
@@ -96,14 +101,17 @@ class Batches:
         )
 
     def _state(self, plan: dict[str, Any]) -> dict[str, Any]:
-        return plan | ({"lost": dict(self.lost)} if self.lost else {})
+        """Of a plan as it was then, with what is lost now."""
+        return plan | ({"lost": dict(self.lost), "left_out": dict(self._left_out)} if self.lost else {})
 
     def _lose(self, name: str, reason: str) -> None:
         if name not in self.lost:
             self.lost[name] = reason
+            self._left_out = self.plan.leave_out(name, self._step)
             log.warning("left out from now on, %d so far: %s: %s", len(self.lost), name, reason)
             source = self.plan.source
-            if hasattr(source, "__len__") and len(self.lost) >= len({self.maker.name(i) for i in range(len(source))}):
+            names = {sample_name(source, index) for index in range(len(source))} if hasattr(source, "__len__") else None
+            if names is not None and names <= self.lost.keys():
                 raise ValueError(f"nothing is left to train on; the last was {name}: {reason}")
 
     def _prompts(self, captions: list[str]) -> Prompts | None:

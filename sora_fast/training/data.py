@@ -55,6 +55,11 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+def sample_name(source: Source, index: int) -> str:
+    """What a sample is called in messages, and what is left out if it proves unusable: its file, if there is one."""
+    return source.name(index) if hasattr(source, "name") else f"sample {index}"
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which files are read, and how much of each.

@@ -29,7 +29,8 @@ def probed(
 ) -> list[Found]:
     """A Probe of each file, or why it cannot be used: from the index if the file is as it was then, else anew.
 
-    A file is as it was if its size and the time of its last change are. tell: wraps what is found as it comes.
+    A file is as it was if its size and the time of its last change are. Why one cannot be used is not kept: what was
+    missing may be there the next time. tell: wraps what is found as it comes.
     """
     place = _place(folder)
     known = _read(place)
@@ -39,14 +40,15 @@ def probed(
     def found(number: int) -> Found:
         entry = known.get(names[number])
         if entry is not None and entry["stamp"] == stamps[number]:
-            return _unpacked(entry)
+            return _unpacked(entry["probe"])
         return _probed(paths[number])
 
     with ThreadPoolExecutor(THREADS) as pool:
         results = list(tell(pool.map(found, range(len(paths)))))
-    entries = {n: {"stamp": s} | _packed(r) for n, s, r in zip(names, stamps, results, strict=True)}
-    if place is not None and not entries.items() <= known.items():
-        _write(place, known | entries)
+    found_now = zip(names, stamps, results, strict=True)
+    entries = {n: {"stamp": s, "probe": asdict(r)} for n, s, r in found_now if isinstance(r, Probe)}
+    if place is not None and any(known.get(name, {}).get("stamp") != entry["stamp"] for name, entry in entries.items()):
+        _write(place, _read(place) | entries)  # others that train together may have written their share
     return results
 
 
@@ -67,14 +69,7 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _packed(found: Found) -> dict[str, Any]:
-    return {"reason": found} if isinstance(found, str) else {"probe": asdict(found)}
-
-
-def _unpacked(entry: dict[str, Any]) -> Found:
-    if "reason" in entry:
-        return entry["reason"]
-    values = entry["probe"]
+def _unpacked(values: dict[str, Any]) -> Probe:
     starts = values["timeline"]["starts"]
     return Probe(**values | {"timeline": Timeline(**values["timeline"] | {"starts": starts and tuple(starts)})})
 

@@ -12,7 +12,7 @@ from sora_fast.models.codecs import Codec
 from sora_fast.packing import PackedLayout, RaggedLatents, token_grid
 from sora_fast.packing.order import Grid
 from sora_fast.training.batch import Batch, BatchConfig
-from sora_fast.training.data import Sample, Source, UnusableSample
+from sora_fast.training.data import Sample, Source, UnusableSample, sample_name
 from sora_fast.training.plan import CAPTION, CLIP, KEEP, Pack
 
 
@@ -46,8 +46,7 @@ class Maker:
     """Makes batches of packs; the same one of the same pack, in whatever process.
 
     The arguments are those of `Batches`. If the source has a method `draw(index, random)`, that gives the samples, at
-    random but always the same for a position of the stream. `name(index)`, if it has that, is what is left out where a
-    sample proves unusable, its file; else the sample alone is.
+    random but always the same for a position of the stream.
     """
 
     source: Source
@@ -55,10 +54,6 @@ class Maker:
     codec: Codec
     patch_size: Grid
     seed: int
-
-    def name(self, index: int) -> str:
-        """Of a sample, for messages and for what is to be left out."""
-        return self.source.name(index) if hasattr(self.source, "name") else f"sample {index}"
 
     def make(
         self, pack: Pack, *, without: Collection[str] = (), at: Callable[[int], None] = lambda index: None
@@ -91,7 +86,7 @@ class Maker:
     ) -> Iterator[_Encoded]:
         kept = pack.kept or (None,) * len(pack.positions)
         for position, index, count in zip(pack.positions, pack.indices, kept, strict=True):
-            if (name := self.name(index)) in without or name in lost:
+            if (name := sample_name(self.source, index)) in without or name in lost:
                 continue
             at(index)
             try:

@@ -13,11 +13,14 @@ from sora_fast.packing import kept_tokens, token_grid
 from sora_fast.packing.order import Grid
 from sora_fast.packing.packer import PackRules, StreamingPacker
 from sora_fast.training.batch import BatchConfig
-from sora_fast.training.data import Source
+from sora_fast.training.data import Source, sample_name
 from sora_fast.training.distributed import World
 
 # What a random draw is for: no two purposes share random numbers.
 ORDER, CAPTION, CLIP, DROP, KEEP = range(5)
+
+# Steps from the loss of a sample to the first that is planned without it: more than are ever planned ahead.
+LAG = 256
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,19 @@ class Plan:
         # The packs of all workers are planned by each: for 1,024 of them this is a third of the time.
         self._grid_of = lru_cache(maxsize=1 << 16)(partial(_grid_of, spec, patch_size))
         self.position = 0
-        # With dropping: steps planned, and what the samples that are held will keep, by position.
-        self._drop, self._steps, self._kept = config.drop, 0, {}
+        self._steps = 0
+        # What is not planned with any more, and from which step on.
+        self._left_out: dict[str, int] = {}
+        # With dropping: what the samples that are held will keep, by position.
+        self._drop, self._kept = config.drop, {}
         self._fingerprint: str | None = getattr(source, "fingerprint", None)
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the stream, what waits in the packer, and of which source that is true; JSON-able."""
         state = {"position": self.position, "packer": self.packer.state_dict(), "source": self._fingerprint}
-        return state if self._drop is None else state | {"steps": self._steps, "kept": list(self._kept.items())}
+        state |= {"steps": self._steps, "left_out": dict(self._left_out)}
+        return state if self._drop is None else state | {"kept": list(self._kept.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. ValueError if the source has another fingerprint now."""
@@ -80,9 +87,20 @@ class Plan:
                 "have changed. Put back what was there, or start a new run"
             )
         self.position = state["position"]
-        self._steps, self._kept = state.get("steps", 0), dict(map(tuple, state.get("kept", ())))
+        self._steps, self._left_out = state.get("steps", 0), dict(state.get("left_out", {}))
+        self._kept = dict(map(tuple, state.get("kept", ())))
         packer = state["packer"]
         self.packer.load_state_dict(packer if packer["ranks"] == self.world.size else self._repacked(packer))
+
+    def leave_out(self, name: str, after: int) -> dict[str, int]:
+        """Plan without the samples of a name, from `LAG` steps after the step `after` on; all that is left out so.
+
+        What was planned ahead stays as it is: how much that is depends on who asks. Where several train together they
+        are left in, since not all know of it.
+        """
+        if self.world.size == 1:
+            self._left_out[name] = after + LAG
+        return dict(self._left_out)
 
     def __iter__(self) -> Iterator[Pack]:
         while True:
@@ -100,7 +118,8 @@ class Plan:
     def next_packs(self) -> list[list[int]]:
         """Positions in the stream of the samples of each worker's next pack."""
         while True:
-            packs = self.packer.push(self.position, self._length(self.position))
+            planned = not self._is_left_out(self.position)
+            packs = self.packer.push(self.position, self._length(self.position)) if planned else []
             self.position += 1
             if packs:
                 self._steps += 1
@@ -116,6 +135,11 @@ class Plan:
             random = np.random.default_rng((self.seed, ORDER, epoch))
             self._epoch = epoch, random.permutation(len(self.source))
         return int(self._epoch[1][place])
+
+    def _is_left_out(self, position: int) -> bool:
+        if not self._left_out:
+            return False
+        return self._steps >= self._left_out.get(sample_name(self.source, self.index(position)), math.inf)
 
     def _repacked(self, state: dict[str, Any]) -> dict[str, Any]:
         """For a run that goes on with another number of workers: what was packed waits again, first in line."""

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from sora_fast.training.batch import Batch
+from sora_fast.training.data import sample_name
 from sora_fast.training.making import Made, Maker
-from sora_fast.training.plan import Pack
+from sora_fast.training.plan import LAG, Pack
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ class MakerPool:
         self._maker, self._lose, self._deaths = maker, lose, 0
         self._template = maker.make(Pack((), (), None, 0, {})).batch.to("meta")
         self._slots = count * _AHEAD
+        if self._slots >= LAG:
+            raise ValueError(f"workers: {count}; there can be {LAG // _AHEAD - 1} at most")
         self._memory = self._context.RawArray(ctypes.c_byte, self._slots * _bytes(self._template))
         self._reading = self._context.RawArray(ctypes.c_int64, count)
         self._workers = [self._started(rank) for rank in range(count)]
@@ -99,7 +102,7 @@ class MakerPool:
         return min(set(range(self._slots)) - {task.slot for task in tasks})
 
     def _names(self, pack: Pack) -> set[str]:
-        return set(map(self._maker.name, pack.indices))
+        return {sample_name(self._maker.source, index) for index in pack.indices}
 
     def _give(self, tasks: Iterable[_Task], lost: dict[str, str]) -> None:
         """Each pack that nobody has, the oldest first, to the worker with the fewest."""
@@ -138,7 +141,7 @@ class MakerPool:
             task.given = False
         how = _ending(worker.process.exitcode)
         if index != _NOWHERE:
-            self._lose(self._maker.name(index), f"a data worker that was reading it {how}")
+            self._lose(sample_name(self._maker.source, index), f"a data worker that was reading it {how}")
         else:
             self._deaths += 1
             log.warning("a data worker %s, between two files; another one takes its place", how)

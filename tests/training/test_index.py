@@ -37,8 +37,12 @@ def test_what_was_found_out_is_kept_until_the_file_changes(files: list[Path], op
     assert [type(found) for found in first] == [Probe, str, Probe]
     assert sorted(opened) == ["a.mkv", "b.mp4", "c.png"]
     opened.clear()
+    (place,) = (folder.parent / "cache" / "folders").iterdir()
+    written = place.stat().st_mtime_ns
     assert probed(folder, files) == first
-    assert not opened
+    assert place.stat().st_mtime_ns == written
+    assert opened == ["b.mp4"], "a decoder may have been installed"
+    opened.clear()
     files[1].write_bytes(files[0].read_bytes())
     os.utime(files[2], (1, 1))
     assert probed(folder, files)[1] == first[0]

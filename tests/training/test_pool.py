@@ -16,6 +16,7 @@ import torch
 
 from sora_fast.models.codecs import IdentityCodec
 from sora_fast.models.text import ByteTextEncoder
+from sora_fast.training import plan
 from sora_fast.training.batches import Batch, BatchConfig, Batches
 from sora_fast.training.data import Sample, UnusableSample
 
@@ -101,6 +102,22 @@ def test_what_kills_a_worker_is_named_and_left_out(caplog: pytest.LogCaptureFixt
     resumed = _batches(Clips(deadly=11), workers=0)  # would be killed itself, if it tried
     resumed.load_state_dict(json.loads(json.dumps(made[14].resume)))
     assert all(map(_same, made[15:], _take(resumed, 5)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_lost_is_soon_not_planned_with_any_more(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "LAG", 6)
+    source = Clips(size=8, broken=3)
+    alone, made = _take(_batches(source), 24), _take(_batches(source, workers=workers), 24)
+    assert all(map(_same, alone, made))
+    found = next(number for number, batch in enumerate(made) if "lost" in batch.resume)
+    assert {batch.resume["left_out"]["clip-3.mp4"] for batch in made[found:]} == {found + 1 + 6}
+    full = [batch.useful for batch in _take(_batches(Clips(size=8)), 24)]
+    assert sum(batch.useful for batch in made[:6]) < 0.97 * sum(full[:6])
+    assert sum(batch.useful for batch in made[-8:]) > 0.97 * sum(full[-8:])
+    resumed = _batches(source, workers=workers)
+    resumed.load_state_dict(json.loads(json.dumps(made[4].resume)))
+    assert all(map(_same, made[5:], _take(resumed, 19)))
 
 
 def test_a_death_by_chance_is_the_same_from_then_on(tmp_path: Path) -> None:
