@@ -1,4 +1,4 @@
-"""The command line: `sora-fast demo`, `train`, `sample`, `report` and `doctor`.
+"""The command line: `sora-fast demo`, `train`, `distill`, `sample`, `report` and `doctor`.
 
 Heavy imports happen inside the commands, so that --help and --version answer at once.
 """
@@ -9,20 +9,21 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from sora_fast.arguments import COUNT, DECAY, FINITE, POSITIVE, SEED, SHARE, WHOLE, filled, interval, path, sizes
 from sora_fast.generation.options import SampleOptions
-from sora_fast.training.options import CHANGEABLE, TrainOptions, spelled
+from sora_fast.training.options import CHANGEABLE, DISTILL_CHANGEABLE, DistillOptions, TrainOptions, spelled
 from sora_fast.training.recipe import CPU, GPU, HEAD_DIM, LR
 
 if TYPE_CHECKING:
     from sora_fast.proof import Report
     from sora_fast.training.distributed import World
     from sora_fast.training.run import TrainConfig
+    from sora_fast.training.trainer import Trainer
 
 WRONG, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -43,6 +44,18 @@ are named and skipped.
 Ctrl-C saves; the run goes on, here for longer, with:
 
   sora-fast train --resume --out runs/first --minutes 60
+"""
+
+DISTILL_HELP = """\
+Make a model that needs a few steps, without guidance, of one that `sora-fast train` has made.
+
+  sora-fast distill runs/first --steps 4
+  sora-fast sample runs/first-distilled --prompt "a red ball" --frames 16 --size 64x64 --out ball.mp4
+
+It is trained further, on the same data, in a folder of its own; any number of steps can be asked of it. Ctrl-C saves;
+it goes on with:
+
+  sora-fast distill runs/first --resume
 """
 
 SAMPLE_HELP = """\
@@ -100,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     commands.add_parser("demo", help="train on moving digits, sample, measure: the whole thing in minutes")
     _add_train(commands)
+    _add_distill(commands)
     _add_sample(commands)
     _add_report(commands)
     _add_doctor(commands)
@@ -221,6 +235,45 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     add("--tensorboard", action="store_true", help="write for TensorBoard, in the run's tensorboard/")
 
 
+def _add_distill(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
+        "distill",
+        help="make a trained model fast: a few steps, no guidance",
+        description=DISTILL_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # so that --resume knows what was asked for
+    )
+    parser.set_defaults(command=_distill)
+    defaults = _defaults(DistillOptions)
+    add = parser.add_argument
+    add("run", metavar="RUN", type=path, help="folder of a run: what `sora-fast train --out` made")
+    add("--out", metavar="NEW", type=path, help="folder of the new run (default: RUN-distilled)")
+    add("--steps", type=COUNT, help=f"that `sample` takes where none are asked for (default: {defaults.steps})")
+    add("--minutes", type=POSITIVE, help=f"train for so long (default: {defaults.minutes:g})")
+    add(
+        "--guidance",
+        type=FINITE,
+        help=f"to build in, since `sample` cannot change it any more (default: {defaults.guidance:g})",
+    )
+    add("--guidance-given", type=FINITE, help="likewise, where frames are given (default: the same)")
+    add("--lr", type=POSITIVE, help="peak learning rate (default: half the run's)")
+    add("--seed", type=SEED, help=f"default: {defaults.seed}")
+    add("--no-compile", action="store_true", help="without torch.compile: starts sooner, runs slower")
+    add(
+        "--resume",
+        action="store_true",
+        help=f"go on with the run in NEW as it was, except for {spelled(DISTILL_CHANGEABLE)}",
+    )
+    add("--data", metavar="FOLDER", type=filled, help="where the run's data is, if it is not where it was")
+    add(
+        "--text-encoder",
+        metavar="FOLDER",
+        type=filled,
+        help="where the run's CLIP or T5 is, if it is not where it was",
+    )
+    add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+
+
 def _add_sample(commands: "argparse._SubParsersAction") -> None:
     parser = commands.add_parser(
         "sample",
@@ -246,7 +299,11 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
         help="image or clip to begin with, scaled down as the run's own files were; its frames are kept",
     )
     add("--end", type=path, metavar="FILE", help="image or clip to end with, of the same size")
-    add("--guidance", type=FINITE, help="1: none; more follows the prompt closer (default: %(default)s)")
+    add(
+        "--guidance",
+        type=FINITE,
+        help="1: none; more follows the prompt closer (default: 3; a distilled run has its own, which stays)",
+    )
     add(
         "--guidance-interval",
         type=interval,
@@ -254,8 +311,8 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
         help="guide at noise levels between these only, such as 0:0.8 (0 is clean); a step without guidance takes half "
         "the time (default: at all)",
     )
-    add("--steps", type=COUNT, help="steps of the sampler (default: %(default)s)")
-    add("--sampler", help="euler, heun, ddim, dpm++ or ddpm (default: what suits the run)")
+    add("--steps", type=COUNT, help="steps of the sampler (default: 30, or what the run was distilled for)")
+    add("--sampler", help="euler, heun, ddim, dpm++, ddpm or flow-map (default: what suits the run)")
     add(
         "--cache",
         type=DECAY,
@@ -319,32 +376,47 @@ def _defaults(options: type) -> argparse.Namespace:
 
 
 def _train(a: argparse.Namespace) -> int:
-    from sora_fast.training.distributed import joined, own_device
-
     given = {name: value for name, value in vars(a).items() if name != "command"}
     options = TrainOptions(**given, given=frozenset(given.keys() - {"out"}))
-    device = own_device(options.device)
     if options.replay:
-        return _replay(options, device)
+        return _replay(options)
     if not options.resume and options.data is None:
         raise ValueError("train needs --data FOLDER, for a new run, or --resume")
-    with contextlib.ExitStack() as stack:
-        world = stack.enter_context(joined(device))
-        if world.rank:  # the user hears it once
-            stack.enter_context(contextlib.redirect_stdout(None))
-            logging.getLogger().setLevel(logging.ERROR)
+    with _workers(options.device) as (device, world), contextlib.ExitStack() as stack:
         lines = sys.stdout
         if options.json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         return _train_together(options, device, world, lines)
 
 
-def _replay(o: TrainOptions, device: str) -> int:
+def _distill(a: argparse.Namespace) -> int:
+    given = {name: value for name, value in vars(a).items() if name != "command"}
+    options = DistillOptions(**given, given=frozenset(given.keys() - {"run"}))
+    with _workers(options.device) as (device, world):
+        return _distill_together(options, device, world)
+
+
+@contextlib.contextmanager
+def _workers(device: str | None) -> "Iterator[tuple[str, World]]":
+    """What this worker computes on, and all of them; the user hears the first."""
+    from sora_fast.training.distributed import joined, own_device
+
+    device = own_device(device)
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(joined(device))
+        if world.rank:
+            stack.enter_context(contextlib.redirect_stdout(None))
+            logging.getLogger().setLevel(logging.ERROR)
+        yield device, world
+
+
+def _replay(o: TrainOptions) -> int:
+    from sora_fast.training.distributed import own_device
     from sora_fast.training.replay import replay
 
     if others := sorted(o.given - {"replay", "device"}):
         raise ValueError(f"{spelled(others)}: beside --replay there can be --out and --device")
-    for finding in replay(o.out, device):
+    for finding in replay(o.out, own_device(o.device)):
         print(finding)
     return 0
 
@@ -367,27 +439,48 @@ def _train_together(o: TrainOptions, device: str, world: "World", lines: IO[str]
     trainer = Trainer(config, source, o.out, device=device, resume=o.resume, watchers=watchers)
     if trainer.networks.text is not None:
         trainer.networks.text.check(source.captions)
-    if o.resume:
-        print(f"going on from step {trainer.step}")
-    if trainer.compiling is not None:
-        print(trainer.compiling)
     resume = f"sora-fast train --resume --out {o.out}"
-    before = trainer.step
     try:
-        finished = trainer.fit(progress=not o.json)
+        return _fit(trainer, resume, resumed=o.resume, progress=not o.json)
     except FloatingPointError as error:
         raise FloatingPointError(
             f"{error}. To see where: sora-fast train --replay --out {o.out}. To go on from the last checkpoint with a "
             f"smaller rate: {resume} --lr {config.train.lr / 3:.1g}"
         ) from error
+
+
+def _distill_together(o: DistillOptions, device: str, world: "World") -> int:
+    """Likewise."""
+    from sora_fast.training.data import FolderSource
+    from sora_fast.training.distill import Distiller, keep_teacher, new_distillation, resumed_distillation
+
+    config = resumed_distillation(o) if o.resume else new_distillation(o)
+    source = FolderSource(config.data, progress=world.rank == 0, world=world)
+    print(source.summary)
+    if not o.resume and world.rank == 0:
+        keep_teacher(o.run, o.folder)
+    world.total(0)  # nobody looks before that
+    trainer = Distiller(config, source, o.folder, device=device, resume=o.resume)
+    place = "" if o.out is None else f" --out {o.out}"
+    return _fit(trainer, f"sora-fast distill {o.run}{place} --resume", resumed=o.resume)
+
+
+def _fit(trainer: "Trainer", resume: str, *, resumed: bool, progress: bool = True) -> int:
+    """Train to the end, and say what there is to do then. resume: the command that goes on."""
+    if resumed:
+        print(f"going on from step {trainer.step}")
+    if trainer.compiling is not None:
+        print(trainer.compiling)
+    before = trainer.step
+    finished = trainer.fit(progress=progress)
     if trainer.skipped_steps:
         print(f"{trainer.skipped_steps} steps were skipped: their loss or gradient was not finite")
     if not finished:
         print(f"Saved at step {trainer.step}. To go on: {resume}")
         return INTERRUPTED
-    if o.resume and trainer.step == before:
-        print(f"It was at its end already. To train it for longer: {resume} {_longer(config.train)}")
-    print(f"Done: {trainer.step} steps. To sample: sora-fast sample {o.out} --prompt … --out clip.mp4")
+    if resumed and trainer.step == before:
+        print(f"It was at its end already. To train it for longer: {resume} {_longer(trainer.config)}")
+    print(f"Done: {trainer.step} steps. To sample: sora-fast sample {trainer.folder} --prompt … --out clip.mp4")
     return 0
 
 
@@ -400,7 +493,7 @@ def _sample(a: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from sora_fast.generation.asking import check_result, requested, write_result
-    from sora_fast.generation.engine import SAMPLERS, Engine
+    from sora_fast.generation.engine import SAMPLERS, Engine, default_steps
     from sora_fast.training.distributed import own_device
     from sora_fast.training.run import read_run
 
@@ -415,7 +508,7 @@ def _sample(a: argparse.Namespace) -> int:
         engine.networks.text.check([o.prompt])
     asked = {"steps": o.steps, "sampler": SAMPLERS.get(o.sampler)}
     print(engine.forecast([request], **asked))
-    with tqdm(total=o.steps, desc="sampling", unit=" steps") as bar:
+    with tqdm(total=o.steps or default_steps(config), desc="sampling", unit=" steps") as bar:
         (video,) = engine.generate(
             [request],
             **asked,

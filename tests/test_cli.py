@@ -23,7 +23,7 @@ from sora_fast.packing import SigmoidDrop
 from sora_fast.training.beginning import new_config
 from sora_fast.training.config import write_config
 from sora_fast.training.options import TrainOptions
-from sora_fast.training.run import CONFIG, LOG, read_run
+from sora_fast.training.run import CONFIG, LOG, Distilled, read_run
 from sora_fast.training.runlog import read_log
 from tests.text_encoders import save_clip
 
@@ -72,6 +72,40 @@ def test_sample(run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert (video[:, :1, : image.shape[2], : image.shape[3]] - image).abs().mean() < 0.05
     clip = str(folder / "right.mp4")
     assert main([*arguments, "--frames", "9", "--image", clip, "--end", clip]) == 0
+
+
+def test_distill(run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog) -> None:
+    new = run.with_name("run-distilled")
+    distil = ["distill", str(run), "--device", "cpu"]
+    assert main([*distil, "--minutes", "0.01", "--steps", "3", "--guidance", "2", "--no-compile"]) == 0
+    said = capsys.readouterr().out
+    assert f"To sample: sora-fast sample {new}" in said
+    config = read_run(new)
+    assert config.distilled == Distilled(steps=3, guidance=2.0, guidance_given=2.0)
+    assert config.train.lr == read_run(run).train.lr / 2 and config.train.compile is None
+    assert read_run(run).distilled is None
+
+    caplog.clear()  # of the file that is skipped
+    out = tmp_path / "clip.mp4"
+    sample = ["sample", str(new), "--out", str(out), "--device", "cpu", "--frames", "3"]
+    assert main([*sample, "--size", "12x20"]) == 0
+    assert "3/3" in capsys.readouterr().err and not caplog.text
+    assert main([*sample, "--guidance", "4", "--image", str(folder / "left.png")]) == 0
+    assert "the guidance asked for is not used" in caplog.text
+    assert main(["sample", str(run), *sample[2:], "--sampler", "flow-map"]) == 2
+    assert "needs a distilled run" in capsys.readouterr().err
+
+    assert main([*distil, "--resume", "--minutes", "0.02"]) == 0
+    assert "going on from step" in capsys.readouterr().out
+    for wrong, message in (
+        (distil, "already holds a run"),
+        ([*distil, "--resume", "--guidance", "3"], "--guidance: a run keeps what it was made with"),
+        (["distill", str(new)], "distilled already"),
+        (["distill", str(run), "--resume", "--out", str(run)], "was not made by `sora-fast distill`"),
+        (["distill", str(tmp_path)], "holds no run"),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_resume(run: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """Noise paths, the training loss, samplers and guidance over packed latents."""
 
 from sora_fast.diffusion.clean import clean_frames, random_clean_ends
+from sora_fast.diffusion.flow_map import FlowMap
 from sora_fast.diffusion.guidance import Guided
 from sora_fast.diffusion.losses import training_loss
 from sora_fast.diffusion.noise import noise_like
@@ -14,6 +15,7 @@ __all__ = [
     "Ancestral",
     "DPMSolver2M",
     "Euler",
+    "FlowMap",
     "Guided",
     "Heun",
     "NoisePath",

@@ -56,7 +56,12 @@ def join_conditioning(
     *,
     rows: RowIndex | None = None,
 ) -> Conditioning:
-    """The first's rows, then the second's, for `join_layouts(*layouts)`. rows: what `join_rows` gave for them."""
+    """The first's rows, then the second's, for `join_layouts(*layouts)`. rows: what `join_rows` gave for them.
+
+    ValueError if only one of them has a `sigma_end`.
+    """
+    if (first.sigma_end is None) != (second.sigma_end is None):
+        raise ValueError("second: it must have a sigma_end exactly where the first has one")
     return replace(
         first,
         sigma=torch.cat([first.sigma, second.sigma]),
@@ -64,6 +69,7 @@ def join_conditioning(
             [first.segment, torch.where(second.segment >= 0, second.segment + layouts[0].max_segments, -1)]
         ),
         rows=join_rows(first.rows, second.rows, layouts) if rows is None else rows,
+        sigma_end=None if first.sigma_end is None else torch.cat([first.sigma_end, second.sigma_end]),
     )
 
 

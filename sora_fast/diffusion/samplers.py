@@ -35,6 +35,8 @@ class Sampler(ABC):
     spacing: ClassVar[str] = "trailing"
     looks_ahead: ClassVar[bool] = False
     """Whether a step also calls the model at the level that it leads to."""
+    tells_end: ClassVar[bool] = False
+    """Whether the model is told the level that a step leads to; see flow_map.py."""
 
     @abstractmethod
     def numbers(self, path: NoisePath, sigmas: Tensor) -> Tensor:

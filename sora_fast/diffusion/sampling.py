@@ -104,7 +104,8 @@ def sample(
     fixed = None if clean is None else token_to_pixels(clean, layout, patch_size, noise)
     sigmas = path.sigmas(steps, layout, start=start, spacing=sampler.spacing)
     descent = Descent.of(work, sampler, sampler.numbers(path, sigmas), data=known, fixed=fixed)
-    evaluate = _evaluate(scheduled(model, layout), work, layout, path, sigmas, clean)
+    ends = sigmas[1:] if sampler.tells_end else None
+    evaluate = _evaluate(scheduled(model, layout), work, layout, path, sigmas, clean, ends)
 
     x = work.flat if start == 1 else path.add_noise(known, work.flat, _spread(sigmas[0], descent).to(work.flat.dtype))
     memory = None
@@ -123,6 +124,7 @@ def _evaluate(
     path: NoisePath,
     sigmas: Tensor,
     clean: Tensor | None,
+    ends: Tensor | None,
 ) -> Evaluate:
     """Any model that is called with latents, layout and conditioning."""
     if clean is None:
@@ -130,7 +132,8 @@ def _evaluate(
     rows = Conditioning.with_clean(sigmas[0], clean, layout).rows  # the same in every step
 
     def evaluate(x: Tensor, done: int) -> Prediction:
-        conditioning = Conditioning.with_clean(sigmas[done], clean, layout, rows=rows)
+        end = None if ends is None else ends[done]
+        conditioning = Conditioning.with_clean(sigmas[done], clean, layout, rows=rows, sigma_end=end)
         output = model(work.with_flat(x), layout, conditioning)
         return Prediction(*(None if part is None else part.to(x.dtype) for part in split_output(output, work, path)))
 

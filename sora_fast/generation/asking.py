@@ -17,6 +17,8 @@ from sora_fast.training.run import RunConfig
 
 log = logging.getLogger(__name__)
 
+GUIDANCE = 3.0  # of `sora-fast sample`, where nothing is said
+
 
 def requested(o: SampleOptions, config: RunConfig) -> tuple[Request, float]:
     """What is asked for, and the frames per second of the result. ValueError if sizes disagree."""
@@ -29,7 +31,10 @@ def requested(o: SampleOptions, config: RunConfig) -> tuple[Request, float]:
         raise ValueError(f"--size, --image and --end must agree, but they are {listed} pixels")
     height, width = sizes.pop() if sizes else (64, 64)
     head, tail = (given[option].video if option in given else None for option in ("--image", "--end"))
-    options = {"guidance": o.guidance, "guidance_interval": o.guidance_interval, "seed": o.seed}
+    guidance = o.guidance
+    if guidance is None:
+        guidance = GUIDANCE if config.distilled is None else 1.0
+    options = {"guidance": guidance, "guidance_interval": o.guidance_interval, "seed": o.seed}
     request = Request(o.prompt, o.frames, height, width, head, tail, **options)
     return request, _rate(o.fps, given, config)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sora_fast.diffusion.flow_map import FlowMap
 from sora_fast.diffusion.paths import RectifiedFlow
 from sora_fast.diffusion.samplers import (
     DDIM,
@@ -28,7 +29,7 @@ from sora_fast.packing import PackedLayout, token_grid
 from sora_fast.proof import prove_at_start
 from sora_fast.training import checkpoint
 from sora_fast.training.distributed import local_rank
-from sora_fast.training.run import CHECKPOINTS, Networks, moved, read_run
+from sora_fast.training.run import CHECKPOINTS, Networks, RunConfig, moved, read_run
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,14 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": DDIM(),
     "dpm++": DPMSolver2M(),
     "ddpm": Ancestral(),
+    "flow-map": FlowMap(),
 }
+STEPS = 30
+
+
+def default_steps(config: RunConfig) -> int:
+    """Of the sampler, where nothing is said."""
+    return STEPS if config.distilled is None else config.distilled.steps
 
 
 class Engine:
@@ -88,7 +96,7 @@ class Engine:
         self,
         requests: Sequence[Request],
         *,
-        steps: int = 30,
+        steps: int | None = None,
         sampler: Sampler | None = None,
         cache: float = 0.0,
         progress: Callable[[int, int], None] | None = None,
@@ -98,9 +106,10 @@ class Engine:
         Guidance, and prompts, that the networks were not trained for are named in the log, once. Given frames come back
         bit for bit if the codec is the identity. `self.latency` then says where the time went.
 
-        steps: of the sampler, for requests that do not say themselves; sampler: default: Euler for a rectified flow,
-        DDIM for DDPM. cache: threshold of the first-block cache (see `FirstBlockCache`), such as 0.2; 0: none, and
-        the same bits as without. progress: called with (steps done, steps).
+        steps: of the sampler, for requests that do not say themselves; None: 30, or what a run was distilled for.
+        sampler: default: Euler for a rectified flow, DDIM for DDPM, FlowMap for a distilled run. cache: threshold of
+        the first-block cache (see `FirstBlockCache`), such as 0.2; 0: none, and the same bits as without. progress:
+        called with (steps done, steps).
         With torch.use_deterministic_algorithms(True) a video's bits do not depend on what else is asked for: products
         of few rows are summed in another order than those of many, so every request gets a pack of its own, and the
         gain of packing is lost; `self.latency` is the last one's. Without it they differ by rounding.
@@ -123,7 +132,9 @@ class Engine:
         self.latency.decoded = clock.lap()
         return videos
 
-    def forecast(self, requests: Sequence[Request], *, steps: int = 30, sampler: Sampler | None = None) -> Forecast:
+    def forecast(
+        self, requests: Sequence[Request], *, steps: int | None = None, sampler: Sampler | None = None
+    ) -> Forecast:
         """What `generate` will do if it is asked the same."""
         networks = self.networks
         spec = networks.codec.spec
@@ -131,12 +142,23 @@ class Engine:
         grids = [token_grid(shape, networks.patch_size) for shape in shapes]
         # Levels follow from the grids alone: no token needs a place yet, of however many.
         layout = replace(PackedLayout.from_grids([(1, 1, 1)] * len(grids)), grids=torch.tensor(grids, device="cpu"))
-        options = {"steps": steps, "guidance": networks.text is not None}
-        plan = Plan.of(requests, layout, networks.path, self._sampler(sampler), **options)
+        plan = self._plan(requests, layout, self._sampler(sampler), steps)
         return Forecast.of(networks.model, plan, [math.prod(grid) for grid in grids])
 
     def _sampler(self, sampler: Sampler | None) -> Sampler:
-        return sampler or (Euler() if isinstance(self.networks.path, RectifiedFlow) else DDIM())
+        distilled = self.networks.config.distilled is not None
+        if sampler is None and distilled:
+            return FlowMap()
+        sampler = sampler or (Euler() if isinstance(self.networks.path, RectifiedFlow) else DDIM())
+        if sampler.tells_end and not distilled:
+            raise ValueError(f"sampler: {type(sampler).__name__} needs a distilled run; `sora-fast distill` makes one")
+        return sampler
+
+    def _plan(self, requests: Sequence[Request], layout: PackedLayout, sampler: Sampler, steps: int | None) -> Plan:
+        config = self.networks.config
+        guidance = config.text is not None and config.distilled is None
+        steps = steps or default_steps(config)
+        return Plan.of(requests, layout, self.networks.path, sampler, steps=steps, guidance=guidance)
 
     def _decide(self, left: int) -> None:
         """Compile, if what took so long so far and what is left of this call are worth it."""
@@ -147,7 +169,7 @@ class Engine:
             self._may_compile = False
             self.compiled = compile_blocks(self.networks.model)
 
-    def _prepare(self, requests: Sequence[Request], steps: int, sampler: Sampler | None, cache: float) -> Job:
+    def _prepare(self, requests: Sequence[Request], steps: int | None, sampler: Sampler | None, cache: float) -> Job:
         networks, sampler = self.networks, self._sampler(sampler)
         self._say_what_is_not_used(requests)
         text = None
@@ -155,12 +177,18 @@ class Engine:
             ids, layout = networks.text.tokenize([*(request.prompt for request in requests), ""])
             text = networks.text(ids.to(self.device), layout.to(self.device))
         packed = pack_requests(requests, codec=networks.codec, patch_size=networks.patch_size).to(self.device)
-        plan = Plan.of(requests, packed.layout, networks.path, sampler, steps=steps, guidance=text is not None)
+        plan = self._plan(requests, packed.layout, sampler, steps)
         return Job(networks.model, plan, packed, text, networks.path, sampler, latency=self.latency, cache=cache)
 
     def _say_what_is_not_used(self, requests: Sequence[Request]) -> None:
         guided = any(request.guidance != 1 for request in requests)
-        if self.networks.text is None and (guided or any(request.prompt for request in requests)):
+        distilled = self.networks.config.distilled
+        if guided and distilled is not None:
+            self._say_once(
+                f"the run is distilled, with a guidance of {distilled.guidance:g} in its weights "
+                f"({distilled.guidance_given:g} where frames are given): the guidance asked for is not used"
+            )
+        elif self.networks.text is None and (guided or any(request.prompt for request in requests)):
             self._say_once("the model was trained without a text encoder: prompts and guidance are not used")
         elif guided and self.networks.config.train.batch.caption_dropout == 0:
             self._say_once(

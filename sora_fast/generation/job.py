@@ -108,7 +108,9 @@ class Job:
                 data=pack.state.flat,
                 fixed=None if fixed is None else _chosen(fixed, requests),
             )
-            yield _Stage(phase, pack, pack.modulations(levels[:, requests], len(phase.guided)), descent)
+            ends = self.plan.sigmas[steps.start + 1 : steps.stop + 1, requests] if self.sampler.tells_end else None
+            modulations = pack.modulations(levels[:, requests], len(phase.guided), ends)
+            yield _Stage(phase, pack, modulations, descent)
 
     def _pack(self, phase: Phase) -> Pack:
         no_prompt = len(self.plan.requests)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """The options of the command line, by their names; see `sora-fast sample --help`."""
+    """The options of the command line, by their names; see `sora-fast sample --help`.
+
+    guidance, steps: None: as suits the run.
+    """
 
     run: Path
     out: Path
@@ -15,9 +18,9 @@ class SampleOptions:
     size: tuple[int, int] | None = None
     image: Path | None = None
     end: Path | None = None
-    guidance: float = 3.0
+    guidance: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    steps: int = 30
+    steps: int | None = None
     sampler: str | None = None
     cache: float = 0.0
     compile: bool | None = None

@@ -67,11 +67,16 @@ class Pack:
         count = sum(video.numel() for video in videos[:guided])
         return Pack(model, state, joined, prepared, conditioning, text, count, strength, layout.capacity)
 
-    def modulations(self, sigmas: Tensor, guided: int) -> "Modulations":
-        """For noise levels [K, S] of the requests, of which so many are guided."""
+    def modulations(self, sigmas: Tensor, guided: int, ends: Tensor | None = None) -> "Modulations":
+        """For noise levels [K, S] of the requests, of which so many are guided, and of a flow map those that its steps
+        lead to."""
+        return Modulations(self, self._of_rows(sigmas, guided), None if ends is None else self._of_rows(ends, guided))
+
+    def _of_rows(self, sigmas: Tensor, guided: int) -> Tensor:
+        """[K, S] → [K, M]."""
         sigmas = torch.cat([sigmas, sigmas[:, :guided]], dim=1)
         sigmas = torch.nn.functional.pad(sigmas, (0, self.joined.max_segments - sigmas.shape[1]))
-        return Modulations(self, sigmas[:, self.conditioning.segment.long()].float() * self.conditioning.sigma)
+        return sigmas[:, self.conditioning.segment.long()].float() * self.conditioning.sigma
 
     def predict(self, x: Tensor, prepared: Prepared, path: NoisePath, network: Network) -> Prediction:
         """What the network says about the state [P], guided. network: as `SoraDiT.denoise`."""
@@ -92,9 +97,9 @@ class Pack:
 class Modulations:
     """The modulation tables of every step of a pack, all layers of many steps in one product each."""
 
-    def __init__(self, pack: Pack, sigmas: Tensor) -> None:
-        """sigmas: [K, M]."""
-        self._pack, self._sigmas = pack, sigmas
+    def __init__(self, pack: Pack, sigmas: Tensor, ends: Tensor | None = None) -> None:
+        """sigmas, ends: [K, M]."""
+        self._pack, self._sigmas, self._ends = pack, sigmas, ends
         config = pack.model.config
         numbers = sigmas.shape[1] * config.dim * (config.depth * (6 if config.text_dim is None else 9) + 2)
         self._many = max(1, _MOST_NUMBERS // numbers)
@@ -111,10 +116,11 @@ class Modulations:
 
     def _made(self, first: int) -> Tensor:
         """[K, T, M, C]: T tables of a step, those of a block side by side."""
-        sigmas, conditioning = self._sigmas[first : first + self._many], self._pack.conditioning
+        some, conditioning = slice(first, first + self._many), self._pack.conditioning
+        sigmas, ends = self._sigmas[some], None if self._ends is None else self._ends[some].flatten()
         steps, rows = sigmas.shape
         layers = self._pack.model.modulations(
-            sigmas.flatten(), conditioning.segment.repeat(steps), self._pack.text, None
+            sigmas.flatten(), conditioning.segment.repeat(steps), self._pack.text, None, sigma_end=ends
         )
         self._counts = [len(layer) for layer in layers]
         return torch.stack([table.view(steps, rows, -1) for layer in layers for table in layer], dim=1)

@@ -42,6 +42,9 @@ class SoraDiTConfig:
     num_classes: classes of a label added to the timestep embedding; None: none.
     null_class: there is one class more, "no class", which labels that training leaves out become, and guidance needs.
     learned_sigma: predict 2 × in_channels, the second half for the variance (DDPM).
+    sigma_end: the model is a flow map (see diffusion/flow_map.py): it sees, beside a level, the lower one that its
+        prediction is to lead to. The layers for that start at zero: with the weights of a model that has none it says
+        what that one says.
     discrete_time: the time embedded is DDPM's raw step, round(1000·σ) − 1, and not 1000·σ.
     mask: who attends whom.
     """
@@ -62,6 +65,7 @@ class SoraDiTConfig:
     num_classes: int | None = None
     null_class: bool = True
     learned_sigma: bool = False
+    sigma_end: bool = False
     discrete_time: bool = False
     mask: SpacetimeMask = field(default_factory=SpacetimeMask.full)
 
@@ -124,6 +128,7 @@ class SoraDiT(nn.Module):
         self.x_embedder = PatchEmbed3D(config.dim, config.in_channels, config.patch_size)
         self.pos_embed = _position(config)
         self.t_embedder = TimestepEmbedder(config.dim)
+        self.end_embedder = TimestepEmbedder(config.dim) if config.sigma_end else None
         self.y_embedder = _label_embedder(config)
         self.text_embedder = None if config.pooled_dim is None else nn.Linear(config.pooled_dim, config.dim)
         self.blocks = nn.ModuleList(
@@ -177,7 +182,9 @@ class SoraDiT(nn.Module):
         """The first half of `forward`; its arguments."""
         _check_inputs(self.config, layout, text, labels)
         text = self._own(text)
-        modulations = self.modulations(conditioning.sigma, conditioning.segment, text, labels)
+        modulations = self.modulations(
+            conditioning.sigma, conditioning.segment, text, labels, sigma_end=conditioning.sigma_end
+        )
         schedules = schedules or self.schedules_for(layout, None if text is None else text.layout)
         position = None if self.pos_embed is None else self.pos_embed(layout)
         return Prepared(modulations, self._shared(layout, conditioning, text, schedules), position)
@@ -202,11 +209,23 @@ class SoraDiT(nn.Module):
         return x, h
 
     def modulations(
-        self, sigma: Tensor, segment: Tensor, text: PackedText | None, labels: Tensor | None
+        self,
+        sigma: Tensor,
+        segment: Tensor,
+        text: PackedText | None,
+        labels: Tensor | None,
+        *,
+        sigma_end: Tensor | None = None,
     ) -> tuple[Tables, ...]:
         """The tables of every block, then the final layer's, for rows of noise level sigma [M] and segment [M]: those
-        of any number of forward passes one after the other, in one product a layer."""
+        of any number of forward passes one after the other, in one product a layer. sigma_end: [M], of a flow map."""
         condition = self._condition(sigma, segment, text, labels)
+        if sigma_end is not None and self.end_embedder is None:
+            raise ValueError("sigma_end: given, but the model was built without; it leads to no level of choice")
+        if self.end_embedder is not None:
+            # The way to go, not its end: where the teacher is the target, it is none at all levels.
+            way = torch.zeros_like(sigma) if sigma_end is None else sigma - sigma_end
+            condition = condition + self.end_embedder(way * 1000)
         return tuple(layer.adaLN_modulation(condition) for layer in (*self.blocks, self.final_layer))
 
     def read(self, text: PackedText) -> tuple[KeysValues, ...]:
@@ -283,6 +302,9 @@ def _init(module: nn.Module) -> None:
 def _init_embedders(model: SoraDiT) -> None:
     for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
         nn.init.normal_(layer.weight, std=0.02)
+    if model.end_embedder is not None:
+        nn.init.normal_(model.end_embedder.mlp[0].weight, std=0.02)
+        nn.init.zeros_(model.end_embedder.mlp[2].weight)
     if model.y_embedder is not None:
         nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
 

@@ -46,11 +46,14 @@ class Conditioning(TensorBundle):
     sigma [M] float32: noise level, 0 clean … 1 pure noise.
     segment [M] int32: the segment that the row belongs to.
     rows: which row every token points to.
+    sigma_end [M] float32: the lower level that a model of a flow map is to lead to (see diffusion/flow_map.py); None:
+        none is asked for, which such a model takes as `sigma` itself.
     """
 
     sigma: Tensor
     segment: Tensor
     rows: RowIndex
+    sigma_end: Tensor | None = None
 
     @property
     def index(self) -> Tensor:
@@ -68,22 +71,29 @@ class Conditioning(TensorBundle):
 
     @staticmethod
     def with_clean(
-        sigma: Tensor, clean: Tensor, layout: PackedLayout, *, rows: RowIndex | None = None
+        sigma: Tensor,
+        clean: Tensor,
+        layout: PackedLayout,
+        *,
+        rows: RowIndex | None = None,
+        sigma_end: Tensor | None = None,
     ) -> "Conditioning":
         """Some tokens kept clean; M = 2S: row s is segment s at sigma[s], row S + s is segment s at 0.
 
-        sigma: [S]; clean: [N] bool, True where the token is given clean. rows: those of an earlier call with the same
-        clean tokens and layout, which spare a sort.
+        sigma: [S], and so `sigma_end` if it is given; clean: [N] bool, True where the token is given clean. rows: those
+        of an earlier call with the same clean tokens and layout, which spare a sort.
         """
         _check("sigma", sigma, (layout.max_segments,), layout)
+        if sigma_end is not None:
+            _check("sigma_end", sigma_end, (layout.max_segments,), layout)
         _check("clean", clean, (layout.capacity,), layout)
         if clean.dtype != torch.bool:
             raise TypeError(f"clean: {clean.dtype}; it must be bool")
         segments, ids = layout.max_segments, layout.segment_ids
         if rows is None:
             rows = RowIndex.from_index(torch.where(clean & (ids >= 0), ids + segments, ids), 2 * segments)
-        levels = torch.cat([sigma.float(), torch.zeros_like(sigma, dtype=torch.float32)])
-        return Conditioning(levels, _segments(layout).repeat(2), rows)
+        ends = None if sigma_end is None else _and_clean(sigma_end)
+        return Conditioning(_and_clean(sigma), _segments(layout).repeat(2), rows, ends)
 
     @staticmethod
     def per_frame(sigma: Tensor, layout: PackedLayout) -> "Conditioning":
@@ -100,6 +110,11 @@ class Conditioning(TensorBundle):
         index = torch.where(ids >= 0, ids * frames + layout.coords[:, 0], ids)
         segment = _segments(layout).repeat_interleave(frames)
         return Conditioning(sigma.float().flatten(), segment, RowIndex.from_index(index, segment.shape[0]))
+
+
+def _and_clean(levels: Tensor) -> Tensor:
+    """[S] → [2S]: the same levels, then as many zeros."""
+    return torch.cat([levels.float(), torch.zeros_like(levels, dtype=torch.float32)])
 
 
 def _segments(layout: PackedLayout) -> Tensor:

@@ -50,7 +50,33 @@ class TrainOptions:
     given: frozenset[str] = frozenset()
 
 
-# What can be said of a run that goes on.
+@dataclass(frozen=True)
+class DistillOptions:
+    """Likewise, of `sora-fast distill`. run: the teacher's folder; out: None: beside it. lr: None: half the run's."""
+
+    run: Path
+    out: Path | None = None
+    data: str | None = None
+    text_encoder: str | None = None
+    resume: bool = False
+    device: str | None = None
+    steps: int = 4
+    minutes: float = 10.0
+    guidance: float = 3.0
+    guidance_given: float | None = None
+    lr: float | None = None
+    seed: int = 0
+    no_compile: bool = False
+    given: frozenset[str] = frozenset()
+
+    @property
+    def folder(self) -> Path:
+        """Of the new run."""
+        return self.out or self.run.with_name(f"{self.run.name}-distilled")
+
+
+# What can be said of a run that goes on, and of a distillation.
+DISTILL_CHANGEABLE = ("minutes", "no_compile", "data", "text_encoder")
 _TRAINING = ("lr", "minutes", "steps", "save_every", "recompute", "compile", "no_compile")
 _TELLING = ("sample_every", "json", "tensorboard")
 CHANGEABLE = (*_TRAINING, "workers", "data", "text_encoder", *_TELLING)

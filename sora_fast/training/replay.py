@@ -47,6 +47,8 @@ def save(folder: Path, rank: int, step: int, networks: Networks, packs: Sequence
 def replay(folder: Path, device: torch.device | str = "cpu") -> list[Finding]:
     """Run what `save` kept in a run's folder, forward and backward, eagerly. ValueError if nothing is kept there."""
     config = read_run(folder)
+    if config.distilled is not None:
+        raise ValueError(f"{folder}: a distilled run keeps the step that it breaks at, but cannot run it again")
     roots = sorted((folder / REPLAY).glob("worker-*"))
     if not roots:
         raise ValueError(f"{folder}: no step is kept there for a replay; a run keeps the one that it breaks at")

@@ -137,12 +137,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class Distilled:
+    """How a run's model became a flow map, and how it is sampled; see distill.py.
+
+    steps: of the sampler, where no others are asked for. guidance: of the teacher, which is part of the model now;
+    guidance_given: likewise, where frames are given.
+    """
+
+    steps: int = 4
+    guidance: float = 3.0
+    guidance_given: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps: {self.steps}; it must be at least 1")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What `config.json` in a run's folder holds.
 
     text: None for a model without prompts. data: the folder that is trained on; None: a source made in Python.
     fps: frames per second that samples are written at. data_fps: those of the videos trained on; None: only stills, or
         not known.
+    distilled: of a run whose model is a flow map; None: it is none.
     """
 
     model: SoraDiTConfig
@@ -152,6 +170,7 @@ class RunConfig:
     data: DataConfig | None = None
     fps: float = 8.0
     data_fps: float | None = None
+    distilled: Distilled | None = None
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -168,6 +187,10 @@ class RunConfig:
                 f"model.learned_sigma: {self.model.learned_sigma}; it must be {self.path.learned_variance}, as "
                 "path.learned_variance"
             )
+        if self.model.sigma_end != (self.distilled is not None):
+            raise ValueError(f"model.sigma_end: {self.model.sigma_end}; it must be True where `distilled` is given")
+        if self.distilled is not None and ddpm:
+            raise ValueError("distilled: a flow map needs a rectified flow, and the path is DDPM's")
 
 
 class Networks(nn.Module):
@@ -267,7 +290,8 @@ def check_resumable(folder: Path, config: RunConfig) -> None:
     """
     before = read_run(folder)
     now, then = _anywhere(config), _anywhere(before)
-    changed = [name for name in ("model", "text", "path", "data") if getattr(now, name) != getattr(then, name)]
+    fixed = ("model", "text", "path", "data", "distilled")
+    changed = [name for name in fixed if getattr(now, name) != getattr(then, name)]
     changed += [
         name for name in ("batch", "optimizer", "seed") if getattr(config.train, name) != getattr(before.train, name)
     ]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -45,7 +47,7 @@ def test_joined_conditioning_gives_every_token_its_own_level(first, second, seed
     for layout in layouts:
         sigma = torch.rand(layout.max_segments, generator=generator)
         clean = torch.rand(layout.capacity, generator=generator) < 0.5
-        parts.append(Conditioning.with_clean(sigma, clean, layout))
+        parts.append(Conditioning.with_clean(sigma, clean, layout, sigma_end=sigma / 2))
 
     def levels(conditioning: Conditioning) -> torch.Tensor:
         return torch.cat([conditioning.sigma, torch.tensor([-1.0])])[conditioning.index]
@@ -53,6 +55,9 @@ def test_joined_conditioning_gives_every_token_its_own_level(first, second, seed
     joined, layout = join_conditioning(*parts, layouts), join_layouts(*layouts)
     wanted = join_tokens(*map(levels, parts), layouts, fill=-1)
     assert torch.equal(levels(joined), wanted)
+    assert torch.equal(joined.sigma_end, joined.sigma / 2)
+    with pytest.raises(ValueError, match="sigma_end"):
+        join_conditioning(parts[0], replace(parts[1], sigma_end=None), layouts)
     used = layout.segment_ids >= 0
     assert torch.equal(joined.segment[joined.index[used]], layout.segment_ids[used])
     rebuilt = RowIndex.from_index(joined.index, len(joined.sigma))

@@ -1,15 +1,18 @@
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from sora_fast.diffusion import noise_like, sample
 from sora_fast.generation.engine import SAMPLERS, Engine
-from sora_fast.generation.tasks import Request, extend, image_to_video, join, text_to_video
+from sora_fast.generation.tasks import Request, extend, image_to_video, join, pack_requests, text_to_video
 from sora_fast.schedule import TileSchedule
 from sora_fast.training.config import write_config
-from sora_fast.training.run import CONFIG, Networks, read_run
+from sora_fast.training.distill import Distiller, distilled_config, keep_teacher
+from sora_fast.training.run import CONFIG, Distilled, Networks, read_run
 from tests.training.test_trainer import Gradients, Trainer, tiny
 
 
@@ -139,6 +142,71 @@ def test_errors(engine: Engine, tmp_path: Path) -> None:
         Engine.load(tmp_path / "untrained")
     with pytest.raises(TypeError, match="needs a DDPM path"):
         engine.generate([Request("", 1, 8, 8)], sampler=SAMPLERS["ddpm"])
+
+
+@pytest.fixture(scope="module")
+def distilled(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = tmp_path_factory.mktemp("distilled") / "run"
+    keep_teacher(run, folder)
+    config = read_run(run)
+    config = distilled_config(config, replace(config.train, steps=6), Distilled(steps=2, guidance=4.0))
+    Distiller(config, Gradients(), folder).fit(progress=False)
+    return Engine.load(folder)
+
+
+def test_a_distilled_run_says_its_steps_and_has_its_guidance(distilled: Engine, caplog) -> None:
+    seen: list[tuple[int, int]] = []
+    request = text_to_video("left", 3, (10, 14), guidance=2.0)
+    (guided,) = distilled.generate([request], progress=lambda *done: seen.append(done))
+    assert seen == [(1, 2), (2, 2)] and distilled.latency.calls == 2
+    distilled.generate([request])
+    assert caplog.text.count("with a guidance of 4 in its weights") == 1
+    caplog.clear()
+    (plain,) = distilled.generate([replace(request, guidance=1.0)])
+    assert torch.equal(guided, plain) and not caplog.text
+
+
+def test_a_distilled_run_is_told_where_each_step_leads(distilled: Engine) -> None:
+    """Of requests of several step counts, in one pack, as alone; not so where the sampler does not say."""
+    requests = [replace(text_to_video("left", 3, (10, 14), seed=3), steps=count) for count in (2, 4)]
+    together = distilled.generate(requests)
+    for request, video in zip(requests, together, strict=True):
+        (alone,) = distilled.generate([request])
+        torch.testing.assert_close(alone, video, rtol=0, atol=1e-5)
+        reference = _by_sample(distilled, request)
+        torch.testing.assert_close(video, reference, rtol=0, atol=1e-5)
+    (euler,) = distilled.generate(requests[:1], sampler=SAMPLERS["euler"])
+    assert (euler - together[0]).abs().max() > 1e-3
+
+
+def _by_sample(engine: Engine, request: Request) -> torch.Tensor:
+    """`sample` on the model itself, which shares nothing with the engine but the sampler."""
+    networks = engine.networks
+    packed = pack_requests([request], codec=networks.codec, patch_size=networks.patch_size)
+    text = networks.text(*networks.text.tokenize([request.prompt]))
+    noise = packed.data.with_flat(noise_like(packed.data, torch.Generator().manual_seed(request.seed)))
+    made = sample(
+        partial(networks.model, text=text),
+        noise,
+        packed.layout,
+        networks.path,
+        SAMPLERS["flow-map"],
+        steps=request.steps,
+        patch_size=networks.patch_size,
+    )
+    return networks.codec.decode(made.to_list()[0])
+
+
+def test_a_distilled_run_keeps_given_frames(distilled: Engine) -> None:
+    start, clip = _ramp(1), _ramp(2, 9, 13)
+    video, longer = distilled.generate([image_to_video(start, "right", 4), extend(clip, "right", 3, backward=True)])
+    assert torch.equal(video[:, :1], start) and torch.equal(longer[:, -2:], clip)
+    assert video.isfinite().all() and longer.isfinite().all()
+
+
+def test_a_flow_map_needs_a_distilled_run(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="needs a distilled run"):
+        engine.generate([text_to_video("left", 1, (8, 8))], sampler=SAMPLERS["flow-map"])
 
 
 def test_deterministic_means_alone_as_packed_to_the_bit(engine: Engine) -> None:

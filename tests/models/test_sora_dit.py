@@ -116,6 +116,25 @@ def test_a_learned_variance_doubles_the_channels() -> None:
     assert [tuple(video.shape) for video in output.to_list()] == [(4, *shape[1:]) for shape in SHAPES]
 
 
+def test_a_flow_map_begins_as_the_model_whose_weights_it_takes() -> None:
+    """To the bit, whatever level it is to lead to; afterwards that matters."""
+    plain, latents_layout = small(), pack(videos())
+    latents, layout = latents_layout
+    torch.manual_seed(0)
+    flow_map = SoraDiT(replace(plain.config, sigma_end=True))
+    assert not flow_map.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    here = levels(layout)
+    there = replace(here, sigma_end=here.sigma / 2)
+    said = plain(latents, layout, here).flat
+    assert all(torch.equal(flow_map(latents, layout, one).flat, said) for one in (here, there))
+    torch.nn.init.normal_(flow_map.end_embedder.mlp[2].weight)
+    assert not torch.allclose(flow_map(latents, layout, there).flat, said, atol=1e-3)
+    nowhere = replace(here, sigma_end=here.sigma)
+    assert torch.equal(flow_map(latents, layout, here).flat, flow_map(latents, layout, nowhere).flat)
+    with pytest.raises(ValueError, match="built without"):
+        plain(latents, layout, there)
+
+
 def test_the_official_dit_is_a_special_case() -> None:
     model = small(
         patch_size=(1, 2, 2), position="sincos", qk_norm=False, num_classes=7, learned_sigma=True, discrete_time=True

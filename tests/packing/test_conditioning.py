@@ -50,6 +50,17 @@ def test_with_clean(pack: Pack, seed: int) -> None:
     check(conditioning, layout, torch.where(clean, 0.0, expected))
 
 
+def test_the_level_to_lead_to_is_a_row_s_and_clean_rows_stay_at_zero() -> None:
+    layout = PackedLayout.from_grids([(1, 2, 2), (2, 1, 1)], capacity=8, max_segments=2)
+    clean = torch.tensor([True, False, False, False, False, False, False, False])
+    sigma, end = torch.tensor([0.5, 1.0]), torch.tensor([0.25, 0.0])
+    made = Conditioning.with_clean(sigma, clean, layout, sigma_end=end)
+    assert made.sigma_end.tolist() == [0.25, 0, 0, 0] and made.sigma.tolist() == [0.5, 1, 0, 0]
+    assert Conditioning.with_clean(sigma, clean, layout).sigma_end is None
+    with pytest.raises(ValueError, match="sigma_end"):
+        Conditioning.with_clean(sigma, clean, layout, sigma_end=end[:1])
+
+
 @given(packs())
 def test_per_frame(pack: Pack) -> None:
     layout = pack.layout

@@ -1,0 +1,105 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sora_fast.diffusion.flow_map import FlowPack
+from sora_fast.diffusion.paths import DDPM
+from sora_fast.training import checkpoint
+from sora_fast.training.distill import TEACHER, Distiller, distilled_config, keep_teacher
+from sora_fast.training.run import CHECKPOINTS, Distilled, RunConfig, read_run
+from tests.training.test_trainer import Gradients, Trainer, _assert_same_run, _losses, tiny
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    Trainer(tiny(steps=60, lr=3e-3), Gradients(), folder).fit(progress=False)
+    return folder
+
+
+def student(teacher: Path, **options: object) -> RunConfig:
+    config = read_run(teacher)
+    return distilled_config(config, replace(config.train, **{"steps": 8, **options}), Distilled(guidance=2.0))
+
+
+def begun(teacher: Path, folder: Path, **options: object) -> Distiller:
+    keep_teacher(teacher, folder)
+    return Distiller(student(teacher, **options), Gradients(), folder)
+
+
+def test_it_begins_as_the_teacher_and_ends_as_another(teacher: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in teacher.rglob("*") if path.is_file()}
+    distiller = begun(teacher, tmp_path / "run")
+    batch = next(iter(distiller.batches))
+    (drawn,) = distiller._packs([batch])
+    sigma, networks = drawn.interval.level, distiller.networks
+    pack = FlowPack(batch.latents, batch.layout, networks.path, clean=drawn.clean, patch_size=networks.patch_size)
+    x = pack.at(drawn.noise, sigma)
+
+    def said(model: torch.nn.Module, end: torch.Tensor | None) -> torch.Tensor:
+        with torch.no_grad():
+            return pack.predict(model, x, sigma, end, prompts=batch.prompts)
+
+    original, slow = distiller.loss.teacher, distiller.loss.slow
+    start = said(original, None)
+    assert torch.equal(said(networks, sigma), start) and torch.equal(said(slow, drawn.interval.end), start)
+    distiller.fit(progress=False)
+    assert torch.equal(said(original, None), start)
+    assert not torch.allclose(said(networks, sigma), start, atol=1e-4)
+    weights = dict(slow.named_parameters())
+    assert all(weights[name].data_ptr() == average.data_ptr() for name, average in distiller.average.tensors.items())
+    assert before == {path: path.read_bytes() for path in teacher.rglob("*") if path.is_file()}
+
+
+def test_it_learns_guidance_and_the_way(teacher: Path, tmp_path: Path) -> None:
+    """What the teacher's targets and what the jumps cost: both go down."""
+    begun(teacher, tmp_path / "run", steps=120, lr=1e-3).fit(progress=False)
+    losses = [loss for _, loss, _ in _losses(tmp_path / "run")]
+    assert sum(losses[-40::2]) < 0.7 * sum(losses[:40:2])
+    assert min(losses) > 0
+
+
+def test_interrupted_then_resumed_to_the_bit(teacher: Path, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    begun(teacher, one).fit(progress=False)
+    keep_teacher(teacher, other)
+    stopped = Distiller(student(teacher), Gradients(interrupt_at=45), other)
+    assert not stopped.fit(progress=False) and 0 < stopped.step < 8
+    assert Distiller(student(teacher), Gradients(), other, resume=True).fit(progress=False)
+    _assert_same_run(one, other)
+
+
+def test_the_folder_needs_no_other(teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    begun(teacher, folder).fit(progress=False)
+    kept, saved = (checkpoint.latest(path) for path in (folder / TEACHER, teacher / CHECKPOINTS))
+    assert kept.step == saved.step and kept.tensors.keys() == {"ema"}
+    config = read_run(folder)
+    assert config.distilled == Distilled(guidance=2.0) and config.model.sigma_end
+    with pytest.raises(ValueError, match="already holds a run"):
+        keep_teacher(teacher, folder)
+    with pytest.raises(ValueError, match="distilled: changed"):
+        changed = replace(config, distilled=Distilled(guidance=5.0))
+        Distiller(changed, Gradients(), folder, resume=True)
+
+
+def test_a_model_without_prompts(tmp_path: Path) -> None:
+    plain = replace(tiny(), text=None, model=replace(tiny().model, text_dim=None, pooled_dim=None))
+    Trainer(plain, Gradients(), tmp_path / "teacher").fit(progress=False)
+    distiller = begun(tmp_path / "teacher", tmp_path / "run", steps=2)
+    assert distiller.loss.null_prompts is None and distiller.fit(progress=False)
+
+
+def test_what_cannot_be_distilled_is_named(teacher: Path, tmp_path: Path) -> None:
+    config = read_run(teacher)
+    ddpm = replace(config, path=DDPM(), model=replace(config.model, discrete_time=True))
+    with pytest.raises(ValueError, match="rectified flow"):
+        distilled_config(ddpm, ddpm.train, Distilled())
+    with pytest.raises(ValueError, match="distilled already"):
+        distilled_config(student(teacher), config.train, Distilled())
+    with pytest.raises(ValueError, match="holds no run"):
+        keep_teacher(tmp_path, tmp_path / "run")
+    with pytest.raises(ValueError, match="no weights to begin with"):
+        Distiller(student(teacher), Gradients(), tmp_path / "run")
