@@ -292,7 +292,7 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
         "--guidance-interval",
         type=interval,
         metavar="LOW:HIGH",
-        help="guide at noise levels between these only, such as 0.8:1 (0 is clean); a step without guidance takes half "
+        help="guide at noise levels between these only, such as 0:0.8 (0 is clean); a step without guidance takes half "
         "the time (default: at all)",
     )
     add("--steps", type=COUNT, help="steps of the sampler (default: 30, or what the run was distilled for)")
@@ -301,7 +301,7 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
         "--cache",
         type=DECAY,
         metavar="SHARE",
-        help="do without most of the network in steps whose first block changes by less than this, as 0.1: sooner, "
+        help="do without most of the network in steps whose first block changes by less than this, as 0.2: sooner, "
         "but not the same video; takes 8 steps at least (default: never)",
     )
     add(

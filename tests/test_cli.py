@@ -521,7 +521,6 @@ def test_argparse_errors(arguments: list[str]) -> None:
     ("option", "values"),
     [
         ("sample --scale", "0 -1 2.5"),
-        ("sample --guidance-interval", "1 0.5:0.2 0:2 a:b 0:nan"),
         ("sample --cache", "-0.1 1 nan"),
         ("sample --steps", "0"),
         ("sample --frames", "0"),
@@ -553,6 +552,10 @@ def test_numbers_out_of_range_are_named(option: str, values: str, capsys: pytest
     ("arguments", "example"),
     [
         ("train --data a --out b --patch 4x4", "3 positive whole numbers with an x between, like 1x4x4"),
+        *(
+            (f"sample a --out b.mp4 --guidance-interval {given}", "with a colon between, like 0.2:0.8")
+            for given in ("1", "0.5:0.2", "0:2", "a:b", "0:nan")
+        ),
         ("sample a --out b.mp4 --size 0x0", "2 positive whole numbers with an x between, like 64x48"),
     ],
 )

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -107,7 +108,7 @@ class Engine:
 
         steps: of the sampler, for requests that do not say themselves; None: 30, or what a run was distilled for.
         sampler: default: Euler for a rectified flow, DDIM for DDPM, FlowMap for a distilled run. cache: threshold of
-        the first-block cache (see `FirstBlockCache`), such as 0.1; 0: none, and the same bits as without. progress:
+        the first-block cache (see `FirstBlockCache`), such as 0.2; 0: none, and the same bits as without. progress:
         called with (steps done, steps).
         With torch.use_deterministic_algorithms(True) a video's bits do not depend on what else is asked for: products
         of few rows are summed in another order than those of many, so every request gets a pack of its own, and the
@@ -139,7 +140,9 @@ class Engine:
         spec = networks.codec.spec
         shapes = [spec.latent_shape(request.frames, request.height, request.width) for request in requests]
         grids = [token_grid(shape, networks.patch_size) for shape in shapes]
-        plan = self._plan(requests, PackedLayout.from_grids(grids), self._sampler(sampler), steps)
+        # Levels follow from the grids alone: no token needs a place yet, of however many.
+        layout = replace(PackedLayout.from_grids([(1, 1, 1)] * len(grids)), grids=torch.tensor(grids, device="cpu"))
+        plan = self._plan(requests, layout, self._sampler(sampler), steps)
         return Forecast.of(networks.model, plan, [math.prod(grid) for grid in grids])
 
     def _sampler(self, sampler: Sampler | None) -> Sampler:

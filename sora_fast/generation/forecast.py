@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sora_fast.generation.latency import duration
 from sora_fast.generation.phases import Plan
 from sora_fast.models import SoraDiT
 
@@ -51,7 +52,7 @@ class Forecast:
         guided = "" if not self.guided else ", all guided" if self.guided == self.steps else f", {self.guided} guided"
         return (
             f"{videos} of {self.tokens:,} tokens, {self.steps} steps{guided}: {self.seen:,} tokens through the network,"
-            f" about {self.bytes / 1e6:,.0f} MB, at least {self.seconds:.1f} s"
+            f" about {self.bytes / 1e6:,.0f} MB, at least {duration(self.seconds)}"
         )
 
 

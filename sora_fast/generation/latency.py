@@ -32,8 +32,9 @@ class Latency:
         others = others or [first]
         skipped = f", {self.skipped} of {self.calls} cut short by the cache" if self.skipped else ""
         return (
-            f"prepared in {_ms(self.prepared)}, first step {_ms(first)}, then {_ms(statistics.median(others))} a step "
-            f"({self.outside:.0%} outside the network{skipped}), decoded in {_ms(self.decoded)}"
+            f"prepared in {duration(self.prepared)}, first step {duration(first)}, "
+            f"then {duration(statistics.median(others))} a step ({self.outside:.0%} outside the network{skipped}), "
+            f"decoded in {duration(self.decoded)}"
         )
 
 
@@ -50,5 +51,6 @@ class Clock:
         return passed
 
 
-def _ms(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In milliseconds below ten seconds."""
     return f"{1e3 * seconds:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"

@@ -133,7 +133,8 @@ def _padded(counts: Tensor, places: int) -> Tensor:
 def _conditioning(layout: PackedLayout, clean: Tensor | None) -> Conditioning:
     ones = torch.ones(layout.max_segments, device=layout.device)
     if clean is None:
-        return Conditioning.per_segment(ones, layout)
+        # Not in the layout's own tensors: a compiled graph would take it that there are as many rows as segments.
+        return Conditioning.per_segment(ones, layout)._map(torch.clone)
     return Conditioning.with_clean(ones, clean, layout)
 
 

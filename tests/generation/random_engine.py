@@ -9,12 +9,12 @@ from sora_fast.training.run import Networks
 from tests.training.test_trainer import tiny
 
 
-def random_engine(*, compile: bool | None = False, **model: object) -> Engine:
-    """Reads text by cross-attention and pooled; `model`: other fields of its configuration."""
+def random_engine(*, compile: bool | None = False, std: float = 0.15, **model: object) -> Engine:
+    """Reads text by cross-attention and pooled. std: of the weights; model: other fields of its configuration."""
     config = tiny()
     config = replace(config, model=replace(config.model, **{"depth": 2, **model}))
     torch.manual_seed(0)
     networks = Networks(config)
     for parameter in networks.model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
+        torch.nn.init.normal_(parameter, std=std)
     return Engine(networks, compile=compile)

@@ -10,7 +10,7 @@ REQUESTS = [Request("left", 3, 10, 14, guidance=2.0, seed=1), Request("right", 1
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return random_engine(depth=3)
+    return random_engine(depth=3, std=0.05)  # of larger weights every step would change much
 
 
 def test_a_threshold_of_nothing_gives_the_same_bits(engine: Engine) -> None:
@@ -24,14 +24,14 @@ def test_a_threshold_of_nothing_gives_the_same_bits(engine: Engine) -> None:
 
 
 def test_steps_that_change_little_are_cut_short(engine: Engine) -> None:
-    plain = engine.generate(REQUESTS, steps=40)
+    plain = engine.generate(REQUESTS, steps=20)
     errors = []
-    for threshold in (0.02, 0.6):
-        cached = engine.generate(REQUESTS, steps=40, cache=threshold)
+    for threshold in (0.2, 0.35):
+        cached = engine.generate(REQUESTS, steps=20, cache=threshold)
         errors.append(max((a - b).abs().max().item() for a, b in zip(plain, cached, strict=True)))
         skipped = engine.latency.skipped
-        assert 0 < skipped < engine.latency.calls == 40
-        assert f"{skipped} of 40 cut short by the cache" in str(engine.latency)
+        assert 0 < skipped < engine.latency.calls == 20
+        assert f"{skipped} of 20 cut short by the cache" in str(engine.latency)
     assert 0 < errors[0] < errors[1]
 
 
