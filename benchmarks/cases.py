@@ -246,7 +246,7 @@ def self_attention(
     q, k = (s.random(layout.capacity, heads, head_dim) for heads in (s.heads, s.heads // group))
     v = s.random(layout.capacity, 3, k.shape[1], head_dim)[:, 2]  # as it comes out of a fused projection
     args = (q, k, v, layout, _built(layout, mask))
-    work = _products(sum(attention_pairs(mask, grid) for grid in s.grids), q)
+    work = _products(sum(map(mask.pairs, s.grids)), q)
     options = {"deterministic": False}
     return case(packed_attention, f"{label},D{head_dim}", args, options, flops=work, share=s.heads // group)
 
@@ -261,15 +261,6 @@ def _products(pairs: int, q: Tensor) -> tuple[int, int]:
     """FLOPs of the two matrix products forward, and of the five backward, the recomputed scores included."""
     product = 2 * pairs * q.shape[1] * q.shape[2]
     return 2 * product, 5 * product
-
-
-def attention_pairs(mask: SpacetimeMask, grid: Grid) -> int:
-    """How many (query, key) pairs `mask` allows in a segment: a box counts axis by axis."""
-    tokens = math.prod(grid)
-    if mask.causal_tokens:
-        return tokens * (tokens + 1) // 2
-    lines = [(grid[0], 1, 1), (1, grid[1], 1), (1, 1, grid[2])]
-    return math.prod(int(mask.materialize(PackedLayout.from_grids([line])).sum()) for line in lines)
 
 
 def patch_cases(s: Setting) -> Iterator[Case]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from sora_fast.nvml import Nvml
+
 # The driver renews its count of energy every few tens of milliseconds.
 _SECONDS = 0.25
 
@@ -15,7 +17,7 @@ class Gauge:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._nvml, self._handle = _connect(device)
+        self._nvml = Nvml(device)
 
     def read(self, work: Callable[[], object], milliseconds: float) -> dict[str, Any]:
         """Of `work`, which takes so long, repeated for a moment: numbers and text, what is not known left out.
@@ -27,43 +29,33 @@ class Gauge:
         work()
         torch.cuda.synchronize(self.device)
         notes: dict[str, Any] = {"peak_bytes": torch.cuda.max_memory_allocated(self.device) - before}
-        if self._nvml is None:
+        if not self._nvml.is_there:
             return notes
         calls = max(1, math.ceil(1e3 * _SECONDS / milliseconds))
-        start = self._ask(self._nvml.nvmlDeviceGetTotalEnergyConsumption)
+        start = self._nvml.joules
         for _ in range(calls):
             work()
         notes |= self.state()
         torch.cuda.synchronize(self.device)
-        end = self._ask(self._nvml.nvmlDeviceGetTotalEnergyConsumption)
+        end = self._nvml.joules
         if start is not None and end is not None and end > start:
-            notes["joules"] = (end - start) / 1e3 / calls
+            notes["joules"] = (end - start) / calls
         return notes
 
     def state(self) -> dict[str, Any]:
         """Clocks in MHz, temperature in °C, watts, and what holds the clocks back, at this moment."""
-        nvml = self._nvml
-        if nvml is None:
-            return {}
-        watts = self._ask(nvml.nvmlDeviceGetPowerUsage)
         found = {
-            "sm_mhz": self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
-            "memory_mhz": self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
-            "celsius": self._ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
-            "watts": None if watts is None else watts / 1e3,
+            "sm_mhz": self._nvml.ask("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
+            "memory_mhz": self._nvml.ask("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
+            "celsius": self._nvml.ask("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
+            "watts": self._nvml.watts,
             "throttled_by": self._throttled_by(),
         }
         return {name: value for name, value in found.items() if value is not None}
 
     def _throttled_by(self) -> str | None:
-        bits = self._ask(self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
-        return None if bits is None else ", ".join(throttle_names(self._nvml, bits)) or "nothing"
-
-    def _ask(self, question: Callable[..., Any], *details: Any) -> Any:
-        try:
-            return question(self._handle, *details)
-        except self._nvml.NVMLError:
-            return None
+        bits = self._nvml.ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+        return None if bits is None else ", ".join(throttle_names(self._nvml.library, bits)) or "nothing"
 
 
 def throttle_names(nvml: Any, bits: int) -> list[str]:
@@ -74,17 +66,3 @@ def throttle_names(nvml: Any, bits: int) -> list[str]:
         for name, value in sorted(vars(nvml).items())
         if name.startswith(prefix) and isinstance(value, int) and value and value & (value - 1) == 0 and bits & value
     ]
-
-
-def _connect(device: torch.device) -> tuple[Any, Any]:
-    """The module and the handle of the very GPU that `device` is, whatever CUDA_VISIBLE_DEVICES hides."""
-    try:
-        import pynvml
-    except ImportError:
-        return None, None
-    try:
-        pynvml.nvmlInit()
-        name = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(name)
-    except pynvml.NVMLError:
-        return None, None

@@ -27,7 +27,7 @@ from sora_fast.training.prefetch import prefetch
 from sora_fast.training.run import RunConfig, TextConfig, TrainConfig
 from sora_fast.training.trainer import Trainer
 
-VIDEOS, FRAMES, SIDE, CLIP = 6, 240, 256, 16
+VIDEOS, FRAMES, SIDE, CLIP = 4, 240, 256, 16
 PATCH = (2, 16, 16)
 # Two clips of 2,048 tokens each.
 BATCH = BatchConfig(capacity=4096, max_segments=8, text_capacity=1024, look_ahead=16)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import CHANNELS, PATCH, attention_pairs
+from benchmarks.cases import CHANNELS, PATCH
 from benchmarks.nvml import Gauge
 from benchmarks.shapes import MASKS, PACKS
 from sora_fast import use_backend
@@ -49,7 +49,7 @@ def training_step(mask: str, *, compiled: bool) -> Callable[[], None]:
 
 def flops(mask: str) -> int:
     """Of the blocks, forward and backward: three times the products forward, and attention's scores once more."""
-    pairs = sum(attention_pairs(MASKS[mask], grid) for grid in PACKS[PACK].grids)
+    pairs = sum(map(MASKS[mask].pairs, PACKS[PACK].grids))
     linear = 2 * PACKS[PACK].tokens * 12 * WIDTH**2
     return DEPTH * (3 * linear + 7 * 2 * pairs * WIDTH)
 

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from sora_fast.arguments import COUNT, DECAY, FINITE, POSITIVE, SEED, SHARE, WHOLE, filled, interval, path, sizes
 from sora_fast.generation.options import SampleOptions
 from sora_fast.training.options import CHANGEABLE, DISTILL_CHANGEABLE, DistillOptions, TrainOptions, spelled
+from sora_fast.training.recipe import CPU, GPU, HEAD_DIM, LR
 
 if TYPE_CHECKING:
     from sora_fast.proof import Report
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        return _fail(f"{error}; pip install 'sora_fast[demo,text]' brings the optional parts")
+        return _fail(f"{error}; pip install 'sora_fast[demo,text,log]' brings the optional parts")
     except OSError as error:
         known = error.filename is not None and error.strerror
         return _fail(f"{error.filename}: {error.strerror}" if known else str(error))
@@ -183,10 +184,10 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         "most 8). Changes nothing in what is trained",
     )
     add = parser.add_argument_group("model").add_argument
-    add("--dim", type=COUNT, help=f"width (default: {defaults.dim})")
-    add("--depth", type=COUNT, help=f"transformer blocks (default: {defaults.depth})")
-    add("--heads", type=COUNT, help=f"attention heads (default: {defaults.heads})")
-    add("--patch", type=sizes("1x4x4"), metavar="TxHxW", help="pixels in a token (default: 1x4x4)")
+    add("--dim", type=COUNT, help=f"width (default: {CPU.dim} on a CPU, {GPU.dim} on a GPU)")
+    add("--depth", type=COUNT, help=f"transformer blocks (default: {CPU.depth}, or {GPU.depth} on a GPU)")
+    add("--heads", type=COUNT, help=f"attention heads (default: one for {HEAD_DIM} of the width)")
+    add("--patch", type=sizes("1x4x4"), metavar="TxHxW", help="pixels in a token (default: 1x8x8, or 1x4x4 on a GPU)")
     add(
         "--text-encoder",
         metavar="FOLDER",
@@ -195,15 +196,27 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         "along, which takes 255 bytes); beside --resume: where it is now",
     )
     add = parser.add_argument_group("training").add_argument
-    add("--capacity", type=COUNT, help=f"tokens in a batch (default: {defaults.capacity})")
+    add(
+        "--capacity",
+        type=COUNT,
+        help=f"tokens in a batch (default: {CPU.capacity}, or {GPU.capacity} on a GPU; more if a file is longer)",
+    )
     add("--optimizer", choices=("adamw", "muon"), help=f"default: {defaults.optimizer}")
-    add("--lr", type=POSITIVE, help=f"peak learning rate (default: {defaults.lr})")
-    add("--ema-decay", type=DECAY, help=f"of the averaged weights (default: {defaults.ema_decay})")
+    add("--lr", type=POSITIVE, help=f"peak learning rate (default: {LR['muon']:g}, with adamw {LR['adamw']:g})")
+    add(
+        "--ema-decay",
+        type=DECAY,
+        help=f"of the averaged weights (default: {CPU.ema_decay}, or {GPU.ema_decay} on a GPU)",
+    )
     add("--caption-dropout", type=SHARE, help=f"share of captions left out (default: {defaults.caption_dropout})")
     add("--drop", metavar="RULE", type=filled, help=DROP_HELP)
     add("--save-every", type=COUNT, help=f"steps between checkpoints (default: {defaults.save_every})")
     add("--seed", type=SEED, help=f"default: {defaults.seed}")
-    add("--bf16", action="store_true", help="compute in bfloat16 (for GPUs)")
+    add(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        help="of products and activations; auto measures whether bfloat16 is faster here (default: auto)",
+    )
     add("--accumulate", type=COUNT, metavar="N", help="batches a step: as one that is N times as large (default: 1)")
     add(
         "--recompute",
@@ -212,11 +225,14 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     )
     add(
         "--compile",
-        choices=("auto", "blocks", "model"),
-        help="what torch.compile makes one graph of: the blocks (starts sooner), the whole model and its loss, or what "
-        "suits the length of the run (default)",
+        choices=("blocks", "model"),
+        help="what torch.compile makes one graph of: the blocks, which starts sooner (default), or model and loss",
     )
     add("--no-compile", action="store_true", help="without torch.compile: starts sooner, runs slower")
+    add = parser.add_argument_group("what is told meanwhile, beside the run's log.jsonl and loss.png").add_argument
+    add("--sample-every", type=COUNT, metavar="STEPS", help="a sheet of samples so often, in the run's samples/")
+    add("--json", action="store_true", help="print the lines of the log; all else goes to standard error")
+    add("--tensorboard", action="store_true", help="write for TensorBoard, in the run's tensorboard/")
 
 
 def _add_distill(commands: "argparse._SubParsersAction") -> None:
@@ -366,8 +382,11 @@ def _train(a: argparse.Namespace) -> int:
         return _replay(options)
     if not options.resume and options.data is None:
         raise ValueError("train needs --data FOLDER, for a new run, or --resume")
-    with _workers(options.device) as (device, world):
-        return _train_together(options, device, world)
+    lines = sys.stdout
+    with _workers(options.device) as (device, world), contextlib.ExitStack() as stack:
+        if options.json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        return _train_together(options, device, world, lines)
 
 
 def _distill(a: argparse.Namespace) -> int:
@@ -402,25 +421,27 @@ def _replay(o: TrainOptions) -> int:
     return 0
 
 
-def _train_together(o: TrainOptions, device: str, world: "World") -> int:
-    """What each of the workers does."""
+def _train_together(o: TrainOptions, device: str, world: "World", lines: IO[str]) -> int:
+    """What each of the workers does. lines: where --json goes."""
+    from sora_fast.generation.watching import watchers_of
     from sora_fast.training.beginning import fitted, new_config, resumed_config
     from sora_fast.training.data import FolderSource
     from sora_fast.training.trainer import Trainer
 
-    config = resumed_config(o) if o.resume else new_config(o)
+    config = resumed_config(o) if o.resume else new_config(o, device)
     source = FolderSource(config.data, progress=world.rank == 0, world=world)
     print(source.summary)
     if not o.resume:
-        config = fitted(config, o, source)
+        config = fitted(config, o, source, device)
     if source.rate_summary:
         print(f"{source.rate_summary}; what is made will run at {config.fps:g}")
-    trainer = Trainer(config, source, o.out, device=device, resume=o.resume)
+    watchers = watchers_of(o, config, source, device, lines) if world.rank == 0 else ()
+    trainer = Trainer(config, source, o.out, device=device, resume=o.resume, watchers=watchers)
     if trainer.networks.text is not None:
         trainer.networks.text.check(source.captions)
     resume = f"sora-fast train --resume --out {o.out}"
     try:
-        return _fit(trainer, resume, resumed=o.resume)
+        return _fit(trainer, resume, resumed=o.resume, progress=not o.json)
     except FloatingPointError as error:
         raise FloatingPointError(
             f"{error}. To see where: sora-fast train --replay --out {o.out}. To go on from the last checkpoint with a "
@@ -444,14 +465,14 @@ def _distill_together(o: DistillOptions, device: str, world: "World") -> int:
     return _fit(trainer, f"sora-fast distill {o.run}{place} --resume", resumed=o.resume)
 
 
-def _fit(trainer: "Trainer", resume: str, *, resumed: bool) -> int:
+def _fit(trainer: "Trainer", resume: str, *, resumed: bool, progress: bool = True) -> int:
     """Train to the end, and say what there is to do then. resume: the command that goes on."""
     if resumed:
         print(f"going on from step {trainer.step}")
     if trainer.compiling is not None:
         print(trainer.compiling)
     before = trainer.step
-    finished = trainer.fit()
+    finished = trainer.fit(progress=progress)
     if trainer.skipped_steps:
         print(f"{trainer.skipped_steps} steps were skipped: their loss or gradient was not finite")
     if not finished:

@@ -148,6 +148,23 @@ class SpacetimeMask:
         pairs = [self.axis_bounds(axis, layout.coords[:, axis], extents[:, axis]) for axis in range(3)]
         return torch.stack([low for low, _ in pairs], dim=1), torch.stack([high for _, high in pairs], dim=1)
 
+    def pairs(self, grid: tuple[int, int, int]) -> int:
+        """How many (query, key) pairs the mask allows in a segment of that grid (T, H, W): a box counts axis by axis.
+
+        "Not after, in raster order" is: earlier in the first axis in which they differ.
+        """
+        inside, before, same = zip(*(self._axis_pairs(axis, extent) for axis, extent in enumerate(grid)), strict=True)
+        if not self.causal_tokens:
+            return inside[0] * inside[1] * inside[2]
+        return before[0] * inside[1] * inside[2] + same[0] * (before[1] * inside[2] + same[1] * (before[2] + same[2]))
+
+    def _axis_pairs(self, axis: int, extent: int) -> tuple[int, int, int]:
+        """Pairs of coordinates along an axis that the interval allows: all, key first, equal."""
+        coords = np.arange(extent)
+        first, last = (bound[:, None] for bound in self.axis_bounds(axis, coords, extent))
+        inside = (coords >= first) & (coords <= last)
+        return int(inside.sum()), int(np.tril(inside, -1).sum()), int(np.trace(inside))
+
     def materialize(self, layout: Tokens) -> Tensor:
         """The dense boolean matrix [N, N], query by key; for tests and pictures only."""
         segments = layout.segment_ids

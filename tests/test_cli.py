@@ -589,6 +589,23 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().out.startswith("sora-fast 0.")
 
 
+def test_what_a_run_tells_meanwhile(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "run"
+    line = ["train", "--data", str(folder), "--out", str(run), "--steps", "4", "--json", "--sample-every", "2", *SMALL]
+    assert main(line) == 0
+    told = capsys.readouterr()
+    rows = [json.loads(row) for row in told.out.splitlines()]
+    assert rows == read_log(run / LOG) and [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["tokens_per_s"] > 0 and row["mfu"] > 0 and 0 <= row["waiting"] <= 1 for row in rows)
+    assert "files to train on" in told.err and "Done: 4 steps" in told.err
+    assert sorted(file.name for file in (run / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+    assert (run / "loss.png").exists()
+    plain = ["train", "--data", str(folder), "--out", str(tmp_path / "other"), "--steps", "4", *SMALL]
+    assert main(plain) == 0
+    losses = [[row["loss"] for row in read_log(folder / LOG)] for folder in (run, tmp_path / "other")]
+    assert losses[0] == losses[1], "sampling meanwhile changes nothing"
+
+
 @pytest.mark.parametrize(
     ("line", "options"), [("train --out a", TrainOptions), ("sample a --out b.png", SampleOptions)]
 )
@@ -618,6 +635,24 @@ def test_data_options_reach_the_run_and_the_workers_may_change(
     capsys.readouterr()
     assert main([*line, "--resume", "--steps", "6", "--clips", "first"]) == 2
     assert "--clips: a run keeps what it was made with" in capsys.readouterr().err
+
+
+def test_options_of_the_step_reach_the_run_and_some_may_change(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    line = ["train", "--out", str(tmp_path / "run")]
+    options = "--accumulate 2 --recompute block --compile model --drop decreasing:0.6-0.2 --workers 0 --steps 2"
+    assert main([*line, "--data", str(folder), *SMALL, *options.split()]) == 0
+    train = read_run(tmp_path / "run").train
+    assert (train.accumulate, train.recompute, train.compile, train.compile_scope) == (2, "block", None, "model")
+    assert train.batch.drop == SigmoidDrop(4, 0.6, 0.2), "of four batches"
+    assert main([*line, "--resume", "--steps", "3", "--recompute", "selective"]) == 0
+    assert read_run(tmp_path / "run").train.recompute == "selective"
+    capsys.readouterr()
+    assert main([*line, "--resume", "--accumulate", "3"]) == 2
+    assert "--accumulate: a run keeps what it was made with" in capsys.readouterr().err
+    assert main([*line, "--replay"]) == 2
+    assert "no step is kept there for a replay" in capsys.readouterr().err
 
 
 def test_a_run_from_before_there_was_a_choice_goes_on_with_first_frames(folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ PARTS = (
     "arguments",
     "files",
     "memory",
+    "nvml",
     "masks",
     "packing",
     "schedule",

@@ -7,7 +7,7 @@ from hypothesis import given
 
 from sora_fast.masks import SpacetimeMask
 from sora_fast.packing import PackedLayout
-from tests.layouts import MASKS, Pack, packs
+from tests.layouts import GRIDS, MASKS, Pack, packs
 
 
 def allowed(mask: SpacetimeMask, query: tuple[int, ...], key: tuple[int, ...], grid: tuple[int, int, int]) -> bool:
@@ -35,6 +35,11 @@ def test_materialize_is_the_definition(pack: Pack, mask: SpacetimeMask) -> None:
     for i, j in itertools.islice(itertools.product(range(layout.capacity), repeat=2), 0, None, 3):
         expected = segments[i] == segments[j] >= 0 and allowed(mask, coords[i], coords[j], pack.grids[segments[i]])
         assert bool(dense[i, j]) == expected
+
+
+@given(GRIDS, MASKS)
+def test_pairs_are_those_of_the_dense_matrix(grid: tuple[int, int, int], mask: SpacetimeMask) -> None:
+    assert mask.pairs(grid) == int(mask.materialize(PackedLayout.from_grids([grid])).sum())
 
 
 def test_clamped_window_is_nattens_neighbourhood() -> None:

@@ -21,6 +21,19 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+class Calls(TorchDispatchMode):
+    """Inside, lists every op with the shapes of its results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, list[tuple[int, ...]]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made.append((func.name(), [tuple(x.shape) for x in tree_leaves(result) if isinstance(x, Tensor)]))
+        return result
+
+
 class Computed(TorchDispatchMode):
     """Inside, lists the ops that compute: not views, and not memory that is only taken."""
 

@@ -88,7 +88,7 @@ class Engine:
         if saved is None:
             raise ValueError(f"{folder} holds no checkpoint yet; train it first")
         networks = Networks(config)
-        _take(networks.trained(), saved.tensors["ema"], folder)
+        take_weights(networks.trained(), saved.tensors["ema"], folder)
         return Engine(networks, device=device, compile=compile)
 
     @torch.no_grad()
@@ -203,7 +203,7 @@ class Engine:
 
 
 @torch.no_grad()
-def _take(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], folder: Path) -> None:
+def take_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], folder: Path) -> None:
     """Fill parameters with weights of the same names and shapes; ValueError if they are others."""
     expected, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (parameters, weights))
     if wrong := sorted(name for name, _ in expected.items() ^ found.items()):

@@ -2,9 +2,13 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from sora_fast.diffusion.paths import RectifiedFlow
 from sora_fast.files import check_folder
 from sora_fast.models import SoraDiTConfig
 from sora_fast.models.codecs import IdentityCodec
@@ -13,6 +17,20 @@ from sora_fast.training.batches import BatchConfig
 from sora_fast.training.data import DataConfig, FolderSource
 from sora_fast.training.dropping import drop_rule
 from sora_fast.training.options import CHANGEABLE, TrainOptions, spelled
+from sora_fast.training.precision import fitting_precision
+from sora_fast.training.recipe import (
+    BASE_TOKENS,
+    CLEAN_SHARE,
+    HEAD_DIM,
+    LR,
+    MUON_RATIO,
+    POSITION,
+    POSITION_BIAS,
+    PREDICTION,
+    WARMUP,
+    recipe_for,
+    rope_theta,
+)
 from sora_fast.training.run import RunConfig, TextConfig, TrainConfig, check_new, moved, read_run
 
 # Static sizes of a batch that cost time even where they are not used: enough for small images, not for the worst case.
@@ -21,30 +39,37 @@ MOST_SEGMENTS, MOST_TEXT = 256, 8192
 MOST_WORKERS = 8
 
 
-def new_config(o: TrainOptions) -> RunConfig:
+def new_config(o: TrainOptions, device: str) -> RunConfig:
     """All but what depends on the files (see `fitted`). ValueError if there is a run, or none can be made."""
     check_new(o.out)
     check_folder(o.out)
-    if o.dim % (2 * o.heads):
-        raise ValueError(f"--heads {o.heads}: it must divide --dim {o.dim} into parts of an even width")
-    text, channels = TextConfig(folder=o.text_encoder), 1 if o.grey else 3
+    recipe = recipe_for(device)
+    text = TextConfig(folder=o.text_encoder, dim=recipe.text_dim, layers=recipe.text_layers)
+    reads_text = recipe.reads_text or o.text_encoder is not None
+    channels = 1 if o.grey else 3
+    dim = o.dim or recipe.dim
     return RunConfig(
         model=SoraDiTConfig(
-            dim=o.dim,
-            depth=o.depth,
-            heads=o.heads,
+            dim=dim,
+            depth=o.depth or recipe.depth,
+            heads=_heads(o.heads, dim),
             in_channels=channels,
-            patch_size=o.patch,
-            text_dim=text.width,
+            patch_size=o.patch or recipe.patch,
+            position=POSITION,
+            position_bias=POSITION_BIAS,
+            text_dim=text.width if reads_text else None,
             pooled_dim=text.width,
         ),
         train=TrainConfig(
             steps=o.steps,
             minutes=30.0 if o.minutes is None and o.steps is None else o.minutes,
             optimizer=o.optimizer,
-            lr=o.lr,
-            ema_decay=o.ema_decay,
-            precision="bfloat16" if o.bf16 else "float32",
+            lr=o.lr or LR[o.optimizer],
+            muon_ratio=MUON_RATIO,
+            warmup=WARMUP,
+            ema_decay=recipe.ema_decay if o.ema_decay is None else o.ema_decay,
+            clean_share=CLEAN_SHARE,
+            precision=o.precision if o.precision != "auto" else fitting_precision(torch.device(device))[0],
             compile=None if o.no_compile else "inductor",
             compile_scope=o.compile,
             recompute=o.recompute,
@@ -54,18 +79,30 @@ def new_config(o: TrainOptions) -> RunConfig:
             workers=_workers(o),
         ),
         text=text,
+        path=RectifiedFlow(prediction=PREDICTION, base_tokens=BASE_TOKENS),
         data=DataConfig(o.data, o.max_frames, o.max_side, o.fps, channels, clips=o.clips),
         fps=o.fps or 8.0,
     )
 
 
-def fitted(config: RunConfig, o: TrainOptions, source: FolderSource) -> RunConfig:
-    """With what depends on the files: the sizes of a batch, and how fast videos are.
+def _heads(asked: int | None, dim: int) -> int:
+    heads = max(1, dim // HEAD_DIM) if asked is None else asked
+    if dim % (2 * heads):
+        raise ValueError(f"--heads {heads}: it must divide --dim {dim} into parts of an even width")
+    return heads
 
-    ValueError if a file is longer than a batch.
+
+def fitted(config: RunConfig, o: TrainOptions, source: FolderSource, device: str) -> RunConfig:
+    """With what depends on the files: the sizes of a batch, the reach of positions, and how fast videos are.
+
+    ValueError if a file is longer than a batch of the capacity that was asked for.
     """
-    train = replace(config.train, batch=_batch_config(o, source))
-    return replace(config, train=train, fps=source.rate or config.fps, data_fps=source.rate)
+    spec = IdentityCodec.for_patches(source.config.channels, config.model.patch_size).spec
+    grids = [token_grid(spec.latent_shape(*shape[1:]), config.model.patch_size) for shape in source.shapes]
+    batch = _batch_config(o, source, [math.prod(grid) for grid in grids], recipe_for(device).capacity)
+    model = replace(config.model, rope_theta=rope_theta(max(map(max, grids))))
+    train = replace(config.train, batch=batch)
+    return replace(config, model=model, train=train, fps=source.rate or config.fps, data_fps=source.rate)
 
 
 def resumed_config(o: TrainOptions) -> RunConfig:
@@ -98,22 +135,22 @@ def _workers(o: TrainOptions) -> int:
     return min(MOST_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
-def _batch_config(o: TrainOptions, source: FolderSource) -> BatchConfig:
+def _batch_config(o: TrainOptions, source: FolderSource, lengths: Sequence[int], usual: int) -> BatchConfig:
     """As many places in a batch, for samples and for text, as the files at hand can need."""
-    spec = IdentityCodec.for_patches(source.config.channels, o.patch).spec
-    lengths = [math.prod(token_grid(spec.latent_shape(*shape[1:]), o.patch)) for shape in source.shapes]
+    capacity = o.capacity or max(usual, *lengths)
     for path, tokens in zip(source.files, lengths, strict=True):
-        if tokens > o.capacity:
+        if tokens > capacity:
             raise ValueError(
-                f"{path} has {tokens} tokens, more than a batch of --capacity {o.capacity} holds; raise it, or lower "
+                f"{path} has {tokens} tokens, more than a batch of --capacity {capacity} holds; raise it, or lower "
                 "--max-frames or --max-side, or use a larger --patch"
             )
-    drop = o.drop and drop_rule(o.drop, steps=o.steps, tokens=lengths)
+    batches = o.steps and o.steps * o.accumulate  # which is what a rule counts
+    drop = o.drop and drop_rule(o.drop, steps=batches, tokens=lengths)
     shortest = max(1, int(min(lengths) * (1 - drop.most if drop else 1)))
-    segments = min(o.capacity // shortest, MOST_SEGMENTS)
+    segments = min(capacity // shortest, MOST_SEGMENTS)
     longest = max(len(caption.encode()) for caption in source.captions)
     return BatchConfig(
-        capacity=o.capacity,
+        capacity=capacity,
         max_segments=segments,
         text_capacity=min(segments * (longest + 2), MOST_TEXT),
         look_ahead=max(128, 2 * segments),

@@ -10,34 +10,26 @@ from sora_fast.training.compiler import cpp_problem
 
 log = logging.getLogger(__name__)
 
-SCOPES = ("blocks", "model", "auto")
+SCOPES = ("blocks", "model")
 
 
 def compile_loss(
-    loss_of: nn.Module,
-    blocks: Sequence[nn.Module],
-    *,
-    backend: str,
-    scope: str,
-    device: torch.device,
-    minutes: float | None,
+    loss_of: nn.Module, blocks: Sequence[nn.Module], *, backend: str, scope: str, device: torch.device
 ) -> str:
     """Compile in place, without breaks, for static shapes: one compilation a run. Returns a line that says what.
 
-    loss_of: the loss of a pack; blocks: of the model in it, which are alike and share one graph.
-    backend: torch.compile's. scope: one of `SCOPES`. minutes: that the run takes; None: not known.
-    Where a CPU has no C++ compiler nothing is compiled, with a warning.
+    loss_of: the loss of a pack. blocks: of the model in it; they are alike, so the depth costs no compilation.
+    scope: one of `SCOPES`. On 2 cores, 4 blocks of width 128 take 40 s by block, and the whole in one graph more than
+        150 s; what that gives a step, benchmarks/compile_scope.py measures.
+    backend: torch.compile's. Where a CPU has no C++ compiler nothing is compiled, with a warning.
     """
+    if scope not in SCOPES:
+        raise ValueError(f"scope: {scope!r}; it must be one of {', '.join(SCOPES)}")
     if backend == "inductor" and device.type == "cpu" and (problem := cpp_problem()):
         log.warning("training without torch.compile, which is slower: it needs a C++ compiler, but %s", problem)
         return "nothing is compiled"
-    chosen = choose(len(blocks), minutes) if scope == "auto" else scope
-    for module in blocks if chosen == "blocks" else [loss_of]:
+    for module in blocks if scope == "blocks" else [loss_of]:
         module.compile(fullgraph=True, dynamic=False, backend=backend)
-    if chosen == "blocks":
+    if scope == "blocks":
         return f"compiling the {len(blocks)} blocks, which share one graph"
     return "compiling model and loss as one graph"
-
-
-def choose(depth: int, minutes: float | None) -> str:
-    return "blocks"

@@ -146,7 +146,7 @@ class FolderSource:
         self.skipped |= found.skipped | beside.doubles
         for path, entry in zip(beside.media, self._entries(beside), strict=True):
             self._note(path, entry)
-        _warn_of_unused(beside.captions)
+        _warn_of_unused(beside)
         for path, reason in self.skipped.items():
             log.warning("skipped %s: %s", path, reason)
         if not self.files:
@@ -166,8 +166,8 @@ class FolderSource:
         return self._clip(span, span.first + int(random.integers(span.last - span.first - span.length + 1)))
 
     def name(self, index: int) -> str:
-        """The file of a sample."""
-        return str(self.files[self.spans[index].file])
+        """The file of a sample, below the folder, which may be moved."""
+        return self.files[self.spans[index].file].relative_to(self.config.folder).as_posix()
 
     def divided(self, parts: int) -> "FolderSource":
         """The same, without what it has in its memory, for one of several processes that share out the memory."""
@@ -322,12 +322,16 @@ class FolderSource:
 
 @dataclass(frozen=True)
 class _Beside:
-    """The media of a folder, and which files belong to them. doubles: links to media that are there already."""
+    """The media of a folder, and which files belong to them.
+
+    doubles: links to media that are there already. strays: lists of cuts that are not used.
+    """
 
     media: list[Path]
     doubles: dict[Path, str]
     captions: Matches
     cuts: dict[Path, Path]
+    strays: list[Path]
 
     @staticmethod
     def of(files: Sequence[Path], *, cuts: bool) -> "_Beside":
@@ -336,7 +340,9 @@ class _Beside:
         others = [path for path in files if not is_caption(path)]
         lists = [path for path in others if cuts and is_cuts(path)]
         media, doubles = each_once([path for path in others if path not in set(lists)])
-        return _Beside(media, doubles, match(media, captions), match_cuts(media, lists))
+        cut = match_cuts(media, lists)
+        strays = [path for path in lists if path not in set(cut.values())]
+        return _Beside(media, doubles, match(media, captions), cut, strays)
 
 
 def _with_texts(path: Path, entry: Entry | str, beside: _Beside) -> Entry | str:
@@ -369,7 +375,10 @@ def _in_words(shape: Sequence[int]) -> str:
     return f"{frames} frames of {height}x{width}"
 
 
-def _warn_of_unused(matches: Matches) -> None:
+def _warn_of_unused(beside: _Beside) -> None:
+    matches = beside.captions
+    if beside.strays:
+        log.warning("lists of scene cuts that belong to no file: %s", _listed(list(map(str, beside.strays))))
     if matches.orphans:
         log.warning("caption files that belong to no video or image: %s", _listed(list(map(str, matches.orphans))))
     if matches.unused:

@@ -9,6 +9,7 @@ from pathlib import Path
 class TrainOptions:
     """The options of the command line, by their names; see `sora-fast train --help`.
 
+    None: what the device or the files suggest; see recipe.py and beginning.py.
     out: the run's folder. given: the names of those that were given, `out` aside.
     """
 
@@ -24,25 +25,28 @@ class TrainOptions:
     fps: float | None = None
     clips: str = "anywhere"
     grey: bool = False
-    dim: int = 256
-    depth: int = 6
-    heads: int = 4
-    patch: tuple[int, int, int] = (1, 4, 4)
+    dim: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    patch: tuple[int, int, int] | None = None
     text_encoder: str | None = None
-    capacity: int = 8192
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    ema_decay: float = 0.999
+    capacity: int | None = None
+    optimizer: str = "muon"
+    lr: float | None = None
+    ema_decay: float | None = None
     caption_dropout: float = 0.1
     drop: str | None = None
     save_every: int = 500
     seed: int = 0
-    bf16: bool = False
+    precision: str = "auto"
     accumulate: int = 1
     recompute: str | None = None
-    compile: str = "auto"
+    compile: str = "blocks"
     no_compile: bool = False
     workers: int | None = None
+    sample_every: int | None = None
+    json: bool = False
+    tensorboard: bool = False
     given: frozenset[str] = frozenset()
 
 
@@ -74,7 +78,8 @@ class DistillOptions:
 # What can be said of a run that goes on, and of a distillation.
 DISTILL_CHANGEABLE = ("minutes", "no_compile", "data", "text_encoder")
 _TRAINING = ("lr", "minutes", "steps", "save_every", "recompute", "compile", "no_compile")
-CHANGEABLE = (*_TRAINING, "workers", "data", "text_encoder")
+_TELLING = ("sample_every", "json", "tensorboard")
+CHANGEABLE = (*_TRAINING, "workers", "data", "text_encoder", *_TELLING)
 
 
 def spelled(names: Iterable[str]) -> str:

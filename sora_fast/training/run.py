@@ -87,7 +87,7 @@ class TrainConfig:
         extension and joining need.
     precision: "float32", or "bfloat16" (autocast).
     compile: the backend of torch.compile, which compiles once for the whole run; None: eager.
-    compile_scope: of what, "blocks", "model" (with the text encoder and the loss), or "auto" (see compiling.py).
+    compile_scope: of what, "blocks", or "model", with the text encoder and the loss (see compiling.py).
     recompute: None, "block" or "selective" (see recompute.py): less memory for more time.
     accumulate: packs a step, of each worker; the gradient is that of the mean over all their pixels.
     nonfinite_limit: steps in a row whose loss or gradient is not finite, and which are left out, before the run stops.

@@ -5,14 +5,18 @@ import json
 import logging
 import math
 import os
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sora_fast import files
+from sora_fast.training.meter import Meter
+
+if TYPE_CHECKING:
+    from sora_fast.training.watchers import Watcher
 
 log = logging.getLogger(__name__)
 
@@ -20,12 +24,12 @@ log = logging.getLogger(__name__)
 class RunLog:
     """The numbers are fetched from the device in groups, not at every step."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, meter: Meter, watchers: "Sequence[Watcher]" = ()) -> None:
+        """meter: what says what the steps of a group cost. watchers: told of every group of rows."""
+        self.path, self._meter, self._watchers = path, meter, watchers
         self._rows: list[dict[str, Any]] = []
         self._values: list[Tensor] = []
         self._lines: list[str] = []
-        self._since = time.monotonic()
         self._summary = ""
         self._failed = False
         self.left_out = 0
@@ -45,16 +49,21 @@ class RunLog:
     def _taken_in(self, seconds: float) -> str:
         values = torch.stack(self._values).tolist()
         rows = [row | {"loss": loss, "norm": norm} for row, (loss, norm) in zip(self._rows, values, strict=True)]
-        elapsed, self._since = time.monotonic() - self._since, time.monotonic()
-        rate = sum(row["useful"] for row in rows) / elapsed
-        self._lines += [json.dumps(row | {"seconds": seconds, "tokens_per_s": rate}) + "\n" for row in rows]
+        cost = self._meter.read()
+        rows = [row | {"seconds": seconds} | cost for row in rows]
+        self._lines += [json.dumps(row) + "\n" for row in rows]
+        for watcher in self._watchers:
+            watcher.logged(rows)
         self._rows, self._values = [], []
         sound = [row["loss"] for row in rows if math.isfinite(row["loss"] + row["norm"])]
         self.left_out += len(rows) - len(sound)
         loss = sum(sound) / len(sound) if sound else math.nan
         padding = sum(row["padding"] for row in rows) / len(rows)
         skipped = f", {self.left_out} steps skipped as not finite" if self.left_out else ""
-        return f"step {rows[-1]['step']}, loss {loss:.4f}, {rate:,.0f} useful tokens/s, {padding:.1%} padding{skipped}"
+        return (
+            f"step {rows[-1]['step']}, loss {loss:.4f}, {cost['tokens_per_s']:,.0f} useful tokens/s, "
+            f"{padding:.1%} padding, {cost['mfu']:.0%} of the peak, {cost['waiting']:.1%} waiting{skipped}"
+        )
 
     def _write(self) -> None:
         size = self.path.stat().st_size if self.path.exists() else 0
@@ -77,7 +86,8 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log.jsonl: step, loss, norm, lr, useful, padding, skipped, seconds, tokens_per_s.
+    """The rows of a log.jsonl: step, loss, norm, lr, useful, padding, skipped, seconds; and of the steps that were
+    written with it, what `Meter.read` says: tokens_per_s, mfu and so on.
 
     loss, norm: not finite where the step was left out (see guard.py). skipped: samples, not steps.
     """

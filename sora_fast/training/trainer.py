@@ -18,13 +18,16 @@ from sora_fast.training.batches import Batch, Batches
 from sora_fast.training.compiling import compile_loss
 from sora_fast.training.data import Source
 from sora_fast.training.distributed import World, local_rank
+from sora_fast.training.flops import FlopCount
 from sora_fast.training.guard import Diverged, Guard
 from sora_fast.training.interruption import Interruption, Stopped
+from sora_fast.training.meter import Meter
 from sora_fast.training.prefetch import prefetch
 from sora_fast.training.recompute import recompute
 from sora_fast.training.run import CHECKPOINTS, LOG, Networks, RunConfig, check_resumable, create_run, update_run
 from sora_fast.training.runlog import RunLog
 from sora_fast.training.step import NoisyPack, PackLoss, drawn, take_gradients, update
+from sora_fast.training.watchers import Watcher
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ class Trainer:
 
     folder: made, with config.json in it; with resume=True it holds a run, which goes on from its newest checkpoint.
     config: of a resumed run, a changed one takes the place of config.json; ValueError if its checkpoints do not fit.
+    watchers: what is told of the run as it goes on, by rank 0.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Trainer:
         *,
         device: torch.device | str = "cpu",
         resume: bool = False,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
         self.config, self.folder, self.device = config.train, Path(folder), torch.device(device)
         self.world = World.current()
@@ -93,7 +98,10 @@ class Trainer:
         self._guard = Guard(c.nonfinite_limit)
         self._saved: tuple[int, Path] | None = None
         self._resume_state = self.batches.state_dict()
-        self._log = RunLog(self.folder / LOG)
+        self._watchers = watchers if self.leads else ()
+        self._flops = FlopCount(self.networks.model)
+        self._meter = Meter(self.device, config.dtypes[0], workers=self.world.size)
+        self._log = RunLog(self.folder / LOG, self._meter, self._watchers)
         if resume:
             self._load()
         # Nobody writes before everybody has read.
@@ -123,6 +131,8 @@ class Trainer:
                 raise
             if self.leads:
                 self.save()
+                for watcher in self._watchers:
+                    watcher.ended()
         self.world.total(0)  # whoever goes on from here finds it saved
         return self._progress() >= 1
 
@@ -131,7 +141,7 @@ class Trainer:
         while (done := self._progress()) < 1 and not stop:
             try:
                 # A request of one worker alone must not keep the others waiting, in a step that it has left.
-                with interruption.at_once(when=self.world.size == 1):
+                with interruption.at_once(when=self.world.size == 1), self._meter.waiting():
                     taken = list(islice(batches, self.config.accumulate))
                 if len(taken) < self.config.accumulate:
                     return
@@ -163,6 +173,8 @@ class Trainer:
         bar.update(progress)
         if self.step % self.config.log_every == 0:
             bar.set_postfix_str(self._log.flush(self.seconds))
+        for watcher in self._watchers:
+            watcher.stepped(self.step, self.average.tensors)
         if self.step % self.config.save_every == 0:
             try:
                 self.save()
@@ -214,7 +226,7 @@ class Trainer:
             recompute(self.networks.model.blocks, c.recompute)
         if c.compile is not None:
             blocks, options = self.networks.model.blocks, {"backend": c.compile, "scope": c.compile_scope}
-            self.compiling = compile_loss(loss, blocks, **options, device=self.device, minutes=c.minutes)
+            self.compiling = compile_loss(loss, blocks, **options, device=self.device)
         return loss
 
     def _progress(self) -> float:
@@ -252,6 +264,7 @@ class Trainer:
         """A row for the log."""
         (useful,) = self.world.total(sum(batch.useful for batch in batches))
         room = sum(batch.layout.capacity for batch in batches) * self.world.size
+        self._meter.add(int(useful), sum(self._flops.batch(batch).step for batch in batches))
         row = {"lr": lr, "useful": int(useful), "padding": 1 - useful / room, "skipped": batches[-1].skipped}
         if self.leads:
             self._log.add(loss, norm, {"step": self.step} | row)

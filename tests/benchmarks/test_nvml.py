@@ -32,7 +32,7 @@ NVML = SimpleNamespace(
 
 
 def test_what_the_driver_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.nvml._connect", lambda device: (NVML, "handle"))
+    monkeypatch.setattr("sora_fast.nvml._connect", lambda device: (NVML, "handle"))
     assert Gauge(torch.device("cuda")).state() == {
         "sm_mhz": 1000,
         "memory_mhz": 2000,

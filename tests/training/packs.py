@@ -15,6 +15,7 @@ from sora_fast.training.step import NoisyPack
 from tests.training.test_trainer import tiny
 
 CAPACITY, SEGMENTS, TEXT = 128, 6, 64
+PIXELS = SEGMENTS * 8 * 12 * 12  # of the largest clips: what is dropped has pixels too
 
 
 def networks(*, depth: int = 1, precision: str = "float32", seed: int = 0) -> Networks:
@@ -42,7 +43,7 @@ def pack(of: Networks, seed: int) -> NoisyPack:
     layout = PackedLayout.from_grids(
         grids, order="tiled", capacity=CAPACITY, max_segments=SEGMENTS, keep=keep if videos else None
     )
-    latents = RaggedLatents.from_list(videos, capacity=16 * CAPACITY, max_segments=SEGMENTS)
+    latents = RaggedLatents.from_list(videos, capacity=PIXELS, max_segments=SEGMENTS)
     captions = ["up" if random.random() < 0.6 and seed % 3 else "" for _ in videos]
     prompts = Prompts(*of.text.tokenize(captions, capacity=TEXT, max_segments=SEGMENTS))
     sigma = of.path.sample_sigma(layout, generator)

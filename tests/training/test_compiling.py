@@ -38,7 +38,7 @@ def test_one_compilation_for_fifty_packs(scope: str, how: str | None) -> None:
     blocks = compiled.networks.model.blocks
     if how is not None:
         recompute(blocks, how)
-    said = compile_loss(compiled, blocks, backend="aot_eager", scope=scope, device=CPU, minutes=None)
+    said = compile_loss(compiled, blocks, backend="aot_eager", scope=scope, device=CPU)
     assert ("2 blocks" in said) == (scope == "blocks")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(50):
@@ -62,6 +62,6 @@ def test_without_a_compiler_it_is_said(monkeypatch: pytest.MonkeyPatch, caplog: 
     monkeypatch.setattr(compiling, "cpp_problem", lambda: "c++ is not there")
     of = PackLoss(networks(), "float32")
     with caplog.at_level(logging.WARNING):
-        said = compile_loss(of, of.networks.model.blocks, backend="inductor", scope="auto", device=CPU, minutes=9.0)
+        said = compile_loss(of, of.networks.model.blocks, backend="inductor", scope="model", device=CPU)
     assert said == "nothing is compiled" and "c++ is not there" in caplog.text
     assert of._compiled_call_impl is None

@@ -251,6 +251,22 @@ def test_no_clip_goes_over_a_cut(tmp_path: Path, caplog: pytest.LogCaptureFixtur
             assert shown[-1] < span.last
 
 
+def test_lists_of_cuts_of_nothing_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_media(tmp_path / "a.png", _video(frames=1))
+    (tmp_path / "b.cuts").write_text("1.0")
+    _source(tmp_path, clips="anywhere")
+    assert caplog.messages == [f"lists of scene cuts that belong to no file: {tmp_path}/b.cuts"]
+
+
+def test_a_file_keeps_its_name_where_the_folder_moves(tmp_path: Path) -> None:
+    write_media(tmp_path / "clips" / "deep" / "a.png", _video(frames=1))
+    before = _source(tmp_path / "clips", clips="anywhere")
+    (tmp_path / "clips").rename(tmp_path / "elsewhere")
+    after = _source(tmp_path / "elsewhere", clips="anywhere")
+    assert before.name(0) == after.name(0) == "deep/a.png"
+    assert before.fingerprint == after.fingerprint
+
+
 def test_what_its_header_did_not_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SORA_FAST_CACHE", str(tmp_path / "cache"))
     clips = tmp_path / "clips"

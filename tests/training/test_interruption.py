@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sora_fast.training.data import Sample
+from sora_fast.training.interruption import Interruption, Stopped
 from sora_fast.training.run import CHECKPOINTS
 from sora_fast.training.trainer import Trainer
 from tests.training.test_trainer import Gradients, tiny
@@ -42,11 +43,12 @@ def test_while_compiling(tmp_path: Path) -> None:
 
 def test_while_data_is_awaited(tmp_path: Path) -> None:
     """Even of a source that never answers."""
-    never, main = threading.Event(), threading.main_thread()
+    never, main, asked = threading.Event(), threading.main_thread(), []
 
     class _Stuck(Gradients):
         def __getitem__(self, index: int) -> Sample:
-            if index == 45:
+            if index == 45 and not asked:  # once to be measured, and once more
+                asked.append(index)
                 time.sleep(0.5)  # until the training has caught up
                 signal.pthread_kill(main.ident, signal.SIGTERM)
                 never.wait(LONG)
@@ -63,14 +65,19 @@ def test_while_data_is_awaited(tmp_path: Path) -> None:
     assert resumed.step == trainer.step
 
 
-def test_the_second_request_stops_at_once(tmp_path: Path) -> None:
-    class _Impatient(Gradients):
-        def __getitem__(self, index: int) -> Sample:
-            if index == 45:
-                for _ in range(2):
-                    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-                    time.sleep(0.2)
-            return super().__getitem__(index)
+def test_the_second_request_stops_at_once() -> None:
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGTERM)
+        assert interruption.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        Trainer(tiny(steps=10000), _Impatient(), tmp_path / "run").fit(progress=False)
+
+def test_what_may_not_be_left_is_not_left() -> None:
+    """In the middle of an update, or beside other workers, a request is only noted."""
+    with Interruption() as interruption:
+        with interruption.at_once(when=False):
+            signal.raise_signal(signal.SIGINT)
+        assert interruption.requested
+    with Interruption() as interruption, pytest.raises(Stopped), interruption.at_once():
+        signal.raise_signal(signal.SIGINT)

@@ -1,9 +1,11 @@
 """The policy that precision.py states."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from sora_fast.training import optim
+from sora_fast.training import optim, precision
+from sora_fast.training.precision import fitting_precision
 from sora_fast.training.step import PackLoss, take_gradients, update
 from tests.tracing import Products
 from tests.training.packs import networks, pack
@@ -34,3 +36,12 @@ def test_the_loss_is_that_of_float32_to_bfloat16s_rounding() -> None:
     of = networks()
     losses = [PackLoss(of, precision)(pack(of, 1))[0].item() for precision in ("float32", "bfloat16")]
     assert losses[0] != losses[1] and abs(losses[1] / losses[0] - 1) < 2**-8
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(0.3, "float32"), (1.4, "float32"), (1.6, "bfloat16"), (16, "bfloat16")])
+def test_bfloat16_is_taken_where_its_products_are_faster(
+    monkeypatch: pytest.MonkeyPatch, gain: float, chosen: str
+) -> None:
+    rates = {torch.float32: 1e11, torch.bfloat16: gain * 1e11}
+    monkeypatch.setattr(precision, "measured_ceiling", lambda device, dtype: rates[dtype])
+    assert fitting_precision(torch.device("cpu")) == (chosen, pytest.approx(gain))

@@ -3,6 +3,7 @@ import torch
 
 from sora_fast import use_backend
 from sora_fast.ops._dispatch import asked_for
+from sora_fast.training.compiling import compile_loss
 from sora_fast.training.recompute import HOW, recompute
 from sora_fast.training.step import PackLoss
 from tests.tracing import KeptBytes
@@ -51,6 +52,27 @@ def test_the_backend_is_that_of_the_forward_pass(how: str) -> None:
     with use_backend("triton"):
         out.sum().backward()
     assert asked == ["torch", "torch"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_compiled_graph_keeps_fewer_bytes_too(how: str) -> None:
+    kept = []
+    for asked in (None, how):
+        torch._dynamo.reset()
+        loss_of = PackLoss(networks(), "float32")
+        blocks = loss_of.networks.model.blocks
+        if asked is not None:
+            recompute(blocks, asked)
+        compile_loss(loss_of, blocks, backend="aot_eager", scope="blocks", device=torch.device("cpu"))
+        kept.append(0)
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            kept[-1] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss_of(pack(loss_of.networks, 1))
+    assert kept[1] < 0.8 * kept[0]
 
 
 def test_names_and_sampling_are_left_alone() -> None:
