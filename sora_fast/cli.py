@@ -382,8 +382,8 @@ def _train(a: argparse.Namespace) -> int:
         return _replay(options)
     if not options.resume and options.data is None:
         raise ValueError("train needs --data FOLDER, for a new run, or --resume")
+    lines = sys.stdout
     with _workers(options.device) as (device, world), contextlib.ExitStack() as stack:
-        lines = sys.stdout
         if options.json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         return _train_together(options, device, world, lines)

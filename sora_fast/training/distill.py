@@ -202,7 +202,7 @@ class Distiller(Trainer):
         if c.compile is not None:
             blocks = [block for model in models for block in model.blocks]
             # The loss itself has two forms, and calls the blocks three times: they are what compiles once.
-            options = {"backend": c.compile, "scope": "blocks", "device": self.device, "minutes": c.minutes}
+            options = {"backend": c.compile, "scope": "blocks", "device": self.device}
             self.compiling = compile_loss(jumps, blocks, **options)
         return jumps
 
