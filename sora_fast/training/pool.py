@@ -140,11 +140,12 @@ class MakerPool:
         for task in worker.tasks:
             task.given = False
         how = _ending(worker.process.exitcode)
-        if index != _NOWHERE:
+        # SIGTERM is sent by people and schedulers, never by a decoder.
+        if index != _NOWHERE and worker.process.exitcode != -signal.SIGTERM:
             self._lose(sample_name(self._maker.source, index), f"a data worker that was reading it {how}")
         else:
             self._deaths += 1
-            log.warning("a data worker %s, between two files; another one takes its place", how)
+            log.warning("a data worker %s, by no fault of a file; another one takes its place", how)
         if self._deaths >= _MOST_DEATHS:
             raise RuntimeError(f"{self._deaths} data workers died one after the other; the last {how}")
         self._workers[rank] = self._started(rank)

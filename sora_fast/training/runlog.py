@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +23,9 @@ log = logging.getLogger(__name__)
 class RunLog:
     """The numbers are fetched from the device in groups, not at every step."""
 
-    def __init__(self, path: Path, meter: Meter, watchers: "Sequence[Watcher]" = ()) -> None:
-        """meter: what says what the steps of a group cost. watchers: told of every group of rows."""
-        self.path, self._meter, self._watchers = path, meter, watchers
+    def __init__(self, path: Path, meter: Meter, watcher: "Watcher") -> None:
+        """meter: what says what the steps of a group cost. watcher: told of every group of rows."""
+        self.path, self._meter, self._watcher = path, meter, watcher
         self._rows: list[dict[str, Any]] = []
         self._values: list[Tensor] = []
         self._lines: list[str] = []
@@ -52,8 +51,7 @@ class RunLog:
         cost = self._meter.read()
         rows = [row | {"seconds": seconds} | cost for row in rows]
         self._lines += [json.dumps(row) + "\n" for row in rows]
-        for watcher in self._watchers:
-            watcher.logged(rows)
+        self._watcher.logged(rows)
         self._rows, self._values = [], []
         sound = [row["loss"] for row in rows if math.isfinite(row["loss"] + row["norm"])]
         self.left_out += len(rows) - len(sound)

@@ -27,7 +27,7 @@ from sora_fast.training.recompute import recompute
 from sora_fast.training.run import CHECKPOINTS, LOG, Networks, RunConfig, check_resumable, create_run, update_run
 from sora_fast.training.runlog import RunLog
 from sora_fast.training.step import NoisyPack, PackLoss, drawn, take_gradients, update
-from sora_fast.training.watchers import Watcher
+from sora_fast.training.watchers import Watcher, Watchers
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Trainer:
         self._guard = Guard(c.nonfinite_limit)
         self._saved: tuple[int, Path] | None = None
         self._resume_state = self.batches.state_dict()
-        self._watchers = watchers if self.leads else ()
+        self._watchers = Watchers(watchers if self.leads else ())
         self._flops = FlopCount(self.networks.model)
         self._meter = Meter(self.device, config.dtypes[0], workers=self.world.size)
         self._log = RunLog(self.folder / LOG, self._meter, self._watchers)
@@ -131,8 +131,7 @@ class Trainer:
                 raise
             if self.leads:
                 self.save()
-                for watcher in self._watchers:
-                    watcher.ended()
+                self._watchers.ended()
         self.world.total(0)  # whoever goes on from here finds it saved
         return self._progress() >= 1
 
@@ -173,8 +172,7 @@ class Trainer:
         bar.update(progress)
         if self.step % self.config.log_every == 0:
             bar.set_postfix_str(self._log.flush(self.seconds))
-        for watcher in self._watchers:
-            watcher.stepped(self.step, self.average.tensors)
+        self._watchers.stepped(self.step, self.average.tensors)
         if self.step % self.config.save_every == 0:
             try:
                 self.save()

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +27,29 @@ class Watcher:
 
     def ended(self) -> None:
         """The run is at its end or was stopped, and is saved."""
+
+
+class Watchers(Watcher):
+    """All of them as one. What one cannot write, on a full disk perhaps, is said and stops nobody."""
+
+    def __init__(self, watchers: Sequence[Watcher] = ()) -> None:
+        self._watchers = watchers
+
+    def logged(self, rows: Sequence[Row]) -> None:
+        self._tell(lambda watcher: watcher.logged(rows))
+
+    def stepped(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        self._tell(lambda watcher: watcher.stepped(step, weights))
+
+    def ended(self) -> None:
+        self._tell(lambda watcher: watcher.ended())
+
+    def _tell(self, what: Callable[[Watcher], None]) -> None:
+        for watcher in self._watchers:
+            try:
+                what(watcher)
+            except OSError as error:
+                log.warning("%s: %s; training goes on", type(watcher).__name__, error)
 
 
 class JsonLines(Watcher):

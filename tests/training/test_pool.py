@@ -25,13 +25,14 @@ from sora_fast.training.data import Sample, UnusableSample
 class Clips:
     """Clips of many shapes, each its own number; `broken` cannot be read, and `deadly` kills whoever reads it.
 
-    deaths: a folder; a killer in it kills once.
+    deaths: a folder; a killer in it kills once, by the signal `by`.
     """
 
     size: int = 60
     broken: int | None = None
     deadly: int | None = None
     deaths: Path | None = None
+    by: int = signal.SIGSEGV
 
     def __len__(self) -> int:
         return self.size
@@ -47,7 +48,7 @@ class Clips:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.deaths is not None and (self.deaths / str(index)).exists():
             (self.deaths / str(index)).unlink()
-            os.kill(os.getpid(), signal.SIGSEGV)
+            os.kill(os.getpid(), self.by)
         return Sample(torch.full(self.shape(index), float(index)), f"clip {index}")
 
     def name(self, index: int) -> str:
@@ -102,6 +103,13 @@ def test_what_kills_a_worker_is_named_and_left_out(caplog: pytest.LogCaptureFixt
     resumed = _batches(Clips(deadly=11), workers=0)  # would be killed itself, if it tried
     resumed.load_state_dict(json.loads(json.dumps(made[14].resume)))
     assert all(map(_same, made[15:], _take(resumed, 5)))
+
+
+def test_a_scheduler_that_ends_a_worker_loses_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "11").touch()
+    made = _take(_batches(Clips(deaths=tmp_path, by=signal.SIGTERM), workers=2), 20)
+    assert "a data worker was killed (SIGTERM), by no fault of a file" in caplog.text
+    assert "lost" not in made[-1].resume and all(map(_same, _take(_batches(Clips()), 20), made))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

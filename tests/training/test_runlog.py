@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from sora_fast.training.runlog import RunLog, read_log
+from sora_fast.training.watchers import Watcher
 
 
 def _log(folder: Path) -> RunLog:
     meter = SimpleNamespace(read=lambda: {"tokens_per_s": 9.0, "mfu": 0.5, "waiting": 0.0})
-    return RunLog(folder / "log.jsonl", meter)  # type: ignore[arg-type]
+    return RunLog(folder / "log.jsonl", meter, Watcher())  # type: ignore[arg-type]
 
 
 def _add(log: RunLog, step: int, loss: float) -> None:

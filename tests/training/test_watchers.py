@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sora_fast.training.watchers import JsonLines, LossCurve, TensorBoard
+from sora_fast.training.watchers import JsonLines, LossCurve, TensorBoard, Watcher, Watchers
 
 ROWS = [{"step": 3, "loss": 0.5, "seconds": 1.0}, {"step": 4, "loss": math.nan, "seconds": 2.0}]
 
@@ -16,6 +16,21 @@ def test_lines_are_json_each() -> None:
     stream = io.StringIO()
     JsonLines(stream).logged(ROWS[:1])
     assert json.loads(stream.getvalue()) == ROWS[0] and stream.getvalue().endswith("\n")
+
+
+def test_what_cannot_be_written_is_said_and_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    class Full(Watcher):
+        def logged(self, rows: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        stepped = ended = logged
+
+    stream = io.StringIO()
+    watchers = Watchers([Full(), JsonLines(stream)])
+    watchers.logged(ROWS[:1])
+    watchers.ended()
+    assert json.loads(stream.getvalue()) == ROWS[0]
+    assert caplog.messages[0] == "Full: [Errno 28] No space left on device; training goes on"
 
 
 def test_tensorboard_gets_every_finite_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
