@@ -24,7 +24,7 @@ from sora_fast.generation.engine import Engine
 from sora_fast.generation.tasks import Request, text_to_video
 
 STEPS, GUIDANCE, CACHED_STEPS = 16, 4.0, 30
-INTERVALS = [(0.0, 0.8), (0.3, 0.9), (0.4, 0.9), (0.8, 1.0), (0.9, 1.0)]
+INTERVALS = [(0.0, 0.8), (0.0, 0.85), (0.0, 0.9), (0.3, 0.9), (0.8, 1.0)]
 CACHES = [0.05, 0.1, 0.2]
 SINGLE = (8, 20, 20)
 # What the demo's model is trained on and asked for: stills, clips, and one longer than any that it saw; 9 to 216

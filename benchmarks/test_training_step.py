@@ -1,14 +1,20 @@
-"""One training step of SoraDiT, optimiser included, on a ragged pack: eager and compiled, on each backend."""
+"""One training step of SoraDiT, optimiser included: on a ragged pack, eager and compiled, on each backend.
 
-from collections.abc import Callable
+And of the demo's model on the demo's clips, packed, padded and in exact buckets, all compiled (see training_ways.py).
+"""
+
+import statistics
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.cases import CHANNELS, PATCH
+from benchmarks.demo_mix import MIXES, WAYS, Contents, draw
 from benchmarks.nvml import Gauge
 from benchmarks.shapes import MASKS, PACKS
+from benchmarks.training_ways import trainee
 from sora_fast import use_backend
 from sora_fast.diffusion import RectifiedFlow, training_loss
 from sora_fast.models import SoraDiT, SoraDiTConfig
@@ -67,3 +73,41 @@ def test_training_step(benchmark: Any, mask: str, backend: str, compiled: bool) 
         benchmark.pedantic(step, rounds=5, warmup_rounds=2)
         if ON_GPU and benchmark.enabled:
             benchmark.extra_info.update(Gauge(DEVICE).read(step, 1e3 * benchmark.stats.stats.median))
+
+
+# Padding and buckets on the demo's own mix; packing also where all clips are alike, and where they differ more.
+WAYS_OF_MIXES = [("demo", way) for way in WAYS] + [("one shape", "packed"), ("more ragged", "packed")]
+# Useful tokens of a round: five packs.
+USEFUL = 10_000
+
+
+@pytest.mark.skipif(ON_GPU, reason="the peers are set up for a CPU")
+@pytest.mark.parametrize(("mix", "way"), WAYS_OF_MIXES)
+def test_ways(benchmark: Any, mix: str, way: str) -> None:
+    if not benchmark.enabled:
+        pytest.skip("takes minutes to compile")
+    grids = draw(MIXES[mix], 20_000)
+    every = WAYS[way](grids)
+    batches = list(_first(every, USEFUL))
+    entrant = trainee(way, batches)
+    benchmark.group = f"training ways[{mix}]"
+    benchmark.pedantic(entrant.work, rounds=7)
+    useful, computed = sum(batch.useful for batch in batches), sum(batch.computed for batch in batches)
+    benchmark.extra_info |= {"op": "training_ways", "case": mix, "direction": "step", "backend": way, "tokens": useful}
+    benchmark.extra_info |= {
+        "useful_tokens_per_second": useful / benchmark.stats.stats.median,
+        "computed_in_vain": 1 - sum(batch.useful for batch in every) / sum(batch.computed for batch in every),
+        "computed_in_vain_here": 1 - useful / computed,
+        "seconds_to_compile_a_graph": statistics.median(entrant.start_up),
+        "graphs_of_the_mix": len(set(grids)) if way == "bucketed" else 1,
+    }
+
+
+def _first(batches: list[Contents], tokens: int) -> Iterator[Contents]:
+    """So many that they hold that many useful tokens."""
+    total = 0
+    for batch in batches:
+        if total >= tokens:
+            return
+        total += batch.useful
+        yield batch
