@@ -12,6 +12,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sora_fast import cli
+from sora_fast.generation.asking import requested
 from sora_fast.generation.engine import Engine
 from sora_fast.generation.options import SampleOptions
-from sora_fast.generation.tasks import text_to_video
 from sora_fast.training.data import FolderSource
 from sora_fast.training.run import LOG, read_run
 from sora_fast.training.runlog import read_log
@@ -49,12 +50,12 @@ def judge(run: Path) -> dict:
     config, rows = read_run(run), read_log(run / LOG)
     source, engine = FolderSource(config.data), Engine.load(run)
     clips = [source[place].video for place in range(len(source))]
-    options = {"guidance": SampleOptions.guidance, "seed": SampleOptions.seed}
+    asked = SampleOptions(run, run / "clip.mp4")
     requests = [
-        text_to_video(caption, clip.shape[1], tuple(clip.shape[2:]), **options)
+        requested(replace(asked, prompt=caption, frames=clip.shape[1], size=tuple(clip.shape[2:])), config)[0]
         for caption, clip in zip(source.captions, clips, strict=True)
     ]
-    made = engine.generate(requests, steps=SampleOptions.steps)
+    made = engine.generate(requests)
     decibels = [[psnr(clip, other) for other in clips] for clip in made]
     return {
         "clips": [f"{path.name} {tuple(clip.shape)}" for path, clip in zip(source.files, clips, strict=True)],
@@ -62,8 +63,7 @@ def judge(run: Path) -> dict:
         "psnr_of_each_caption_to_each_clip": decibels,
         "nearest_is_its_own": sum(row.index(max(row)) == place for place, row in enumerate(decibels)),
         "psnr_to_its_own": [row[place] for place, row in enumerate(decibels)],
-        "guidance": SampleOptions.guidance,
-        "steps_of_the_sampler": SampleOptions.steps,
+        "guidance": requests[0].guidance,
         "training": {
             "steps": rows[-1]["step"],
             "seconds": rows[-1]["seconds"],

@@ -355,14 +355,14 @@ def test_help_names_what_the_text_encoders_take(command: str, capsys: pytest.Cap
         ("train --resume --out {run} --seed 0 --dim 32", "--dim, --seed: a run keeps what it was made with"),
         ("train --resume --out {run} --steps 5 --minutes 1 --device cpu", "exactly one"),
         ("train --data {tmp}/absent --out {tmp}/new --steps 1 --minutes 1", "exactly one"),
-        ("train --data {tmp}/absent --out {tmp}/new --heads 3", "--heads 3: it must divide --dim 256"),
+        ("train --data {tmp}/absent --out {tmp}/new --heads 5 --device cpu", "--heads 5: it must divide --dim 192"),
         ("train --data {tmp}/absent --out {tmp}/new --heads 2 --dim 6", "--heads 2: it must divide --dim 6"),
         ("train --data {tmp}/absent --out {run}", "already holds a run"),
         ("train --data {tmp}/absent --out {data}/left.png/new", "left.png: Not a directory"),
         ("train --data {tmp}/absent --out /proc/new", "nothing can be written to /proc"),
         ("train --data {tmp}/absent --out {tmp}/new", "is not a folder"),
         ("train --data {tmp} --out {tmp}/new", "no usable video or image"),
-        ("train --data {data} --out {tmp}/new --capacity 9 --max-side 24", "left.png has 24 tokens"),
+        ("train --data {data} --out {tmp}/new --capacity 9 --max-side 24 --patch 1x4x4", "left.png has 24 tokens"),
         ("train --data {tmp}/absent --out {tmp}/new --device mps", "--device mps: it must be cpu, cuda"),
         ("train --data {tmp}/absent --out {tmp}/new --device gpu", "--device gpu: it must be cpu, cuda"),
         ("train --data {tmp}/absent --out {tmp}/new --device cuda:99", "--device cuda:99: there "),
@@ -676,5 +676,5 @@ def test_as_many_data_workers_as_suit_the_machine(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    assert new_config(TrainOptions(tmp_path / "run", data="clips")).train.workers == workers
-    assert new_config(TrainOptions(tmp_path / "run", data="clips", workers=3)).train.workers == 3
+    assert new_config(TrainOptions(tmp_path / "run", data="clips"), "cpu").train.workers == workers
+    assert new_config(TrainOptions(tmp_path / "run", data="clips", workers=3), "cpu").train.workers == 3

@@ -71,6 +71,7 @@ def test_what_is_imported_is_declared_and_what_must_be_installed_is_imported() -
         "pillow-heif": "pillow_heif",
         "scikit-learn": "sklearn",
         "flash-attn": "flash_attn",
+        "nvidia-ml-py": "pynvml",
     }  # modules that are not called like their packages
 
     def modules(requirements: list[str]) -> set[str]:
@@ -78,7 +79,7 @@ def test_what_is_imported_is_declared_and_what_must_be_installed_is_imported() -
         return {names.get(package, package) for package in packages}
 
     needed = modules(project["dependencies"])
-    chosen = ("text", "video", "demo", "flash-attn", "xformers")
+    chosen = ("text", "video", "demo", "log", "flash-attn", "xformers")
     extras = modules([item for extra in chosen for item in project["optional-dependencies"][extra]])
     imported = set()
     for folder in ("sora_fast", "kernels"):

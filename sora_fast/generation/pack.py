@@ -131,7 +131,7 @@ def _padded(counts: Tensor, places: int) -> Tensor:
 
 
 def _conditioning(layout: PackedLayout, clean: Tensor | None) -> Conditioning:
-    ones = torch.ones(layout.max_segments, device=layout.device)
+    ones = torch.ones(layout.max_segments, dtype=torch.float32, device=layout.device)
     if clean is None:
         # Not in the layout's own tensors: a compiled graph would take it that there are as many rows as segments.
         return Conditioning.per_segment(ones, layout)._map(torch.clone)
@@ -142,10 +142,10 @@ def _strength(videos: Sequence[Tensor], guidance: Sequence[float], model: SoraDi
     """Guidance − 1 over the network's output for these videos. Not of a learned variance, which it would extrapolate
     out of its bounds."""
     if len(set(guidance)) == 1 and not model.config.learned_sigma:
-        return torch.tensor([guidance[0] - 1], dtype=torch.float32)
+        return torch.tensor([guidance[0] - 1], dtype=torch.float32, device="cpu")
     parts = []
     for video, scale in zip(videos, guidance, strict=True):
-        parts.append(torch.full((video.numel(),), scale - 1, dtype=torch.float32))
+        parts.append(torch.full((video.numel(),), scale - 1, dtype=torch.float32, device="cpu"))
         if model.config.learned_sigma:
-            parts.append(torch.zeros(video.numel(), dtype=torch.float32))
+            parts.append(torch.zeros(video.numel(), dtype=torch.float32, device="cpu"))
     return torch.cat(parts)

@@ -133,14 +133,14 @@ def test_every_item_is_tried_once_with_the_present_one_first() -> None:
     assert len({item.name for item in found}) == len(found) == len(HEAD_DIMS) * len(KINDS) * len(CANDIDATES)
     assert found[0] == Item(128, "full", "forward") and set(KINDS.values()) <= MASKS.keys()
     for item in found:
-        candidates = tuning._candidates(item, CPU)
+        candidates = tuning.candidates_of(item, CPU)
         present = config.block_sizes(item.kernel, torch.bfloat16, item.head_dim, (9, 0), item.mask)
         assert candidates[0] == tuple(asdict(present).values()) and len(set(candidates)) == len(candidates) >= 5
 
 
 def _launched(item: Item, blocks: tuple[int, ...]) -> list[dict[str, Any]]:
     """Options of the launches of a pass that takes the candidate."""
-    case = replace_dtype(tuning._case(item, CPU, True))
+    case = replace_dtype(tuning.case_of(item, CPU, dry=True))
     with tuning.configured(item, blocks, 9), recording((9, 0)) as recorder:
         outputs = case.forward()
         if item.kernel != "forward":
@@ -168,7 +168,7 @@ def test_a_candidate_is_what_is_launched(kernel: str, mask: str, head_dim: int) 
 
 def test_to_fill_a_cache_everything_runs_once_and_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[int, ...]] = []
-    monkeypatch.setattr(tuning, "_case", lambda *_: Broken())
+    monkeypatch.setattr(tuning, "case_of", lambda *_: Broken())
     real = tuning.configured
 
     def configured(item: Item, blocks: tuple[int, ...], major: int) -> Any:
@@ -177,7 +177,7 @@ def test_to_fill_a_cache_everything_runs_once_and_nothing_is_told(monkeypatch: p
 
     monkeypatch.setattr(tuning, "configured", configured)
     assert tuning.step(CPU, seconds=0, dry=False)("D128, full, forward") == []
-    assert tried == tuning._candidates(Item(128, "full", "forward"), CPU), "one that fails costs the others nothing"
+    assert tried == tuning.candidates_of(Item(128, "full", "forward"), CPU), "one that fails costs the others nothing"
 
 
 class Broken:
