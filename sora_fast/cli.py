@@ -199,7 +199,7 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     add(
         "--capacity",
         type=COUNT,
-        help=f"tokens in a batch (default: {CPU.capacity}, or {GPU.capacity} on a GPU; more if a file is longer)",
+        help=f"tokens in a batch (default: about {CPU.capacity}, or {GPU.capacity} on a GPU; more if a file is longer)",
     )
     add("--optimizer", choices=("adamw", "muon"), help=f"default: {defaults.optimizer}")
     add("--lr", type=POSITIVE, help=f"peak learning rate (default: {LR['muon']:g}, with adamw {LR['adamw']:g})")

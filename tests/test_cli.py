@@ -28,7 +28,8 @@ from sora_fast.training.runlog import read_log
 from tests.text_encoders import save_clip
 
 _SMALL = (
-    "--dim 32 --depth 1 --heads 2 --capacity 256 --max-side 16 --max-frames 3 --no-compile --device cpu --workers 0"
+    "--dim 32 --depth 1 --heads 2 --patch 1x4x4 --capacity 256 --max-side 16 --max-frames 3 --no-compile --device cpu "
+    "--workers 0"
 )
 SMALL = _SMALL.split()
 

@@ -101,7 +101,7 @@ class Modulations:
         """sigmas, ends: [K, M]."""
         self._pack, self._sigmas, self._ends = pack, sigmas, ends
         config = pack.model.config
-        numbers = sigmas.shape[1] * config.dim * (config.depth * (6 if config.text_dim is None else 9) + 2)
+        numbers = sigmas.shape[1] * config.dim * (config.depth * (9 if config.text_dim is not None else 6) + 2)
         self._many = max(1, _MOST_NUMBERS // numbers)
         self._first, self._tables = 0, self._made(0)
 

@@ -219,7 +219,7 @@ class SoraDiT(nn.Module):
     ) -> tuple[Tables, ...]:
         """The tables of every block, then the final layer's, for rows of noise level sigma [M] and segment [M]: those
         of any number of forward passes one after the other, in one product a layer. sigma_end: [M], of a flow map."""
-        condition = self._condition(sigma, segment, text, labels)
+        condition = self._condition(sigma, segment, self._own(text), labels)
         if sigma_end is not None and self.end_embedder is None:
             raise ValueError("sigma_end: given, but the model was built without; it leads to no level of choice")
         if self.end_embedder is not None:

@@ -112,7 +112,7 @@ class ByteTextEncoder(nn.Module):
     def forward(self, ids: Tensor, layout: PackedLayout) -> PackedText:
         x = self.embedding(ids) + self._embed_ngrams(ids, layout.segment_ids)
         lengths = layout.cu_seqlens.diff().clamp(min=1)[:, None]
-        pooled = segment_mean(x, layout) * lengths.sqrt()
+        pooled = segment_mean(x, layout) * lengths.to(x.dtype).sqrt()
         for block in self.blocks:
             x = block(x, layout.segment_ids)
         x = torch.where(layout.segment_ids[:, None] >= 0, self.norm(x), 0)

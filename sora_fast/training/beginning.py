@@ -137,7 +137,8 @@ def _workers(o: TrainOptions) -> int:
 
 def _batch_config(o: TrainOptions, source: FolderSource, lengths: Sequence[int], usual: int) -> BatchConfig:
     """As many places in a batch, for samples and for text, as the files at hand can need."""
-    capacity = o.capacity or max(usual, *lengths)
+    # A whole number of the longest: where all are alike, none of it is padding.
+    capacity = o.capacity or max(lengths) * max(1, round(usual / max(lengths)))
     for path, tokens in zip(source.files, lengths, strict=True):
         if tokens > capacity:
             raise ValueError(

@@ -168,7 +168,7 @@ def test_a_candidate_is_what_is_launched(kernel: str, mask: str, head_dim: int) 
 
 def test_to_fill_a_cache_everything_runs_once_and_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[int, ...]] = []
-    monkeypatch.setattr(tuning, "case_of", lambda *_: Broken())
+    monkeypatch.setattr(tuning, "case_of", lambda *_, **__: Broken())
     real = tuning.configured
 
     def configured(item: Item, blocks: tuple[int, ...], major: int) -> Any:

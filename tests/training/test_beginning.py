@@ -49,7 +49,8 @@ def test_what_is_said_goes_before_what_is_usual(folder: Path) -> None:
 def test_a_file_longer_than_the_usual_batch_is_trained_on_all_the_same(folder: Path) -> None:
     write_media(folder / "long.mp4", torch.zeros(3, 70, 48, 64))
     assert config_of(folder, max_frames=70).train.batch.capacity == 70 * 6 * 8 > 2048
-    assert config_of(folder, max_frames=9).train.batch.capacity == 2048
+    # Of 9 frames of 6 x 8 tokens, five.
+    assert config_of(folder, max_frames=9).train.batch.capacity == 5 * 9 * 6 * 8
     with pytest.raises(ValueError, match=r"long\.mp4 has 3360 tokens, more than a batch of --capacity 2048"):
         config_of(folder, max_frames=70, capacity=2048)
 

@@ -151,7 +151,7 @@ def test_a_killed_worker_that_was_reading_nothing_costs_nothing(caplog: pytest.L
     taken += itertools.islice(items, 8)
     items.close()
     assert all(map(_same, taken, _take(_batches(Clips()), 9)))
-    assert caplog.messages == ["a data worker was killed (SIGKILL), between two files; another one takes its place"]
+    assert caplog.messages == ["a data worker was killed (SIGKILL), by no fault of a file; another one takes its place"]
 
 
 def test_errors_of_a_worker_are_told_where_it_was_started() -> None:

@@ -20,7 +20,7 @@ def test_lines_are_json_each() -> None:
 
 def test_what_cannot_be_written_is_said_and_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
     class Full(Watcher):
-        def logged(self, rows: object) -> None:
+        def logged(self, *_: object) -> None:
             raise OSError(28, "No space left on device")
 
         stepped = ended = logged
