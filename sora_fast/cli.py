@@ -302,7 +302,7 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
     add(
         "--guidance",
         type=FINITE,
-        help="1: none; more follows the prompt closer (default: 3; a distilled run has its own, which stays)",
+        help="1: none; more follows the prompt closer (default: 2; a distilled run has its own, which stays)",
     )
     add(
         "--guidance-interval",

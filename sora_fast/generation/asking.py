@@ -17,7 +17,9 @@ from sora_fast.training.run import RunConfig
 
 log = logging.getLogger(__name__)
 
-GUIDANCE = 3.0  # of `sora-fast sample`, where nothing is said
+# Of `sora-fast sample`, where nothing is said. Three real clips, trained on for eight minutes, come back from their captions
+# at 18 dB (PSNR) with 3: it leads past what they look like.
+GUIDANCE = 2.0
 
 
 def requested(o: SampleOptions, config: RunConfig) -> tuple[Request, float]:
