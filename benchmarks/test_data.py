@@ -23,6 +23,7 @@ from sora_fast.models import SoraDiTConfig
 from sora_fast.models.codecs import IdentityCodec
 from sora_fast.training.batches import BatchConfig, Batches
 from sora_fast.training.data import DataConfig, FolderSource, Source
+from sora_fast.training.interruption import Interruption
 from sora_fast.training.prefetch import prefetch
 from sora_fast.training.run import RunConfig, TextConfig, TrainConfig
 from sora_fast.training.trainer import Trainer
@@ -104,14 +105,14 @@ def test_wait(benchmark: Any, clips: FolderSource, tmp_path: Path, mix: str, wor
 
 def _train(trainer: Trainer, batches: Iterator[Any]) -> tuple[list[float], list[float]]:
     """Seconds of each step after the first few, and those of them that it waited for its batch."""
-    steps, waits = [], []
+    steps, waits, interruption = [], [], Interruption()
     for _ in range(trainer.config.steps):
         began = time.perf_counter()
         batch = next(batches, None)
         if batch is None:
             break
         came = time.perf_counter()
-        trainer._train_on(batch, 0.5)
+        trainer._train_on([batch], 0.5, interruption)
         steps.append(time.perf_counter() - began)
         waits.append(came - began)
     getattr(batches, "close", lambda: None)()
