@@ -435,6 +435,8 @@ def _train_together(o: TrainOptions, device: str, world: "World", lines: IO[str]
         config = fitted(config, o, source, device)
     if source.rate_summary:
         print(f"{source.rate_summary}; what is made will run at {config.fps:g}")
+    if not o.resume and o.precision == "auto" and config.train.precision != "float32":
+        print(f"computing in {config.train.precision}, measured to be faster here (--precision float32: not)")
     watchers = watchers_of(o, config, source, device, lines) if world.rank == 0 else ()
     trainer = Trainer(config, source, o.out, device=device, resume=o.resume, watchers=watchers)
     if trainer.networks.text is not None:

@@ -607,6 +607,17 @@ def test_what_a_run_tells_meanwhile(folder: Path, tmp_path: Path, capsys: pytest
     assert losses[0] == losses[1], "sampling meanwhile changes nothing"
 
 
+@pytest.mark.parametrize("options", [[], ["--precision", "float32"]], ids=["auto", "float32"])
+def test_a_precision_that_was_not_asked_for_is_said(
+    options: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sora_fast.training.beginning.fitting_precision", lambda device: ("bfloat16", 2.0))
+    line = ["train", "--data", str(folder), "--out", str(tmp_path / "run"), "--steps", "1", *SMALL, *options]
+    assert main(line) == 0
+    said = "computing in bfloat16, measured to be faster here" in capsys.readouterr().out
+    assert said == (read_run(tmp_path / "run").train.precision == "bfloat16") == (not options)
+
+
 @pytest.mark.parametrize(
     ("line", "options"), [("train --out a", TrainOptions), ("sample a --out b.png", SampleOptions)]
 )
