@@ -1,0 +1,198 @@
+"""The Hopper kernels on a CPU: built with the C++ compiler against the emulator, called on torch tensors."""
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sora_fast.schedule import TileLists, TileSchedule
+
+ROOT = Path(__file__).parent.parent.parent
+SOURCES = ROOT / "csrc"
+BUILD = ROOT / "build" / "emulated"
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("tokens", "heads", "token_stride", "head_stride")),
+    )
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Tensor":
+        assert x.stride(2) == 1
+        return cls(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), x.stride(1))
+
+
+class _Numbers(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> "_Numbers":
+        if x is None:
+            return cls(None, 0)
+        assert x.dtype == torch.int32 and x.is_contiguous()
+        return cls(x.data_ptr(), x.numel())
+
+
+_NUMBERS = ("own", "other", "begin", "split", "end", "order", "tiles", "low", "high", "place", "raster")
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        *((name, _Tensor) for name in ("q", "k", "v", "out")),
+        ("lse", ctypes.c_void_p),
+        *((name, _Numbers) for name in _NUMBERS),
+        *((name, ctypes.c_int) for name in ("lists", "mask", "fp16", "dim")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _Manner(ctypes.Structure):
+    _fields_ = (("seed", ctypes.c_uint64), ("blocks", ctypes.c_int), ("check_races", ctypes.c_int))
+
+
+class _Outcome(ctypes.Structure):
+    _fields_ = (("trace", ctypes.c_uint64), ("steps", ctypes.c_int64), ("message", ctypes.c_char * 1000))
+
+
+class EmulatedFault(RuntimeError):
+    """What the emulator found wrong: a race, a deadlock, an access out of bounds."""
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """What a kernel computed, and the hash of the interleaving in which it did."""
+
+    out: Tensor
+    lse: Tensor
+    trace: int
+    steps: int
+
+
+def compile_object(source: Path, target: Path, *flags: str) -> None:
+    """With the C++ compiler. Raises CalledProcessError."""
+    command = [compiler(), *FLAGS, *flags, "-c", str(source), "-o", str(target)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+
+
+def link(objects: list[Path], target: Path, *flags: str) -> None:
+    """A shared library, in place only when it is whole."""
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    command = [compiler(), "-shared", *flags, *map(str, objects), "-o", str(partial)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    partial.replace(target)
+
+
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not found:
+        pytest.skip("no C++ compiler: the Hopper kernels cannot be emulated")
+    return found
+
+
+def emulator_objects() -> list[Path]:
+    """Compiled once for all processes of a test run, and again when a source changes."""
+    folder = _folder("emulator", [*sorted((SOURCES / "emulator").iterdir())])
+    objects = []
+    for source in sorted((SOURCES / "emulator").glob("*.cpp")):
+        objects.append(folder / f"{source.stem}.o")
+        if not objects[-1].exists():
+            _once(folder, lambda source=source, target=objects[-1]: compile_object(source, target), objects[-1])
+    return objects
+
+
+@cache
+def library() -> "Library":
+    """The kernels as they are."""
+    sources = [path for path in sorted(SOURCES.rglob("*")) if path.suffix in (".h", ".cpp")]
+    folder = _folder("kernels", sources)
+    target = folder / "libemulated.so"
+    if not target.exists():
+
+        def build() -> None:
+            compile_object(SOURCES / "emulated" / "attention.cpp", folder / "attention.o")
+            link([folder / "attention.o", *emulator_objects()], target)
+
+        _once(folder, build, target)
+    return Library(target)
+
+
+def _folder(name: str, sources: list[Path]) -> Path:
+    digest = hashlib.sha256(" ".join((compiler(), *FLAGS)).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    folder = BUILD / f"{name}-{digest.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _once(folder: Path, build, target: Path) -> None:
+    with open(folder / f".{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            build()
+
+
+class Library:
+    """A build of the kernels: the real one, or a mutant."""
+
+    def __init__(self, path: Path) -> None:
+        self._forward = ctypes.CDLL(str(path)).emulated_attention_forward
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        schedule: TileSchedule,
+        *,
+        scale: float | None = None,
+        seed: int = 0,
+        blocks: int = 2,
+        check_races: bool = True,
+    ) -> Emulated:
+        """q [N, H, D]; k, v [Nk, Hk, D], bf16 or fp16, columns side by side; lse [H, N]. Raises EmulatedFault."""
+        out = torch.full_like(q, float("nan"), memory_format=torch.contiguous_format)
+        lse = torch.full((q.shape[1], q.shape[0]), float("nan"))
+        layout, side = schedule.layout, schedule.by_query
+        lists = isinstance(side, TileLists)
+        numbers = {
+            "own": layout.tile_offsets,
+            "other": schedule.kv_layout.tile_offsets,
+            "begin": side.begin,
+            "split": side.full_end if lists else side.split,
+            "end": side.end,
+            "order": side.order,
+            "tiles": side.tiles if lists else None,
+            "low": schedule.query_low,
+            "high": schedule.query_high,
+            "place": schedule.key_place,
+            "raster": layout.raster_index,
+        }
+        mask = 0 if schedule.mask.is_full else 2 if schedule.mask.causal_tokens else 1
+        problem = _Problem(
+            **{name: _Tensor.of(x) for name, x in (("q", q), ("k", k), ("v", v), ("out", out))},
+            lse=lse.data_ptr(),
+            **{name: _Numbers.of(x) for name, x in numbers.items()},
+            lists=lists,
+            mask=mask,
+            fp16=q.dtype == torch.float16,
+            dim=q.shape[2],
+            scale=q.shape[2] ** -0.5 if scale is None else scale,
+        )
+        manner, outcome = _Manner(seed, blocks, check_races), _Outcome()
+        failed = self._forward(*map(ctypes.byref, (problem, manner, outcome)))
+        if failed:
+            raise EmulatedFault(outcome.message.decode())
+        return Emulated(out, lse, outcome.trace, outcome.steps)
