@@ -58,20 +58,21 @@ struct Consumer {
 
     // scores = Q Kᵀ
     DEVICE void issue_scores(int stage) {
-        uint32_t q = tiles.q + group * 64 * kLine, k = tiles.k_tile(stage);
+        uint64_t q = descriptor(tiles.q + group * 64 * kLine, 16, 1024), k = descriptor(tiles.k_tile(stage), 16, 1024);
 #pragma unroll
         for (int step = 0; step < DIM / 16; step++) {
             uint32_t offset = step / 4 * Tiles::kHalfBytes + step % 4 * 32;
-            wgmma_ss<T, false>(scores, descriptor(q + offset, 16, 1024), descriptor(k + offset, 16, 1024), step > 0);
+            wgmma_ss<T, false>(scores, moved(q, offset), moved(k, offset), step > 0);
         }
         wgmma_commit();
     }
 
     // out += P V
     DEVICE void issue_output(int stage) {
+        uint64_t v = descriptor(tiles.v_tile(stage), Tiles::kHalfBytes, 1024);
 #pragma unroll
         for (int step = 0; step < kKeys / 16; step++)
-            wgmma_rs<T, true>(out, weights + 4 * step, descriptor(tiles.v_tile(stage) + step * 2048, Tiles::kHalfBytes, 1024), true);
+            wgmma_rs<T, true>(out, weights + 4 * step, moved(v, step * 2048), true);
         wgmma_commit();
     }
 
