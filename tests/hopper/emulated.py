@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sora_fast.schedule import TileLists, TileSchedule
+from sora_fast.packing import PackedLayout
+from sora_fast.schedule import TileLists, TileSchedule, TokenRanges
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ROOT / "csrc"
@@ -45,16 +46,40 @@ class _Numbers(ctypes.Structure):
         return cls(x.data_ptr(), x.numel())
 
 
-_NUMBERS = ("own", "other", "begin", "split", "end", "order", "tiles", "low", "high", "place", "raster")
+class _Walk(ctypes.Structure):
+    _fields_ = (
+        *((name, _Numbers) for name in ("own", "other", "begin", "split", "end", "order", "tiles")),
+        ("num_tiles", ctypes.c_int),
+        ("lists", ctypes.c_bool),
+    )
+
+    @classmethod
+    def of(cls, own: PackedLayout, other: PackedLayout, side: TileLists | TokenRanges) -> "_Walk":
+        lists = isinstance(side, TileLists)
+        split = side.full_end if lists else side.split
+        tensors = (own.tile_offsets, other.tile_offsets, side.begin, split, side.end, side.order)
+        tiles = side.tiles if lists else None
+        return cls(*map(_Numbers.of, (*tensors, tiles)), own.max_tiles, lists)
 
 
-class _Problem(ctypes.Structure):
+class _Boxes(ctypes.Structure):
+    _fields_ = tuple((name, _Numbers) for name in ("low", "high", "place", "raster"))
+
+    @classmethod
+    def of(cls, schedule: TileSchedule) -> "_Boxes":
+        tensors = (schedule.query_low, schedule.query_high, schedule.key_place, schedule.layout.raster_index)
+        return cls(*map(_Numbers.of, tensors))
+
+
+class _Forward(ctypes.Structure):
     _fields_ = (
         *((name, _Tensor) for name in ("q", "k", "v", "out")),
         ("lse", ctypes.c_void_p),
-        *((name, _Numbers) for name in _NUMBERS),
-        *((name, ctypes.c_int) for name in ("lists", "mask", "fp16", "dim")),
+        ("walk", _Walk),
+        ("boxes", _Boxes),
         ("scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("dim", "mask")),
+        ("is_half", ctypes.c_bool),
     )
 
 
@@ -165,34 +190,22 @@ class Library:
         """q [N, H, D]; k, v [Nk, Hk, D], bf16 or fp16, columns side by side; lse [H, N]. Raises EmulatedFault."""
         out = torch.full_like(q, float("nan"), memory_format=torch.contiguous_format)
         lse = torch.full((q.shape[1], q.shape[0]), float("nan"))
-        layout, side = schedule.layout, schedule.by_query
-        lists = isinstance(side, TileLists)
-        numbers = {
-            "own": layout.tile_offsets,
-            "other": schedule.kv_layout.tile_offsets,
-            "begin": side.begin,
-            "split": side.full_end if lists else side.split,
-            "end": side.end,
-            "order": side.order,
-            "tiles": side.tiles if lists else None,
-            "low": schedule.query_low,
-            "high": schedule.query_high,
-            "place": schedule.key_place,
-            "raster": layout.raster_index,
-        }
-        mask = 0 if schedule.mask.is_full else 2 if schedule.mask.causal_tokens else 1
-        problem = _Problem(
-            **{name: _Tensor.of(x) for name, x in (("q", q), ("k", k), ("v", v), ("out", out))},
-            lse=lse.data_ptr(),
-            **{name: _Numbers.of(x) for name, x in numbers.items()},
-            lists=lists,
-            mask=mask,
-            fp16=q.dtype == torch.float16,
-            dim=q.shape[2],
-            scale=q.shape[2] ** -0.5 if scale is None else scale,
+        arguments = _Forward(
+            *map(_Tensor.of, (q, k, v, out)),
+            lse.data_ptr(),
+            _Walk.of(schedule.layout, schedule.kv_layout, schedule.by_query),
+            _Boxes.of(schedule),
+            q.shape[2] ** -0.5 if scale is None else scale,
+            q.shape[2],
+            _mask_kind(schedule),
+            q.dtype == torch.float16,
         )
         manner, outcome = _Manner(seed, blocks, check_races), _Outcome()
-        failed = self._forward(*map(ctypes.byref, (problem, manner, outcome)))
+        failed = self._forward(*map(ctypes.byref, (arguments, manner, outcome)))
         if failed:
             raise EmulatedFault(outcome.message.decode())
         return Emulated(out, lse, outcome.trace, outcome.steps)
+
+
+def _mask_kind(schedule: TileSchedule) -> int:
+    return 0 if schedule.mask.is_full else 2 if schedule.mask.causal_tokens else 1
