@@ -6,13 +6,7 @@
 
 namespace hopper {
 
-constexpr int kTurn = 1;  // named barriers kTurn + 0, + 1: of the warpgroup whose turn it is; 0 is that of the whole block
-
-// One arrival a warp, when all of its lanes have read what they need.
-DEVICE void release(uint32_t empty) {
-    warp_sync();
-    if (thread_index() % 32 == 0) mbarrier_arrive(empty);
-}
+constexpr int kTurn = 1;  // named barriers: kTurn + the warpgroup whose turn it is; 0 is that of the whole block
 
 template <class T, Mask MASK, int DIM>
 struct Consumer {
@@ -57,24 +51,9 @@ struct Consumer {
     }
 
     // scores = Q Kᵀ
-    DEVICE void issue_scores(int stage) {
-        uint64_t q = descriptor(tiles.q + group * 64 * kLine, 16, 1024), k = descriptor(tiles.k_tile(stage), 16, 1024);
-#pragma unroll
-        for (int step = 0; step < DIM / 16; step++) {
-            uint32_t offset = step / 4 * Tiles::kHalfBytes + step % 4 * 32;
-            wgmma_ss<T, false>(scores, moved(q, offset), moved(k, offset), step > 0);
-        }
-        wgmma_commit();
-    }
-
+    DEVICE void issue_scores(int stage) { issue_row_products<T>(scores, tiles.q().from_row(group * 64), tiles.k(stage)); }
     // out += P V
-    DEVICE void issue_output(int stage) {
-        uint64_t v = descriptor(tiles.v_tile(stage), Tiles::kHalfBytes, 1024);
-#pragma unroll
-        for (int step = 0; step < kKeys / 16; step++)
-            wgmma_rs<T, true>(out, weights + 4 * step, moved(v, step * 2048), true);
-        wgmma_commit();
-    }
+    DEVICE void issue_output(int stage) { issue_weighted_rows<T>(out, weights, tiles.v(stage)); }
 
     // After the products: the mask, and the tiles that are not needed any more.
     DEVICE void finish_scores(int stage, int step) {
@@ -90,8 +69,7 @@ struct Consumer {
 
     DEVICE void attend() {
         Pipeline<Tiles::kStages> values = at;
-#pragma unroll
-        for (int i = 0; i < DIM / 2; i++) out[i] = 0;
+        clear(out);
         softmax = Softmax{};
         if (MASK != Mask::full && item.unasked < item.steps) load_boxes();
 
@@ -119,8 +97,7 @@ struct Consumer {
             advance(softmax, scores, p.scale);
             wgmma_wait<0>(out, weights);
             release(tiles.v_empty(values.stage));
-#pragma unroll
-            for (int i = 0; i < DIM / 2; i++) out[i] *= softmax.rescale[i / 2 % 2];
+            rescale(out, softmax);
             pack_weights<T>(weights, scores);
             at.advance();
             values.advance();
@@ -145,43 +122,23 @@ struct Consumer {
 
     DEVICE void meet_nothing() {
         release(tiles.q_empty());
-#pragma unroll
-        for (int i = 0; i < DIM / 2; i++) out[i] = 0;
+        clear(out);
         softmax = Softmax{};
     }
 
-    // Through shared memory, a warp its own 16 rows, so that whole lines are stored: those that exist.
     DEVICE void store_output() {
-        int thread = thread_index() % 128, lane = thread % 32;
-        uint32_t tile = tiles.out + group * 64 * kLine;
-        finish(softmax);
+        float lse[2];
+        finish(softmax, lse, p.scale);
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-            float total = softmax.total[row], inverse = total == 0.0f ? 0.0f : 1.0f / total;
+            float inverse = softmax.total[row] == 0.0f ? 0.0f : 1.0f / softmax.total[row];
 #pragma unroll
             for (int i = 0; i < DIM / 2; i++)
                 if (i / 2 % 2 == row) out[i] *= inverse;
-            int query = start + fragment_row(thread, 2 * row);
-            float lse = total == 0.0f ? -INFINITY : (softmax.top[row] * p.scale + log2f(total)) * 0.6931471805599453f;
-            if (thread % 4 == 0 && query < stop) store_global(p.lse, int64_t(item.head) * p.num_tokens + query, lse);
+            int query = start + fragment_row(thread_index() % 128, 2 * row);
+            if (thread_index() % 4 == 0 && query < stop) store_global(p.lse, int64_t(item.head) * p.num_tokens + query, lse[row]);
         }
-#pragma unroll
-        for (int i = 0; i < DIM / 2; i += 2) {
-            int row = fragment_row(thread, i), column = fragment_column(thread, i);
-            uint32_t half = tile + column / kHalfColumns * Tiles::kHalfBytes;
-            store_shared(half + swizzled(row, column % kHalfColumns / 8) + column % 8 * 2, pack<T>(out[i], out[i + 1]));
-        }
-        warp_sync();
-        constexpr int kChunks = DIM / 8;
-#pragma unroll 4
-        for (int i = lane; i < 16 * kChunks; i += 32) {
-            int row = thread / 32 * 16 + i / kChunks, column = i % kChunks * 8, query = start + row;
-            if (query >= stop || column >= p.dim) continue;
-            uint32_t half = tile + column / kHalfColumns * Tiles::kHalfBytes;
-            Chunk values = load_shared<Chunk>(half + swizzled(row, column % kHalfColumns / 8));
-            store_global(p.out.all, query * p.out.token_stride + item.head * p.out.head_stride + column, values);
-        }
-        warp_sync();
+        store_fragment(p.out, {start, stop, item.head, p.dim}, tiles.out().from_row(group * 64), out);
     }
 };
 

@@ -70,19 +70,23 @@ DEVICE void advance(Softmax& softmax, float (&scores)[COUNT], float scale) {
     }
 }
 
-// Sums over all columns, in `total`.
-DEVICE void finish(Softmax& softmax) {
+// Sums over all columns, in `total`; returns the logsumexp of the thread's two rows in `lse`, -inf where no key was met.
+DEVICE void finish(Softmax& softmax, float (&lse)[2], float scale) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-        softmax.total[row] += shuffle_xor(softmax.total[row], 1);
-        softmax.total[row] += shuffle_xor(softmax.total[row], 2);
+        float& total = softmax.total[row];
+        total += shuffle_xor(total, 1);
+        total += shuffle_xor(total, 2);
+        lse[row] = total == 0.0f ? -INFINITY : (softmax.top[row] * scale + log2f(total)) * 0.6931471805599453f;
     }
 }
 
-template <class T, int COUNT>
-DEVICE void pack_weights(uint32_t (&weights)[COUNT / 2], const float (&scores)[COUNT]) {
+// What came before, in the terms of a top that has moved.
+template <int COUNT>
+DEVICE void rescale(float (&out)[COUNT], const Softmax& softmax) {
 #pragma unroll
-    for (int i = 0; i < COUNT / 2; i++) weights[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
+    for (int i = 0; i < COUNT; i++) out[i] *= softmax.rescale[i / 2 % 2];
 }
+
 
 }  // namespace hopper

@@ -48,8 +48,6 @@ DEVICE bool take_item(Item& item, const Walk& walk, int tiles, int heads, int tu
     item.unasked = walk.lists ? met_entirely : met_entirely == met ? item.steps : met_entirely / kKeys;
     return true;
 }
-// The loop's last turn may find none of a turn before: turns beyond it cannot have any.
-DEVICE int count_turns(int tiles, int heads) { return (tiles * heads + num_blocks() - 1) / num_blocks(); }
 
 DEVICE Step step_of(const Walk& walk, const Item& item, int number) {
     if (!walk.lists) {
