@@ -2,6 +2,7 @@
 #include <cstdio>
 
 #include "../hopper/attention/arguments.h"
+#include "../hopper/attention/backward_key_value.h"
 #include "../hopper/attention/forward.h"
 
 using namespace hopper;
@@ -42,30 +43,46 @@ static int run(Kernel kernel, int threads, int shared_bytes, const Manner& manne
 }
 
 template <class T, Mask MASK, int DIM>
-static int forward(const ForwardArguments& arguments, const Manner& manner, Outcome& outcome) {
-    auto p = parameters<T>(arguments, map_of<T>);
-    return run([&] { attention_forward<T, MASK, DIM>(p); }, kThreads, SharedTiles<DIM>::kBytes, manner, outcome);
-}
+struct Forms {
+    static int run(const ForwardArguments& arguments, const Manner& manner, Outcome& outcome) {
+        auto p = parameters<T>(arguments, map_of<T>);
+        return ::run([&] { attention_forward<T, MASK, DIM>(p); }, kThreads, SharedTiles<DIM>::kBytes, manner, outcome);
+    }
+    static int run(const BackwardArguments& arguments, const Manner& manner, Outcome& outcome) {
+        auto by_query = parameters<T>(arguments, arguments.by_query, map_of<T>), by_key = parameters<T>(arguments, arguments.by_key, map_of<T>);
+        int bytes = BackwardTiles<DIM>::kBytes;
+        return ::run([&] { attention_backward_query<T, MASK, DIM>(by_query); }, kThreads, bytes, manner, outcome) ||
+               ::run([&] { attention_backward_key_value<T, MASK, DIM>(by_key); }, kThreads, bytes, manner, outcome);
+    }
+};
 
-template <class T, Mask MASK>
-static int forward_of_width(const ForwardArguments& arguments, const Manner& manner, Outcome& outcome) {
+template <class T, Mask MASK, class Arguments>
+static int run_width(const Arguments& arguments, const Manner& manner, Outcome& outcome) {
     switch (width_of(arguments.dim)) {
-        case 64: return forward<T, MASK, 64>(arguments, manner, outcome);
-        case 80: return forward<T, MASK, 80>(arguments, manner, outcome);
-        case 96: return forward<T, MASK, 96>(arguments, manner, outcome);
-        default: return forward<T, MASK, 128>(arguments, manner, outcome);
+        case 64: return Forms<T, MASK, 64>::run(arguments, manner, outcome);
+        case 80: return Forms<T, MASK, 80>::run(arguments, manner, outcome);
+        case 96: return Forms<T, MASK, 96>::run(arguments, manner, outcome);
+        default: return Forms<T, MASK, 128>::run(arguments, manner, outcome);
     }
 }
 
-template <class T>
-static int forward_of_mask(const ForwardArguments& arguments, const Manner& manner, Outcome& outcome) {
+template <class T, class Arguments>
+static int run_mask(const Arguments& arguments, const Manner& manner, Outcome& outcome) {
     switch (arguments.mask) {
-        case Mask::full: return forward_of_width<T, Mask::full>(arguments, manner, outcome);
-        case Mask::boxes: return forward_of_width<T, Mask::boxes>(arguments, manner, outcome);
-        default: return forward_of_width<T, Mask::causal_boxes>(arguments, manner, outcome);
+        case Mask::full: return run_width<T, Mask::full>(arguments, manner, outcome);
+        case Mask::boxes: return run_width<T, Mask::boxes>(arguments, manner, outcome);
+        default: return run_width<T, Mask::causal_boxes>(arguments, manner, outcome);
     }
+}
+
+template <class Arguments>
+static int run_type(const Arguments& arguments, const Manner& manner, Outcome& outcome) {
+    return arguments.is_half ? run_mask<fp16>(arguments, manner, outcome) : run_mask<bf16>(arguments, manner, outcome);
 }
 
 extern "C" int emulated_attention_forward(const ForwardArguments* arguments, const Manner* manner, Outcome* outcome) {
-    return arguments->is_half ? forward_of_mask<fp16>(*arguments, *manner, *outcome) : forward_of_mask<bf16>(*arguments, *manner, *outcome);
+    return run_type(*arguments, *manner, *outcome);
+}
+extern "C" int emulated_attention_backward(const BackwardArguments* arguments, const Manner* manner, Outcome* outcome) {
+    return run_type(*arguments, *manner, *outcome);
 }

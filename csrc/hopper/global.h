@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "layout.h"
+
 namespace hopper {
 
 template <class T>
@@ -9,6 +11,11 @@ struct Global {
     T* data;
     int64_t count;
 };
+
+template <class T>
+HOPPER_BOTH constexpr Global<const T> as_const(const Global<T>& x) {
+    return {x.data, x.count};
+}
 
 // [tokens, heads, dim], columns side by side; strides in elements.
 template <class T>

@@ -135,6 +135,19 @@ DEVICE uint32_t pack<fp16>(float low, float high) {
     return y;
 }
 
+template <class T>
+DEVICE float unpack(uint32_t pair, int which);
+template <>
+DEVICE float unpack<bf16>(uint32_t pair, int which) {
+    return __uint_as_float(which ? pair & 0xFFFF0000 : pair << 16);
+}
+template <>
+DEVICE float unpack<fp16>(uint32_t pair, int which) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16 * which)));
+}
+DEVICE float as_float(int bits) { return __int_as_float(bits); }
+DEVICE int as_int(float x) { return __float_as_int(x); }
+
 // --- memory: values of 4, 8 and 16 bytes ---
 DEVICE void store_shared(uint32_t address, int value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
@@ -170,6 +183,11 @@ DEVICE Chunk load_shared<Chunk>(uint32_t address) {
 template <class T>
 DEVICE T load_global(const Global<const T>& from, int64_t place) {
     return __ldg(from.data + place);
+}
+template <class T>
+DEVICE Chunk load_chunk(const Global<const T>& from, int64_t place) {
+    uint4 value = __ldg(reinterpret_cast<const uint4*>(from.data + place));
+    return {value.x, value.y, value.z, value.w};
 }
 template <class T>
 DEVICE void store_global(const Global<T>& to, int64_t place, T value) {

@@ -111,6 +111,14 @@ DEVICE uint32_t pack(float low, float high) {
     return round(low) | uint32_t(round(high)) << 16;
 }
 
+template <class T>
+DEVICE float unpack(uint32_t pair, int which) {
+    auto bits = uint16_t(pair >> 16 * which);
+    return T::element == emulator::Element::bf16 ? emulator::from_bf16(bits) : emulator::from_fp16(bits);
+}
+DEVICE float as_float(int bits) { return std::bit_cast<float>(bits); }
+DEVICE int as_int(float x) { return std::bit_cast<int>(x); }
+
 // --- memory ---
 template <class V>
 DEVICE void store_shared(uint32_t address, V value, WHERE) {
@@ -126,6 +134,14 @@ template <class T>
 DEVICE T load_global(const Global<const T>& from, int64_t place, WHERE) {
     emulator::check_global(place, 1, from.count, where);
     return from.data[place];
+}
+template <class T>
+DEVICE Chunk load_chunk(const Global<const T>& from, int64_t place, WHERE) {
+    Chunk value;
+    emulator::check_global(place, sizeof value / sizeof(T), from.count, where);
+    emulator::check_alignment(from.data + place, sizeof value, where);
+    __builtin_memcpy(&value, from.data + place, sizeof value);
+    return value;
 }
 template <class T>
 DEVICE void store_global(const Global<T>& to, int64_t place, T value, WHERE) {

@@ -83,6 +83,19 @@ class _Forward(ctypes.Structure):
     )
 
 
+class _Backward(ctypes.Structure):
+    _fields_ = (
+        *((name, _Tensor) for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")),
+        *((name, ctypes.c_void_p) for name in ("lse", "grad_lse", "log2_lse", "delta")),
+        ("by_query", _Walk),
+        ("by_key", _Walk),
+        ("boxes", _Boxes),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("dim", "mask")),
+        ("is_half", ctypes.c_bool),
+    )
+
+
 class _Manner(ctypes.Structure):
     _fields_ = (("seed", ctypes.c_uint64), ("blocks", ctypes.c_int), ("check_races", ctypes.c_int))
 
@@ -93,6 +106,17 @@ class _Outcome(ctypes.Structure):
 
 class EmulatedFault(RuntimeError):
     """What the emulator found wrong: a race, a deadlock, an access out of bounds."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """As `Emulated`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    trace: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -170,22 +194,13 @@ def _once(folder: Path, build, target: Path) -> None:
 
 
 class Library:
-    """A build of the kernels: the real one, or a mutant."""
+    """A build of the kernels: the real one, or a mutant. seed: of the interleaving; blocks: of the persistent grid."""
 
     def __init__(self, path: Path) -> None:
-        self._forward = ctypes.CDLL(str(path)).emulated_attention_forward
+        self._library = ctypes.CDLL(str(path))
 
     def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        schedule: TileSchedule,
-        *,
-        scale: float | None = None,
-        seed: int = 0,
-        blocks: int = 2,
-        check_races: bool = True,
+        self, q: Tensor, k: Tensor, v: Tensor, schedule: TileSchedule, *, scale: float | None = None, **manner: int
     ) -> Emulated:
         """q [N, H, D]; k, v [Nk, Hk, D], bf16 or fp16, columns side by side; lse [H, N]. Raises EmulatedFault."""
         out = torch.full_like(q, float("nan"), memory_format=torch.contiguous_format)
@@ -195,17 +210,50 @@ class Library:
             lse.data_ptr(),
             _Walk.of(schedule.layout, schedule.kv_layout, schedule.by_query),
             _Boxes.of(schedule),
-            q.shape[2] ** -0.5 if scale is None else scale,
-            q.shape[2],
-            _mask_kind(schedule),
-            q.dtype == torch.float16,
+            *_options(q, schedule, scale),
         )
-        manner, outcome = _Manner(seed, blocks, check_races), _Outcome()
-        failed = self._forward(*map(ctypes.byref, (arguments, manner, outcome)))
-        if failed:
-            raise EmulatedFault(outcome.message.decode())
+        outcome = self._run("emulated_attention_forward", arguments, **manner)
         return Emulated(out, lse, outcome.trace, outcome.steps)
 
+    def gradients(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        schedule: TileSchedule,
+        *,
+        scale: float | None = None,
+        **manner: int,
+    ) -> Gradients:
+        """grad_out, out: as q; grad_lse, lse [H, N] float32, contiguous. Raises EmulatedFault."""
+        grads = [torch.full_like(x, float("nan"), memory_format=torch.contiguous_format) for x in (q, k, v)]
+        statistics = [torch.full_like(lse, float("nan")) for _ in range(2)]
+        numbers = [None if x is None else x.data_ptr() for x in (lse, grad_lse, *statistics)]
+        layouts = schedule.layout, schedule.kv_layout
+        arguments = _Backward(
+            *map(_Tensor.of, (q, k, v, out, grad_out, *grads)),
+            *numbers,
+            _Walk.of(*layouts, schedule.by_query),
+            _Walk.of(*reversed(layouts), schedule.by_key),
+            _Boxes.of(schedule),
+            *_options(q, schedule, scale),
+        )
+        outcome = self._run("emulated_attention_backward", arguments, **manner)
+        return Gradients(*grads, outcome.trace, outcome.steps)
 
-def _mask_kind(schedule: TileSchedule) -> int:
-    return 0 if schedule.mask.is_full else 2 if schedule.mask.causal_tokens else 1
+    def _run(
+        self, name: str, arguments: ctypes.Structure, *, seed: int = 0, blocks: int = 2, check_races: bool = True
+    ) -> _Outcome:
+        manner, outcome = _Manner(seed, blocks, check_races), _Outcome()
+        if getattr(self._library, name)(*map(ctypes.byref, (arguments, manner, outcome))):
+            raise EmulatedFault(outcome.message.decode())
+        return outcome
+
+
+def _options(q: Tensor, schedule: TileSchedule, scale: float | None) -> tuple[float, int, int, bool]:
+    mask = 0 if schedule.mask.is_full else 2 if schedule.mask.causal_tokens else 1
+    return q.shape[2] ** -0.5 if scale is None else scale, q.shape[2], mask, q.dtype == torch.float16

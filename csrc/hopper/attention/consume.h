@@ -43,10 +43,7 @@ struct Consumer {
 #pragma unroll
         for (int row = 0; row < 2; row++) {
             int query = start + fragment_row(thread_index() % 128, 2 * row);
-            bool exists = query < stop;
-            boxes.low[row] = exists ? load_global(p.boxes.low, query) : 0;
-            boxes.high[row] = exists ? load_global(p.boxes.high, query) : 0;
-            if (MASK == Mask::causal_boxes) boxes.raster[row] = exists ? load_global(p.boxes.raster, query) : 0;
+            boxes.template load<MASK>(p.boxes, row, query, query < stop);
         }
     }
 

@@ -33,13 +33,13 @@ DEVICE void clear_padding(const Rows<T>& rows, int first, int num_tokens, int nu
             store_global(rows.all, row * rows.token_stride + i / chunks * rows.head_stride + i % chunks * 8, Chunk{0, 0, 0, 0});
 }
 
-// Calls use(item) for each item of this block.
+// Calls use(item) for each item of this block. from_end: see `divide_range`.
 template <class Use>
-DEVICE void each_item(const Walk& walk, int num_heads, Use use) {
+DEVICE void each_item(const Walk& walk, int num_heads, bool from_end, Use use) {
     int num_tiles = count_tiles(walk), turns = (num_tiles * num_heads + num_blocks() - 1) / num_blocks();
     Item item;
     for (int turn = 0; turn < turns; turn++)
-        if (take_item(item, walk, num_tiles, num_heads, turn)) use(item);
+        if (take_item(item, walk, num_tiles, num_heads, turn, from_end)) use(item);
 }
 
 }  // namespace hopper

@@ -34,4 +34,18 @@ struct AttentionForward {
     int num_tokens, num_heads, heads_a_key, dim;
 };
 
+// With P the weights and dS = P (dO Vᵀ - delta), delta = rowsum(dO O) - dlse: dV = Pᵀ dO, dQ = scale dS K, dK = scale dSᵀ Q.
+template <class T>
+struct AttentionBackward {
+    TensorMap q, k, v, grad_out;  // as the forward's
+    Rows<const T> out, grad_out_rows;
+    Rows<T> grad_q, grad_k, grad_v;
+    Global<const float> lse, grad_lse;   // [heads, tokens]; grad_lse: empty where it is zero
+    Global<float> log2_lse, delta;       // written by the pass over queries, read by the one over keys
+    Walk walk;                           // from queries to keys, or from keys to queries
+    Boxes boxes;
+    float scale, log2_scale;  // of the scores; times log2 e; positive
+    int num_queries, num_keys, num_heads, heads_a_key, dim;
+};
+
 }  // namespace hopper

@@ -19,7 +19,7 @@ DEVICE void load_tiles(const AttentionForward<T>& p, const SharedTiles<DIM>& til
     bool leads = thread_index() % 32 == 0;
     Pipeline<Tiles::kStages> at;
     uint32_t item_parity = 1;  // passes at once for the first
-    each_item(p.walk, p.num_heads, [&](const Item& item) {
+    each_item(p.walk, p.num_heads, false, [&](const Item& item) {
         if (!leads) return;
         int key_head = item.head / p.heads_a_key;
         mbarrier_wait(tiles.q_empty(), item_parity);
@@ -50,7 +50,7 @@ template <class T, Mask MASK, int DIM>
 DEVICE void tell_places(const AttentionForward<T>& p, const SharedTiles<DIM>& tiles) {
     int lane = thread_index() % 32;
     Pipeline<SharedTiles<DIM>::kStages> at;
-    each_item(p.walk, p.num_heads, [&](const Item& item) {
+    each_item(p.walk, p.num_heads, false, [&](const Item& item) {
         for (int number = 0; number < item.steps; number++, at.advance()) {
             Step step = step_of(p.walk, item, number);
             mbarrier_wait(tiles.k_empty(at.stage), at.parity ^ 1);
@@ -70,7 +70,7 @@ DEVICE void tell_places(const AttentionForward<T>& p, const SharedTiles<DIM>& ti
 template <class T, int DIM>
 DEVICE void mend_values(const AttentionForward<T>& p, const SharedTiles<DIM>& tiles) {
     Pipeline<SharedTiles<DIM>::kStages> at;
-    each_item(p.walk, p.num_heads, [&](const Item& item) {
+    each_item(p.walk, p.num_heads, false, [&](const Item& item) {
         for (int number = 0; number < item.steps; number++, at.advance()) {
             int valid = step_of(p.walk, item, number).valid;
             mbarrier_wait(tiles.v_landed(at.stage), at.parity);

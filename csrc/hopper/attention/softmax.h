@@ -12,6 +12,13 @@ struct Softmax {
 // Of a thread's two rows: the box of keys that each may attend, and its raster place.
 struct QueryBoxes {
     int low[2], high[2], raster[2];
+
+    template <Mask MASK>
+    DEVICE void load(const Boxes& boxes, int row, int query, bool exists) {
+        low[row] = exists ? load_global(boxes.low, query) : 0;
+        high[row] = exists ? load_global(boxes.high, query) : 0;
+        if (MASK == Mask::causal_boxes) raster[row] = exists ? load_global(boxes.raster, query) : 0;
+    }
 };
 
 // Keys from `valid` on do not count.

@@ -6,12 +6,13 @@ namespace hopper {
 
 constexpr int kQueries = 128, kKeys = 128;  // a tile of each has no more
 
-// A tile of queries and a head. Keys of the first `unasked` of its steps may all be met, as far as they exist.
+// A tile of one side and a head, and what it meets of the other side: first all that it meets entirely (as far as it
+// exists), `unasked` steps, then what must be asked. Of lists, first and asked_first are places in them.
 struct Item {
-    int start, stop, head, first, end, unasked, steps;
+    int start, stop, head, first, end, asked_first, asked_end, unasked, steps;
 };
 
-// The keys of a step: kKeys from token `start` on, of which the first `valid` count.
+// The tokens of a step: 128 from `start` on, of which the first `valid` count.
 struct Step {
     int start, valid;
 };
@@ -30,10 +31,22 @@ DEVICE int count_tiles(const Walk& walk) {
     return low;
 }
 
+// Of a range of tokens: begin ... split are met entirely and split ... end are not, or, from the end, the other way round.
+DEVICE void divide_range(Item& item, int begin, int split, int end, bool from_end) {
+    int whole = (from_end ? end - split : split - begin) / kKeys;
+    bool all = !from_end && split == end;  // the last one, cut as it is, needs not be asked either
+    item.unasked = all ? (end - begin + kKeys - 1) / kKeys : whole;
+    item.first = from_end ? end - whole * kKeys : begin;
+    item.end = end;
+    item.asked_first = from_end ? begin : begin + item.unasked * kKeys;
+    item.asked_end = from_end ? item.first : end;
+    item.steps = item.unasked + max(item.asked_end - item.asked_first + kKeys - 1, 0) / kKeys;
+}
+
 // Item number `turn` of this block, of all heads of `tiles` tiles. Longest first, dealt to one block after the other and
 // then back, so that each gets about as much. Sixteen tiles of one head come before the same of the next: blocks that run
 // side by side then read the keys of few heads, which stay in the L2 cache.
-DEVICE bool take_item(Item& item, const Walk& walk, int tiles, int heads, int turn) {
+DEVICE bool take_item(Item& item, const Walk& walk, int tiles, int heads, int turn, bool from_end) {
     int number = turn * num_blocks() + (turn % 2 ? num_blocks() - 1 - block_index() : block_index());
     if (number >= tiles * heads) return false;
     int first = number / (16 * heads) * 16, count = min(tiles - first, 16), within = number - first * heads;
@@ -41,20 +54,24 @@ DEVICE bool take_item(Item& item, const Walk& walk, int tiles, int heads, int tu
     item.head = within / count;
     item.start = load_global(walk.own, tile);
     item.stop = load_global(walk.own, tile + 1);
-    item.first = load_global(walk.begin, tile);
-    item.end = load_global(walk.end, tile);
-    int met_entirely = load_global(walk.split, tile) - item.first, met = item.end - item.first;
-    item.steps = walk.lists ? met : (met + kKeys - 1) / kKeys;
-    item.unasked = walk.lists ? met_entirely : met_entirely == met ? item.steps : met_entirely / kKeys;
+    int begin = load_global(walk.begin, tile), split = load_global(walk.split, tile), end = load_global(walk.end, tile);
+    if (!walk.lists) {
+        divide_range(item, begin, split, end, from_end);
+    } else {
+        item.first = begin, item.asked_first = split;
+        item.unasked = split - begin, item.steps = end - begin;
+    }
     return true;
 }
 
 DEVICE Step step_of(const Walk& walk, const Item& item, int number) {
+    bool asked = number >= item.unasked;
+    int place = asked ? number - item.unasked : number, first = asked ? item.asked_first : item.first;
     if (!walk.lists) {
-        int start = item.first + number * kKeys;
-        return {start, min(item.end - start, kKeys)};
+        int start = first + place * kKeys;
+        return {start, min((asked ? item.asked_end : item.end) - start, kKeys)};
     }
-    int tile = load_global(walk.tiles, item.first + number);
+    int tile = load_global(walk.tiles, first + place);
     int start = load_global(walk.other, tile);
     return {start, load_global(walk.other, tile + 1) - start};
 }
