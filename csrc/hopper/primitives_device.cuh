@@ -113,6 +113,11 @@ DEVICE void registers_grow() {
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFF, x, mask); }
 DEVICE int count_votes(bool vote) { return __popc(__ballot_sync(0xFFFFFFFF, vote)); }
 DEVICE int warp_uniform(int x) { return __shfl_sync(0xFFFFFFFF, x, 0); }
+// What depends on it is computed where it is used: kept over a loop, it would take registers that the loop needs.
+DEVICE int recomputed(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 // --- arithmetic ---
 DEVICE float exp2_approx(float x) {
@@ -153,6 +158,9 @@ DEVICE void store_shared(uint32_t address, int value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 DEVICE void store_shared(uint32_t address, uint32_t value) { store_shared(address, int(value)); }
+DEVICE void store_shared(uint32_t address, Pair value) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
+}
 DEVICE void store_shared(uint32_t address, Chunk value) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
                  : "memory");
@@ -195,7 +203,10 @@ DEVICE void store_global(const Global<T>& to, int64_t place, T value) {
 }
 template <class T>
 DEVICE void store_global(const Global<T>& to, int64_t place, Chunk value) {
-    *reinterpret_cast<uint4*>(to.data + place) = make_uint4(value.x, value.y, value.z, value.w);
+    // As text: the compiler breaks some stores of a uint4 up.
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to.data + place), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w)
+                 : "memory");
 }
 
 }  // namespace hopper

@@ -11,7 +11,6 @@ struct KeyValueGradient {
     const AttentionBackward<T>& p;
     const Tiles& tiles;
     int group;
-    OwnBlock block;
 
     float scores[kBlockRows / 2], grads[kBlockRows / 2], grad_k[DIM / 2], grad_v[DIM / 2];
     uint32_t weights[kBlockRows / 4], grad_weights[kBlockRows / 4];
@@ -20,11 +19,13 @@ struct KeyValueGradient {
     DEVICE KeyValueGradient(const AttentionBackward<T>& parameters, const Tiles& shared, int warpgroup)
         : p(parameters), tiles(shared), group(warpgroup) {}
 
-    DEVICE void begin(const OwnBlock& next) {
-        block = next;
+    DEVICE void begin(const OwnBlock& block) {
         clear(grad_k);
         clear(grad_v);
-        if (MASK == Mask::full || block.unasked == block.steps) return;
+        if (MASK != Mask::full && block.any_asked) load_places(block);
+    }
+
+    DEVICE void load_places(const OwnBlock& block) {
 #pragma unroll
         for (int row = 0; row < 2; row++) {
             int key = block.start + fragment_row(thread_index() % 128, 2 * row);
@@ -52,7 +53,10 @@ struct KeyValueGradient {
             for (int j = 0; j < 4; j++)
                 scores[i + j] = exp2_approx(scores[i + j] * p.log2_scale - as_float(j % 2 ? lse.y : lse.x));
         }
-        if (MASK == Mask::full || !asked) return;
+        if (MASK != Mask::full && asked) mask(stage, first);
+    }
+
+    DEVICE void mask(int stage, int first) {
 #pragma unroll
         for (int i = 0; i < kBlockRows / 2; i += 4) {
             Pair low = word(stage, kLow, first, i), high = word(stage, kHigh, first, i), after = {0, 0};
@@ -91,7 +95,7 @@ struct KeyValueGradient {
         }
     }
 
-    DEVICE void finish() {
+    DEVICE void finish(const OwnBlock& block) {
 #pragma unroll
         for (int i = 0; i < DIM / 2; i++) grad_k[i] *= p.scale;
         Place to{block.start, block.stop, block.head, p.dim};

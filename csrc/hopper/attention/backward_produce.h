@@ -14,9 +14,11 @@ template <bool BY_KEY, class T, class Begin, class Use>
 DEVICE void each_step(const AttentionBackward<T>& p, Begin begin, Use use) {
     each_item(p.walk, BY_KEY ? key_heads(p) : p.num_heads, BY_KEY, [&](const Item& item) {
         begin(item);
-        int head = BY_KEY ? item.head * p.heads_a_key : item.head / p.heads_a_key;
-        for (int repeat = 0; repeat < (BY_KEY ? p.heads_a_key : 1); repeat++)
-            for (int number = 0; number < item.steps; number++) use(item, step_of(p.walk, item, number), head + repeat, number);
+        int head = BY_KEY ? item.head * p.heads_a_key : item.head / p.heads_a_key, number = 0;
+        for (int left = item.steps * (BY_KEY ? p.heads_a_key : 1); left > 0; left--) {
+            use(item, step_of(p.walk, item, number), head, number);
+            if (++number == item.steps) number = 0, head++;
+        }
     });
 }
 
@@ -80,9 +82,11 @@ DEVICE void tell_tokens(const AttentionBackward<T>& p, const BackwardTiles<DIM>&
     Pipeline<BackwardTiles<DIM>::kStages> at;
     each_step<BY_KEY>(p, [](const Item&) {}, [&](const Item& item, const Step& step, int head, int number) {
         mbarrier_wait(tiles.empty(at.stage), at.parity ^ 1);
-        if (lane == 0) store_shared(tiles.valid(at.stage), step.valid);
+        bool asked = number >= item.unasked;
+        if (lane == 0) store_shared(tiles.step(at.stage), Pair{step.valid, asked});
+#pragma unroll 1
         for (int row = lane; row < kRows; row += 32) {
-            bool exists = row < step.valid, asked = number >= item.unasked;
+            bool exists = row < step.valid;
             if (BY_KEY)
                 tell_query<T, MASK>(p, tiles, at.stage, row, step.start + row, exists, head, asked);
             else
@@ -117,32 +121,32 @@ DEVICE void clear_padding(const AttentionBackward<T>& p) {
 template <bool BY_KEY, class T, Mask MASK, int DIM>
 DEVICE void produce(const AttentionBackward<T>& p, const BackwardTiles<DIM>& tiles) {
     int warp = warp_uniform(thread_index() / 32) % 4;
-    if (warp == 0) load_tiles<BY_KEY>(p, tiles);
-    if (warp == 1) tell_tokens<BY_KEY, T, MASK>(p, tiles);
-    if (warp == 2) mend_ends<BY_KEY>(p, tiles);
-    if (warp == 3) clear_padding<BY_KEY>(p);
+    if (warp == 0) return load_tiles<BY_KEY>(p, tiles);
+    if (warp == 1) return tell_tokens<BY_KEY, T, MASK>(p, tiles);
+    if (warp == 2) return mend_ends<BY_KEY>(p, tiles);
+    clear_padding<BY_KEY>(p);
 }
 
 // The pass's two computing warpgroups: `Compute` is made of (parameters, tiles, group), and has begin(block), meet(stage,
-// asked), and finish().
+// valid, asked), and finish(block).
 template <bool BY_KEY, class Compute, class T, int DIM>
 DEVICE void consume(const AttentionBackward<T>& p, const BackwardTiles<DIM>& tiles, int group) {
     Compute compute(p, tiles, group);
     Pipeline<BackwardTiles<DIM>::kStages> at;
     for (uint32_t parity = 0;; parity ^= 1) {
         mbarrier_wait(tiles.own_full(), parity);
-        OwnBlock block = take_published(tiles, group);
+        OwnBlock block = published(tiles, group);
         if (block.head < 0) return;
         bool has_rows = block.start < block.stop;
         if (has_rows) compute.begin(block);
-        for (int repeat = 0; repeat < (BY_KEY ? p.heads_a_key : 1); repeat++)
-            for (int number = 0; number < block.steps; number++, at.advance()) {
-                mbarrier_wait(tiles.full(at.stage), at.parity);
-                int valid = load_shared<int>(tiles.valid(at.stage));
-                if (has_rows) compute.meet(at.stage, valid, number >= block.unasked);
-                release(tiles.empty(at.stage));
-            }
-        if (has_rows) compute.finish();
+        int steps = load_shared<int>(tiles.item() + 16) * (BY_KEY ? p.heads_a_key : 1);
+        for (; steps > 0; steps--, at.advance()) {
+            mbarrier_wait(tiles.full(at.stage), at.parity);
+            Pair step = load_shared<Pair>(tiles.step(at.stage));
+            if (has_rows) compute.meet(at.stage, step.x, step.y);
+            release(tiles.empty(at.stage));
+        }
+        if (has_rows) compute.finish(published(tiles, group));
         release(tiles.own_empty());
     }
 }

@@ -13,7 +13,6 @@ struct QueryGradient {
     const AttentionBackward<T>& p;
     const Tiles& tiles;
     int group;
-    OwnBlock block;
 
     float scores[kBlockRows / 2], grads[kBlockRows / 2], sum[DIM / 2];
     uint32_t weights[kBlockRows / 4];
@@ -23,21 +22,21 @@ struct QueryGradient {
     DEVICE QueryGradient(const AttentionBackward<T>& parameters, const Tiles& shared, int warpgroup)
         : p(parameters), tiles(shared), group(warpgroup) {}
 
-    DEVICE int query(int row) const { return block.start + fragment_row(thread_index() % 128, 2 * row); }
+    DEVICE static int query(const OwnBlock& block, int row) { return block.start + fragment_row(thread_index() % 128, 2 * row); }
 
     // Of the thread's two rows; and for the pass over keys.
-    DEVICE void load_statistics() {
+    DEVICE void load_statistics(const OwnBlock& block) {
         int lane = thread_index() % 4;
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-            bool exists = query(row) < block.stop;
+            bool exists = query(block, row) < block.stop;
             float sum = 0;
-            for (int column = 8 * lane; exists && column < p.dim; column += 32) sum += product_of(row, column);
+            for (int column = 8 * lane; exists && column < p.dim; column += 32) sum += product_of(block, query(block, row), column);
             sum += shuffle_xor(sum, 1);
             sum += shuffle_xor(sum, 2);
             log2_lse[row] = INFINITY, delta[row] = 0;  // a weight of 0
             if (!exists) continue;
-            int64_t place = int64_t(block.head) * p.num_queries + query(row);
+            int64_t place = int64_t(block.head) * p.num_queries + query(block, row);
             float lse = load_global(p.lse, place);
             if (lse != -INFINITY) log2_lse[row] = lse * 1.4426950408889634f, delta[row] = sum;
             if (lse != -INFINITY && p.grad_lse.count) delta[row] -= load_global(p.grad_lse, place);
@@ -45,10 +44,10 @@ struct QueryGradient {
         }
     }
     // Of eight columns of O and dO.
-    DEVICE float product_of(int row, int column) const {
+    DEVICE float product_of(const OwnBlock& block, int query, int column) const {
         const Rows<const T>&a = p.out, &b = p.grad_out_rows;
-        Chunk x = load_chunk(a.all, query(row) * a.token_stride + block.head * a.head_stride + column);
-        Chunk y = load_chunk(b.all, query(row) * b.token_stride + block.head * b.head_stride + column);
+        Chunk x = load_chunk(a.all, query * a.token_stride + block.head * a.head_stride + column);
+        Chunk y = load_chunk(b.all, query * b.token_stride + block.head * b.head_stride + column);
         uint32_t pairs[4][2] = {{x.x, y.x}, {x.y, y.y}, {x.z, y.z}, {x.w, y.w}};
         float sum = 0;
 #pragma unroll
@@ -56,13 +55,12 @@ struct QueryGradient {
         return sum;
     }
 
-    DEVICE void begin(const OwnBlock& next) {
-        block = next;
+    DEVICE void begin(const OwnBlock& block) {
         clear(sum);
-        load_statistics();
-        if (MASK == Mask::full || block.unasked == block.steps) return;
+        load_statistics(block);
+        if (MASK != Mask::full && block.any_asked)
 #pragma unroll
-        for (int row = 0; row < 2; row++) boxes.template load<MASK>(p.boxes, row, query(row), query(row) < block.stop);
+            for (int row = 0; row < 2; row++) boxes.template load<MASK>(p.boxes, row, query(block, row), query(block, row) < block.stop);
     }
 
     DEVICE void meet(int stage, int valid, bool asked) {
@@ -90,7 +88,7 @@ struct QueryGradient {
         }
     }
 
-    DEVICE void finish() {
+    DEVICE void finish(const OwnBlock& block) {
 #pragma unroll
         for (int i = 0; i < DIM / 2; i++) sum[i] *= p.scale;
         barrier_sync(kOwn + group, 128);  // all four warps are done with Q, whose place the gradient takes

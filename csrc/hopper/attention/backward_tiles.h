@@ -36,8 +36,8 @@ struct BackwardTiles {
     DEVICE uint32_t empty(int stage) const { return landed(stage) + 16; }
     // words
     DEVICE uint32_t item() const { return control + kLine; }
-    DEVICE uint32_t valid(int stage) const { return control + 2 * kLine + stage * kStepBytes; }
-    DEVICE uint32_t words(int stage, int which) const { return valid(stage) + kLine + which * kRows * 4; }
+    DEVICE uint32_t step(int stage) const { return control + 2 * kLine + stage * kStepBytes; }  // valid, asked
+    DEVICE uint32_t words(int stage, int which) const { return step(stage) + kLine + which * kRows * 4; }
 
     DEVICE void init_mbarriers() const {
         mbarrier_init(own_full(), 1);
@@ -51,22 +51,21 @@ struct BackwardTiles {
     }
 };
 
-// A block of a pass as its computing warps know it. repeats: heads of queries that meet the item's keys, one after another.
-struct OwnBlock {
-    int start, stop, head, unasked, steps;
-};
-
+// What the computing warps are told of an item and of a step: no registers need to hold it while the products run.
 template <int DIM>
 DEVICE void publish(const BackwardTiles<DIM>& tiles, const Item& item) {
-    store_shared(tiles.item(), Chunk{uint32_t(item.start), uint32_t(item.stop), uint32_t(item.head), uint32_t(item.unasked)});
+    uint32_t any_asked = item.unasked < item.steps;
+    store_shared(tiles.item(), Chunk{uint32_t(item.start), uint32_t(item.stop), uint32_t(item.head), any_asked});
     store_shared(tiles.item() + 16, item.steps);
 }
-// Of a warpgroup. A head of -1: there is none left.
+// Rows of a warpgroup, and their head; -1: there is none left.
+struct OwnBlock {
+    int start, stop, head, any_asked;
+};
 template <int DIM>
-DEVICE OwnBlock take_published(const BackwardTiles<DIM>& tiles, int group) {
+DEVICE OwnBlock published(const BackwardTiles<DIM>& tiles, int group) {
     Chunk words = load_shared<Chunk>(tiles.item());
-    int steps = load_shared<int>(tiles.item() + 16);
-    return {int(words.x) + group * kBlockRows, int(words.y), int(words.z), int(words.w), steps};
+    return {int(words.x) + group * kBlockRows, int(words.y), int(words.z), int(words.w)};
 }
 
 }  // namespace hopper

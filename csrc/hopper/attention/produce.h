@@ -93,10 +93,10 @@ DEVICE void clear_padding(const AttentionForward<T>& p) {
 template <class T, Mask MASK, int DIM>
 DEVICE void produce(const AttentionForward<T>& p, const SharedTiles<DIM>& tiles) {
     int warp = warp_uniform(thread_index() / 32) % 4;
-    if (warp == 0) load_tiles(p, tiles);
-    if (warp == 1) tell_places<T, MASK>(p, tiles);
-    if (warp == 2) mend_values(p, tiles);
-    if (warp == 3) clear_padding(p);
+    if (warp == 0) return load_tiles(p, tiles);
+    if (warp == 1) return tell_places<T, MASK>(p, tiles);
+    if (warp == 2) return mend_values(p, tiles);
+    clear_padding(p);
 }
 
 }  // namespace hopper

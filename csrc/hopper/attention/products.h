@@ -65,7 +65,7 @@ struct Place {
 // Through 64 rows of shared memory, a warp its own 16, so that whole lines are stored.
 template <class T, int ROWS, int DIM>
 DEVICE void store_fragment(const Rows<T>& to, const Place& place, const Tile<ROWS, DIM>& staging, const float (&values)[DIM / 2]) {
-    int thread = thread_index() % 128, lane = thread % 32;
+    int thread = recomputed(thread_index() % 128), lane = thread % 32;
     auto address = [&](int row, int column) {
         return staging.address + column / kHalfColumns * staging.kHalfBytes + swizzled(row, column % kHalfColumns / 8);
     };
