@@ -1,7 +1,3 @@
-#include "attention_forward.cuh"
+#include "attention_kernels.cuh"
 
-namespace hopper {
-
-template void launch_forward<80>(const ForwardArguments&, const Device&);
-
-}  // namespace hopper
+template void hopper::launch_width<80>(const ForwardArguments&, const Device&);

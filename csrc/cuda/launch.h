@@ -56,7 +56,17 @@ CUtensorMap map_of(const TensorView& x, int dim, int rows) {
     return map;
 }
 
-template <int DIM>
-void launch_forward(const ForwardArguments&, const Device&);
+// By the narrowest form that takes the head dim; each is compiled in a file of its own.
+template <int DIM, class Arguments>
+void launch_width(const Arguments&, const Device&);
+template <class Arguments>
+void launch(const Arguments& arguments, const Device& device) {
+    switch (width_of(arguments.dim)) {
+        case 64: return launch_width<64>(arguments, device);
+        case 80: return launch_width<80>(arguments, device);
+        case 96: return launch_width<96>(arguments, device);
+        default: return launch_width<128>(arguments, device);
+    }
+}
 
 }  // namespace hopper

@@ -1,0 +1,3 @@
+#include "attention_kernels.cuh"
+
+template void hopper::launch_width<64>(const BackwardArguments&, const Device&);

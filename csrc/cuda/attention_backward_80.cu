@@ -1,0 +1,3 @@
+#include "attention_kernels.cuh"
+
+template void hopper::launch_width<80>(const BackwardArguments&, const Device&);
