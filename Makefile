@@ -2,7 +2,8 @@
 #   make demo            train a small video model on moving digits, sample from it, measure it (QUICK=1: a short form)
 #   make test            run the tests, a worker a core (ARGS='-m "not slow" tests/ops' goes to pytest; single tests,
 #                        as in ARGS='tests/test_masks.py::test_name --pdb', and '-n 0' run in one process)
-# and: make lint, make aot (compile every kernel for sm_80, sm_90, sm_100 and inspect it), make clean
+# and: make lint, make aot (compile every kernel for sm_80, sm_90, sm_100 and inspect it), make cuda (build the kernels in
+# CUDA C++ beside them, for which nvcc must be there), make clean
 #
 # Everything is installed into ./.venv, once. Other versions, and options of pip, fit into the variables below:
 #   make test PYTHON=python3.12 VENV=.venv-3.12
@@ -25,7 +26,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 PINS := $(VENV)/.pins-$(shell printf '%s' '$(TORCH) $(TRITON) $(NUMPY)' | cksum | cut -d ' ' -f 1)
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint aot clean same-python
+.PHONY: demo test lint aot cuda clean same-python
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -41,8 +42,12 @@ lint: $(READY)
 aot: $(READY)
 	$(BIN)/python -m benchmarks.aot $(ARGS)
 
+# Apart, since nothing above needs it, or waits for nvcc.
+cuda: $(READY)
+	SORA_FAST_REQUIRE_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info sora_fast/*.so sora_fast/built.txt .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("$(PYTHON) is " + sys.version.split()[0] + \
@@ -64,6 +69,8 @@ $(PINS): | $(BIN)/python $(if $(filter file,$(origin PYTHON)),,same-python)
 	@rm -f $(VENV)/.pins-*
 	@touch $@
 
-$(READY): $(PINS) pyproject.toml setup.py
-	$(PIP) --no-build-isolation --editable '.[dev]'
+# A line is left that says what was compiled.
+$(READY): $(PINS) pyproject.toml setup.py $(wildcard csrc/*.py csrc/*.h csrc/cpu/*)
+	SORA_FAST_SKIP_CUDA=1 $(PIP) --no-build-isolation --editable '.[dev]'
+	@cat sora_fast/built.txt
 	@touch $@

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from benchmarks.entrants import Absent, Entrant, Ours, Tensors
 from benchmarks.environment import Ceilings
 from benchmarks.nvml import Gauge
 from benchmarks.timing import Timing, Work, host_microseconds
-from sora_fast.ops import packed_attention
+from sora_fast.ops import _library, packed_attention
 from sora_fast.ops._dispatch import interpreting
 
 DIRECTIONS = ("forward", "backward")
@@ -45,8 +46,23 @@ def _triton(case: Case) -> Entrant:
     return Ours.on("triton", case)
 
 
+def _by_library(backend: str, case: Case) -> Entrant:
+    if backend != case.device.type:
+        raise Absent(f"it is for tensors on {backend}")
+    if (reason := _library.missing(backend)) is not None:
+        raise Absent(reason)
+    if case.op.__name__ not in _library.OPS:
+        raise Absent("it is in no compiled library")
+    return Ours.on(backend, case)
+
+
 # Our own backends; the peers stand in benchmarks/peers.
-OURS: Mapping[str, Maker] = {"torch": _torch, "triton": _triton}
+OURS: Mapping[str, Maker] = {
+    "torch": _torch,
+    "cpu": partial(_by_library, "cpu"),
+    "triton": _triton,
+    "cuda": partial(_by_library, "cuda"),
+}
 
 
 @dataclass

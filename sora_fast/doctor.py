@@ -5,13 +5,12 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import sora_fast
-from sora_fast.ops import _records
+from sora_fast.ops import _library, _records
 from sora_fast.ops._checks import KERNEL_DTYPES
 from sora_fast.ops._dispatch import PROVE, UNPROVED, default
 from sora_fast.ops._records import Machine, Record, dtype_name
@@ -59,7 +58,7 @@ class Diagnosis:
     hold for `machine` and the kernels as they are. shipped: how many hold of validated.json."""
 
     versions: dict[str, str | None]
-    extension: list[str]
+    libraries: list[str]
     packages: dict[str, str | None]
     environment: dict[str, str]
     devices: list[Device]
@@ -87,7 +86,8 @@ class Diagnosis:
         yield f"sora_fast {self.versions['sora_fast']}"
         for name in ("python", "torch", "cuda", "driver", "triton"):
             yield f"  {name:12} {self.versions[name] or 'none'}"
-        yield f"  {'extension':12} {', '.join(self.extension) or 'none: there are no kernels in CUDA C++ here'}"
+        for line in self.libraries:
+            yield f"  {'compiled':12} {line}"
         for name, version in self.packages.items():
             yield f"  {name:12} {version or 'not installed'} ({OPTIONAL[name]})"
         for name, value in self.environment.items():
@@ -106,14 +106,15 @@ class Diagnosis:
         for op in dict.fromkeys(choice.op for choice in self.choices):
             backends = [choice.backend for choice in self.choices if choice.op == op]
             yield f"  {op:{width}}  " + "".join(f"{backend:8}" for backend in backends).rstrip()
-        for reason, names in self._reasons().items():
-            yield f"  not Triton, {', '.join(names)}: {reason}"
+        for backend, called in {"cuda": "CUDA C++", "triton": "Triton"}.items():
+            for reason, names in self._reasons(backend).items():
+                yield f"  not {called}, {', '.join(names)}: {reason}"
 
-    def _reasons(self) -> dict[str, list[str]]:
-        """Why not Triton, each reason once: of which ops, and of which dtypes if not of all."""
+    def _reasons(self, backend: str) -> dict[str, list[str]]:
+        """Why not on `backend`, each reason once: of which ops, and of which dtypes if not of all."""
         reasons: dict[str, dict[str, list[str]]] = {}
         for choice in self.choices:
-            if reason := choice.refused.get("triton"):
+            if reason := choice.refused.get(backend):
                 reasons.setdefault(reason, {}).setdefault(choice.op, []).append(_SHORT.get(choice.dtype, choice.dtype))
         named = {reason: [_named(op, dtypes) for op, dtypes in ops.items()] for reason, ops in reasons.items()}
         few = {reason: names for reason, names in named.items() if len(names) <= 4}
@@ -159,7 +160,7 @@ def examine(device: torch.device | str | None = None) -> Diagnosis:
     machine = Machine.of(device)
     return Diagnosis(
         versions=_versions(),
-        extension=sorted(file.name for file in Path(sora_fast.__file__).parent.rglob("*.so")),
+        libraries=_library.said(),
         packages={name: _records.package_version(name) for name in OPTIONAL},
         environment={name: os.environ[name] for name in _VARIABLES if name in os.environ},
         devices=list(_found_devices()),
@@ -195,6 +196,8 @@ def _chosen(device: torch.device) -> Iterator[Choice]:
     for op in (*OPS, "segment_mean"):
         for dtype in _DTYPES:
             offered = ("torch", "triton") if op in OPS and dtype in KERNEL_DTYPES else ("torch",)
+            offered += ("cpu", "cuda") if op in _library.OPS else ()
             backend, refused = default(op, device, offered, None if op == "schedule" else dtype)
-            # That there is no kernel in CUDA C++ is said once, above.
-            yield Choice(op, dtype_name(dtype), backend, {"triton": refused["triton"]} if "triton" in refused else {})
+            # Not what an op never has, nor that a CPU is no GPU.
+            told = ("triton", "cuda") if op in _library.OPS and device.type != "cpu" else ("triton",)
+            yield Choice(op, dtype_name(dtype), backend, {name: refused[name] for name in told if name in refused})

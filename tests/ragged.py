@@ -3,14 +3,22 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sora_fast.ops import _library
 from sora_fast.ops._patches import PatchSize
 from sora_fast.packing import PackedLayout, RaggedLatents
+
+# Of the ops on patches: plain PyTorch, Triton, and the compiled library for where the tests run.
+_LIBRARY = "cuda" if torch.cuda.is_available() else "cpu"
+_MISSING = _library.missing(_LIBRARY)
+needs_library = pytest.mark.skipif(_MISSING is not None, reason=_MISSING or "")
+BACKENDS = ("torch", pytest.param(_LIBRARY, marks=needs_library), "triton")
 
 # The interpreter is not trusted with bf16, and a GPU is.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])

@@ -14,7 +14,7 @@ import torch
 from sora_fast import doctor
 from sora_fast.cli import main
 from sora_fast.doctor import examine
-from sora_fast.ops import _dispatch, _records
+from sora_fast.ops import _dispatch, _library, _records
 from sora_fast.ops._records import Machine, Record, keep, source_hash
 from sora_fast.proof import Found, Report
 from sora_fast.proof.cases import OPS
@@ -53,9 +53,11 @@ def record(op: str, dtype: str = "bfloat16", *, passed: bool = True, **changes: 
     return replace(made, **changes)
 
 
-def test_on_a_cpu_everything_is_plain_pytorch(caplog: pytest.LogCaptureFixture) -> None:
+def test_on_a_cpu_everything_is_plain_pytorch_or_compiled(caplog: pytest.LogCaptureFixture) -> None:
     found = examine("cpu")
-    assert {choice.backend for choice in found.choices} == {"torch"}
+    compiled = _library.OPS if _library.missing("cpu") is None else ()
+    assert {choice.op for choice in found.choices if choice.backend == "cpu"} == {*compiled}
+    assert {choice.backend for choice in found.choices if choice.op not in compiled} == {"torch"}
     assert {choice.op for choice in found.choices} == {*OPS, "segment_mean"}
     text = str(found)
     assert f"torch        {torch.__version__}" in text and "the interpreter is for tests" in text

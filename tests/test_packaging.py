@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ("sora_fast", "kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+SHIPPED = ("sora_fast", "kernels", "csrc", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
 def _run(*command: str | Path, cwd: Path) -> str:
@@ -29,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("source")
     for name in SHIPPED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "built.txt"))
         else:
             shutil.copy(ROOT / name, copy / name)
     return copy

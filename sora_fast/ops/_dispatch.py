@@ -10,15 +10,15 @@ from importlib.util import find_spec
 
 import torch
 
-from sora_fast.ops import _records
+from sora_fast.ops import _library, _records
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("torch", "triton", "cuda", "flash_attn", "xformers")
+BACKENDS = ("torch", "cpu", "triton", "cuda", "flash_attn", "xformers")
 # Why a kernel is not chosen that nobody has found wrong either, and what makes it known to be right.
 UNPROVED, PROVE = "no recorded pass", "sora-fast doctor --prove"
 # Tried in this order when nobody asks for a backend.
-_PREFERENCE = ("cuda", "triton", "torch")
+_PREFERENCE = ("cuda", "triton", "cpu", "torch")
 
 _forced: ContextVar[str | None] = ContextVar("sora_fast_backend", default=None)
 _calls: dict[tuple[str, str], "_Record"] = {}
@@ -155,11 +155,15 @@ def _unavailable(op: str, backend: str, device_type: str, offered: tuple[str, ..
         return f"the package {backend} is not installed"
     elif backend in ("cuda", "flash_attn", "xformers") and device_type != "cuda":
         return f"the tensors are on {device_type}; {backend} needs cuda"
+    elif backend == "cpu" and device_type != "cpu":
+        return f"the tensors are on {device_type}; cpu needs them on a CPU"
+    elif backend in ("cpu", "cuda"):
+        return _library.missing(backend)
     return None
 
 
 def _unproved(op: str, backend: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
-    if backend == "torch":
+    if backend in ("torch", "cpu"):  # which the tests compare wherever they run
         return None
     if device.type != "cuda":
         return "the interpreter is for tests: ask for it by name"

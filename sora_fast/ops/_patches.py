@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_fast.ops._checks import check_device, check_dtype, check_layout, check_shape, may_read, once
+from sora_fast.ops._checks import KERNEL_DTYPES, check_device, check_dtype, check_layout, check_shape, may_read, once
 from sora_fast.packing import PackedLayout
 
 PatchSize = tuple[int, int, int]
@@ -40,6 +40,11 @@ def geometry(
     """What the custom ops take of them. The kernels read these at stride 1: nothing is copied where they are so."""
     segment_ids, coords = layout.segment_ids.contiguous(), layout.coords.contiguous()
     return offsets.contiguous(), shapes.contiguous(), segment_ids, coords, list(patch_size)
+
+
+def offered_patches(x: Tensor) -> tuple[str, ...]:
+    """The backends that move patches of the dtype of `x`: all but Triton move any."""
+    return ("torch", "cpu", "cuda", "triton") if x.dtype in KERNEL_DTYPES else ("torch", "cpu", "cuda")
 
 
 def check_patch_size(patch_size: PatchSize) -> None:

@@ -8,9 +8,8 @@ from torch import Tensor
 from sora_fast.ops import _patches_torch
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape, once
 from sora_fast.ops._dispatch import choose
-from sora_fast.ops._modulation import offered
 from sora_fast.ops._op import kernels, op
-from sora_fast.ops._patches import PatchSize, check_patch_size, geometry
+from sora_fast.ops._patches import PatchSize, check_patch_size, geometry, offered_patches
 from sora_fast.ops.unpatchify import _unpatchify_backward, channels_of, unpatchify, videos_of
 from sora_fast.packing import PackedLayout, RaggedLatents
 
@@ -29,14 +28,14 @@ def linear_unpatchify(
     """unpatchify(x · weightᵀ + bias), without the rows in between: a product writes its pixels itself.
 
     x: [N, C]; padding is not read. weight: [pt·ph·pw·Cout, C], bias: [pt·ph·pw·Cout] or None, laid out (pt, ph, pw,
-        Cout) as DiT's final layer has them. All of one dtype (bf16, fp16, fp32; fp64 on the torch backend).
+        Cout) as DiT's final layer has them. All of one dtype (bf16, fp16, fp32; fp64 on all backends but Triton).
     layout, patch_size, shapes, capacity, and what is returned: as in `unpatchify`.
     Differentiable in x, weight and bias; the gradients are those of two plain products.
     """
     _check(x, weight, bias, layout, patch_size)
     channels = channels_of("weight rows", weight.shape[0], patch_size)
-    chosen = choose("linear_unpatchify", backend, x.device, offered(x), x.dtype)
-    if chosen == "torch":
+    chosen = choose("linear_unpatchify", backend, x.device, offered_patches(x), x.dtype)
+    if chosen != "triton":
         rows = _patches_torch.linear(x, weight, bias, layout)
         return unpatchify(rows, layout, patch_size, shapes, capacity=capacity, backend=backend)
     offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity, backend=chosen)

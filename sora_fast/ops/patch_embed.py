@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sora_fast.ops import _patches_torch
+from sora_fast.ops import _patches_compiled, _patches_torch
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_shape, may_read, once
 from sora_fast.ops._dispatch import choose
-from sora_fast.ops._modulation import offered, parts, widened
+from sora_fast.ops._modulation import parts, widened
 from sora_fast.ops._op import kernels, op
-from sora_fast.ops._patches import PatchSize, check_grids, geometry
+from sora_fast.ops._patches import PatchSize, check_grids, geometry, offered_patches
 from sora_fast.packing import PackedLayout, RaggedLatents, RowIndex
 
 
@@ -74,7 +74,7 @@ def patch_embed(
         the layout's tokens are read, in the layout's order.
     weight: [width, Cin·pt·ph·pw], each row laid out (Cin, pt, ph, pw): a Conv3d kernel, flattened.
     bias: [width] or None. position: [N, width], a FactorisedPosition, or None.
-    All of one dtype (bf16, fp16, fp32; fp64 on the torch backend). Returns [N, width] in it; zeros for padding.
+    All of one dtype (bf16, fp16, fp32; fp64 on all backends but Triton). Returns [N, width] in it; zeros for padding.
     Differentiable in latents.flat, weight, bias and position.
     """
     if not isinstance(latents, RaggedLatents):
@@ -85,22 +85,21 @@ def patch_embed(
     _check_videos(latents, weight, patch_size)
     if position is not None:
         _check_position(position, weight, layout)
-    if choose("patch_embed", backend, weight.device, offered(weight), weight.dtype) == "torch":
-        return _torch(latents, weight, bias, layout, patch_size, position)
+    chosen = choose("patch_embed", backend, weight.device, offered_patches(weight), weight.dtype)
+    if chosen != "triton":
+        cut = (_patches_torch if chosen == "torch" else _patches_compiled).cut
+        patches = cut(latents.flat, latents.offsets, latents.shapes, layout, patch_size, _channels(weight, patch_size))
+        return _embedded(patches, weight, bias, layout, position)
     places = geometry(latents.offsets, latents.shapes, layout, patch_size)
     return _patch_embed(latents.flat, weight, bias, *_joined(position), *places)
 
 
-def _torch(
-    latents: RaggedLatents,
-    weight: Tensor,
-    bias: Tensor | None,
-    layout: PackedLayout,
-    patch_size: PatchSize,
-    position: Position,
-) -> Tensor:
-    channels = weight.shape[1] // math.prod(patch_size)
-    patches = _patches_torch.cut(latents.flat, latents.offsets, latents.shapes, layout, patch_size, channels)
+def _channels(weight: Tensor, patch_size: PatchSize) -> int:
+    return weight.shape[1] // math.prod(patch_size)
+
+
+def _embedded(patches: Tensor, weight: Tensor, bias: Tensor | None, layout: PackedLayout, position: Position) -> Tensor:
+    """What is left to do once patches are rows [N, K]."""
     tokens = _patches_torch.linear(patches, weight, bias, layout)
     if position is None:
         return tokens
@@ -266,7 +265,7 @@ def _check_videos(latents: RaggedLatents, weight: Tensor, patch_size: PatchSize)
     """Their channels and their elements, where looking costs nothing."""
     if not may_read(latents.shapes):
         return
-    channels = weight.shape[1] // math.prod(patch_size)
+    channels = _channels(weight, patch_size)
     others = {shape[0] for shape in latents.shapes.tolist() if math.prod(shape[1:])} - {channels}
     if others:
         raise ValueError(

@@ -7,12 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_fast.ops import _patches_torch
+from sora_fast.ops import _patches_compiled, _patches_torch
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape, may_read, once
 from sora_fast.ops._dispatch import choose
-from sora_fast.ops._modulation import offered
 from sora_fast.ops._op import kernels, op
-from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry
+from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry, offered_patches
 from sora_fast.packing import PackedLayout, RaggedLatents
 
 
@@ -35,10 +34,11 @@ def unpatchify(
     """
     _check(tokens, layout, patch_size)
     channels = channels_of("tokens columns", tokens.shape[1], patch_size)
-    chosen = choose("unpatchify", backend, tokens.device, offered(tokens), tokens.dtype)
+    chosen = choose("unpatchify", backend, tokens.device, offered_patches(tokens), tokens.dtype)
     offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity, backend=chosen)
-    if chosen == "torch":
-        flat = _patches_torch.put(tokens, offsets, shapes, layout, patch_size, capacity)
+    if chosen != "triton":
+        put = (_patches_torch if chosen == "torch" else _patches_compiled).put
+        flat = put(tokens, offsets, shapes, layout, patch_size, capacity)
     else:
         flat = _unpatchify(tokens, *geometry(offsets, shapes, layout, patch_size), capacity)
     return RaggedLatents(flat, offsets, shapes)
@@ -85,7 +85,7 @@ def videos_of(
         needed = channels * int(shapes[:, 1:].numpy().prod(axis=1, dtype=np.int64).sum())
         if needed > capacity:
             raise ValueError(f"capacity: {capacity} elements, but the videos have {needed}")
-    offsets, shapes = (_plain_videos if backend == "torch" else _videos)(shapes, channels)
+    offsets, shapes = (_videos if backend == "triton" else _plain_videos)(shapes, channels)
     return offsets, shapes, capacity
 
 

@@ -13,9 +13,8 @@ from sora_fast.packing import PackedLayout, RaggedLatents
 from sora_fast.proof.rule import poisoned_scratch
 from tests.helpers import assert_within_rule, examples
 from tests.modulated import no_recompilation
-from tests.ragged import DTYPES, RaggedCase, ragged_cases
+from tests.ragged import BACKENDS, DTYPES, RaggedCase, ragged_cases
 
-BACKENDS = ("torch", "triton")
 WIDTHS = [1, 20, 72] if not torch.cuda.is_available() else [1, 20, 384, 1152]
 NAN = float("nan")
 

@@ -26,9 +26,8 @@ from sora_fast.packing import PackedLayout, RaggedLatents
 from sora_fast.proof.rule import poisoned_scratch
 from tests.helpers import assert_within_rule, examples, far_apart
 from tests.modulated import no_recompilation
-from tests.ragged import DTYPES, RaggedCase, pad, ragged_cases
+from tests.ragged import BACKENDS, DTYPES, RaggedCase, pad, ragged_cases
 
-BACKENDS = ("torch", "triton")
 POSITIONS = ("none", "row a token", "tables", "only h")
 WIDTHS = [1, 20, 32] if not torch.cuda.is_available() else [1, 20, 384, 1152]
 

@@ -11,9 +11,7 @@ from sora_fast.ops.unpatchify import _unpatchify, _unpatchify_backward, unpatchi
 from sora_fast.packing import PackedLayout, RaggedLatents
 from sora_fast.proof.rule import poisoned_scratch
 from tests.modulated import no_recompilation
-from tests.ragged import RaggedCase, ragged_cases
-
-BACKENDS = ("torch", "triton")
+from tests.ragged import BACKENDS, RaggedCase, ragged_cases
 
 
 def oracle(tokens: Tensor, case: RaggedCase) -> Tensor:
@@ -182,7 +180,12 @@ TOKENS = torch.zeros(LAYOUT.capacity, CASE.num_pixels)
         ((TOKENS, None, (2, 2, 2), LATENTS), {}, TypeError, "layout: NoneType; it must be a PackedLayout"),
         ((TOKENS, LAYOUT, (2, 2, 2), LATENTS.shapes), {"capacity": 9}, ValueError, "capacity: 9 elements"),
         ((TOKENS, LAYOUT, (2, 2, 2), LATENTS.shapes[1:]), {"capacity": 999}, ValueError, "shapes: shape"),
-        ((TOKENS, LAYOUT, (2, 2, 2), LATENTS), {"backend": "cuda"}, ValueError, "has no cuda backend"),
+        (
+            (TOKENS, LAYOUT, (2, 2, 2), LATENTS),
+            {"backend": "cuda"},
+            ValueError,
+            "the tensors are on cpu; cuda needs cuda",
+        ),
         ((TOKENS.double(), LAYOUT, (2, 2, 2), LATENTS), {"backend": "triton"}, ValueError, "backend: 'triton'"),
     ],
 )

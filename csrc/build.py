@@ -1,0 +1,209 @@
+"""How the compiled libraries are built: from which files, by which compiler, and when they are left out.
+
+setup.py builds those that a package has; tests build `EMULATED` with `build`. Nothing of torch is imported, only its
+headers are read. A file is compiled anew if it, a header of ours that it includes, or its command has changed.
+"""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+# LibTorch's stable ABI of 2.10: what is built against it runs with every later torch.
+TORCH_TARGET = "TORCH_TARGET_VERSION=0x020a000000000000"
+# Ampere and Hopper; from the PTX a driver compiles for chips that are newer.
+CUDA_ARCHITECTURES = "8.0+PTX;9.0a"
+_ARCHITECTURE = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
+_MIN_NVCC = (12, 0)  # the first that knows sm_90a
+
+
+class Unavailable(Exception):
+    """Why a library cannot be built here. It is left out, unless the user demands it."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """sources: patterns in csrc/. cost: what is not there without it. flags: of its compiler, beside those of all."""
+
+    name: str
+    sources: tuple[str, ...]
+    cost: str
+    cuda: bool = False
+    flags: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> list[Path]:
+        """The sources, in order."""
+        return sorted(file for pattern in self.sources for file in ROOT.glob(pattern))
+
+
+CPU = Library("_cpu", ("cpu/*.cpp",), "on a CPU patches are moved in plain PyTorch, at a third of the speed")
+CUDA = Library("_cuda", ("cuda/*.cu",), "there are no kernels in CUDA C++, while Triton's are there", cuda=True)
+# Hopper's kernels under an emulator: for tests alone, never installed.
+EMULATED = Library(
+    "_emulated",
+    ("bindings_emulated.cpp", "emulator/*.cpp"),
+    "the kernels for Hopper are not tested",
+    flags=("-std=c++20", "-O2", "-Wno-unknown-pragmas"),
+)
+INSTALLED = (CPU, CUDA)
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What compiles a library here. name: for users. link: what follows the objects."""
+
+    name: str
+    compile: tuple[str, ...]
+    link: tuple[str, ...]
+
+    @staticmethod
+    def of(library: Library, environment: Mapping[str, str] = os.environ) -> "Toolchain":
+        """Raises Unavailable."""
+        if sys.platform != "linux":
+            raise Unavailable(f"it is built on Linux only, and this is {sys.platform}")
+        torch = _torch()
+        if not library.cuda:
+            return _host_compiler(library, torch, environment)
+        if not _is_set(environment, "SORA_FAST_SKIP_CUDA"):
+            return _nvcc(library, torch, environment)
+        raise Unavailable("SORA_FAST_SKIP_CUDA is set")
+
+
+def is_required(library: Library, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the user wants an error where it cannot be built."""
+    return library.cuda and _is_set(environment, "SORA_FAST_REQUIRE_CUDA")
+
+
+def build(library: Library, target: Path, objects: Path, environment: Mapping[str, str] = os.environ) -> str:
+    """Build `target`, with objects kept in the folder `objects`. Returns what built it, for users.
+
+    MAX_JOBS in the environment: how many compilers run at a time; default: as many as there are cores.
+    Raises Unavailable where there is no compiler for it, or it fails.
+    """
+    toolchain = Toolchain.of(library, environment)
+    folder = objects / library.name
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    jobs = int(environment.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        outputs = list(pool.map(lambda file: _compile(file, folder, toolchain), library.files))
+    command = [toolchain.compile[0], "-shared", "-o", str(target), *map(str, outputs), *toolchain.link]
+    _run_unless_fresh(command, target, folder / "link.command", outputs)
+    return toolchain.name
+
+
+def _compile(file: Path, folder: Path, toolchain: Toolchain) -> Path:
+    name = "-".join(file.relative_to(ROOT).parts)
+    output, depends = folder / f"{name}.o", folder / f"{name}.d"
+    command = [*toolchain.compile, "-MMD", "-MF", str(depends), "-c", str(file), "-o", str(output)]
+    # One line, with spaces in names escaped, of the target and what it is made of.
+    read = depends.read_text().replace("\\\n", " ") if depends.exists() else ""
+    inputs = [Path(name) for name in shlex.split(read)[1:]]
+    _run_unless_fresh(command, output, folder / f"{name}.command", inputs)
+    return output
+
+
+def _run_unless_fresh(command: Sequence[str], output: Path, record: Path, inputs: Sequence[Path]) -> None:
+    """record: where the command that made `output` is written down."""
+    text = shlex.join(command)
+    if inputs and output.exists() and record.exists() and record.read_text() == text:
+        made = output.stat().st_mtime_ns
+        if all(file.exists() and file.stat().st_mtime_ns <= made for file in inputs):
+            return
+    print(text, flush=True)
+    record.unlink(missing_ok=True)
+    if subprocess.run(command).returncode:
+        raise Unavailable(f"{Path(command[0]).name} failed on {output.name}, see above (pip install --verbose)")
+    record.write_text(text)
+
+
+@dataclass(frozen=True)
+class _Torch:
+    """The one that is built against. cuda: of its binaries; None of a CPU's."""
+
+    folder: Path
+    cuda: str | None
+
+    @property
+    def include(self) -> tuple[str, ...]:
+        return tuple(f"-isystem{self.folder / 'include' / part}" for part in ("", "torch/csrc/api/include"))
+
+
+def _torch() -> _Torch:
+    spec = find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise Unavailable("torch is not there while it is built: pip install --no-build-isolation")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    if not (folder / "include/torch/csrc/stable/tensor.h").exists():
+        raise Unavailable("this torch has no headers of the stable ABI")
+    return _Torch(folder, runpy.run_path(str(folder / "version.py"))["cuda"])
+
+
+def _host_compiler(library: Library, torch: _Torch, environment: Mapping[str, str]) -> Toolchain:
+    found = shlex.split(environment.get("CXX", "")) or [*filter(None, map(shutil.which, ("g++", "c++", "clang++")))][:1]
+    if not found or shutil.which(found[0]) is None:
+        raise Unavailable(f"there is no C++ compiler ({found[0] if found else 'g++'})")
+    flags = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-D{TORCH_TARGET}")
+    return Toolchain(
+        _version(found),
+        (*found, *flags, *torch.include, f"-I{ROOT}", *library.flags),
+        (f"-L{torch.folder / 'lib'}", "-ltorch_cpu"),
+    )
+
+
+def _nvcc(library: Library, torch: _Torch, environment: Mapping[str, str]) -> Toolchain:
+    home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
+    path = shutil.which("nvcc", path=str(Path(home, "bin")) if home else environment.get("PATH"))
+    if path is None:
+        raise Unavailable(f"there is no nvcc {f'in {home}/bin' if home else 'on PATH, and CUDA_HOME is not set'}")
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    version = tuple(map(int, re.search(r"release (\d+)\.(\d+)", said).groups()))
+    if version < _MIN_NVCC:
+        raise Unavailable(f"nvcc is {version[0]}.{version[1]}; it must be {_MIN_NVCC[0]}.{_MIN_NVCC[1]} or newer")
+    if torch.cuda is not None and int(torch.cuda.split(".")[0]) != version[0]:
+        raise Unavailable(f"nvcc is {version[0]}.{version[1]}, but torch was built with CUDA {torch.cuda}")
+    host = _host_compiler(replace(library, flags=()), torch, environment)
+    # What the host compiler is told, nvcc passes on, but for what it knows itself.
+    own = [flag for flag in host.compile[1:] if flag.startswith(("-std", "-O", "-D", "-I", "-isystem"))]
+    passed = ",".join(["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"])
+    # USE_CUDA: what the stable headers hide the parts for CUDA behind.
+    command = (path, f"-ccbin={host.compile[0]}", *own, f"-Xcompiler={passed}", "-DUSE_CUDA", "-Xptxas=-v,-warn-spills")
+    architectures = gencode(environment.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
+    # A torch for CUDA has its CUDA parts behind libtorch; one for CPUs has none, and builds all the same.
+    link = (f"-L{torch.folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu")
+    name = f"nvcc {version[0]}.{version[1]} for {', '.join(flag.split('=')[-1] for flag in architectures)}"
+    return Toolchain(name, (*command, *architectures, *library.flags), link)
+
+
+def gencode(architectures: str) -> tuple[str, ...]:
+    """nvcc's flags for a list as TORCH_CUDA_ARCH_LIST has it: "8.0;9.0a+PTX". ValueError if it is none."""
+    flags = []
+    for name in architectures.replace(" ", ";").split(";"):
+        match = _ARCHITECTURE.fullmatch(name)
+        if match is None:
+            raise ValueError(f'TORCH_CUDA_ARCH_LIST: {architectures!r}; it must be a list such as "8.0;9.0a+PTX"')
+        major, minor, kind, ptx = match.groups()
+        number = f"{major}{minor}{kind}"
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return tuple(flags)
+
+
+def _version(command: Sequence[str]) -> str:
+    said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    return said.splitlines()[0]
+
+
+def _is_set(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "0") not in ("", "0")
