@@ -52,7 +52,8 @@ struct Forms {
         auto by_query = parameters<T>(arguments, arguments.by_query, map_of<T>), by_key = parameters<T>(arguments, arguments.by_key, map_of<T>);
         int bytes = BackwardTiles<DIM>::kBytes;
         return ::run([&] { attention_backward_query<T, MASK, DIM>(by_query); }, kThreads, bytes, manner, outcome) ||
-               ::run([&] { attention_backward_key_value<T, MASK, DIM>(by_key); }, kThreads, bytes, manner, outcome);
+               (arguments.grad_k.data &&
+                ::run([&] { attention_backward_key_value<T, MASK, DIM>(by_key); }, kThreads, bytes, manner, outcome));
     }
 };
 
