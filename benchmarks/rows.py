@@ -15,6 +15,7 @@ from benchmarks.environment import Ceilings
 from benchmarks.nvml import Gauge
 from benchmarks.timing import Timing, Work, host_microseconds
 from sora_fast.ops import _library, packed_attention
+from sora_fast.ops._attention_cuda import refusal
 from sora_fast.ops._dispatch import interpreting
 
 DIRECTIONS = ("forward", "backward")
@@ -51,9 +52,21 @@ def _by_library(backend: str, case: Case) -> Entrant:
         raise Absent(f"it is for tensors on {backend}")
     if (reason := _library.missing(backend)) is not None:
         raise Absent(reason)
-    if case.op.__name__ not in _library.OPS:
+    if case.op.__name__ not in _compiled(backend):
         raise Absent("it is in no compiled library")
+    if case.op is packed_attention and (reason := refusal(*case.args[:3])) is not None:
+        raise Absent(reason)
     return Ours.on(backend, case)
+
+
+def _compiled(backend: str) -> tuple[str, ...]:
+    """Ops that the library of a backend has."""
+    return (*_library.OPS, "packed_attention") if backend == "cuda" else _library.OPS
+
+
+def ours(op: str) -> Mapping[str, Maker]:
+    """Our own backends that an op has."""
+    return {name: make for name, make in OURS.items() if name not in ("cpu", "cuda") or op in _compiled(name)}
 
 
 # Our own backends; the peers stand in benchmarks/peers.
