@@ -9,7 +9,8 @@ struct Backward {
         auto by_key = parameters<T>(arguments, arguments.by_key, map_of<T>);
         constexpr int kBytes = BackwardTiles<DIM>::kBytes;
         return ::run([&] { attention_backward_query<T, MASK, DIM>(by_query); }, kThreads, kBytes, manner, outcome) ||
-               ::run([&] { attention_backward_key_value<T, MASK, DIM>(by_key); }, kThreads, kBytes, manner, outcome);
+               (arguments.grad_k.data &&
+                ::run([&] { attention_backward_key_value<T, MASK, DIM>(by_key); }, kThreads, kBytes, manner, outcome));
     }
 };
 

@@ -63,21 +63,24 @@ def choose(
     device: torch.device,
     offered: tuple[str, ...] = ("torch", "triton"),
     dtype: torch.dtype | None = None,
+    *,
+    unsuited: tuple[tuple[str, str], ...] = (),
 ) -> str:
     """The backend to run `op` with on tensors of `device`.
 
     backend: what the caller asked for (None: automatic); offered: what the op has for such tensors. dtype: theirs, for
-        which a kernel must be proved; None, of an op that computes with integers only.
+        which a kernel must be proved; None, of an op that computes with integers only. unsuited: backends of those
+        offered that do not take these very tensors, each with the reason.
     Raises ValueError if the backend asked for cannot run here.
     """
     _check_name(backend, "backend")
     asked = asked_for()
     kernels_run = device.type == "cuda" or interpreting()
-    chosen, refused = _decide(op, backend, asked, device, offered, dtype, kernels_run, _records.epoch())
+    chosen, reasons = _decide(op, backend, asked, device, offered, dtype, unsuited, kernels_run, _records.epoch())
     record = _calls.get((op, chosen)) or _calls.setdefault((op, chosen), _Record())
     record.count += 1
-    if refused:
-        record.refused.update(refused)
+    if reasons:
+        record.refused.update(reasons)
     return chosen
 
 
@@ -95,6 +98,7 @@ def _decide(
     device: torch.device,
     offered: tuple[str, ...],
     dtype: torch.dtype | None,
+    unsuited: tuple[tuple[str, str], ...],
     kernels_run: bool,
     epoch: int,
 ) -> tuple[str, dict[str, str]]:
@@ -104,13 +108,13 @@ def _decide(
     refused: dict[str, str] = {}
     wanted = backend or asked
     if wanted is not None:
-        reason = _unavailable(op, wanted, device.type, offered)
+        reason = dict(unsuited).get(wanted) or _unavailable(op, wanted, device.type, offered)
         if reason is None:
             return wanted, refused
         if backend is not None:
             raise ValueError(f"backend: {backend!r} cannot run {op} here: {reason}")
         refused[wanted] = reason
-    chosen, reasons = default(op, device, offered, dtype)
+    chosen, reasons = default(op, device, offered, dtype, unsuited)
     if reasons.get("triton", "").startswith(UNPROVED):
         _remind()
     return chosen, refused | reasons
@@ -126,12 +130,17 @@ def asked_for() -> str | None:
 
 
 def default(
-    op: str, device: torch.device, offered: tuple[str, ...], dtype: torch.dtype | None
+    op: str,
+    device: torch.device,
+    offered: tuple[str, ...],
+    dtype: torch.dtype | None,
+    unsuited: tuple[tuple[str, str], ...] = (),
 ) -> tuple[str, dict[str, str]]:
     """The backend when nobody asks for one, and why not those before it; arguments and errors as in `choose`."""
     refused: dict[str, str] = {}
     for name in _PREFERENCE:
-        reason = _unavailable(op, name, device.type, offered) or _unproved(op, name, device, dtype)
+        reason = dict(unsuited).get(name) or _unavailable(op, name, device.type, offered)
+        reason = reason or _unproved(op, name, device, dtype)
         if reason is None:
             return name, refused
         refused[name] = reason

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sora_fast.masks import SpacetimeMask
+from sora_fast.ops import _attention_cuda as compiled
 from sora_fast.ops import _attention_device as on_device
 from sora_fast.ops import _attention_peers as peers
 from sora_fast.ops import _attention_torch as plain
@@ -59,12 +60,13 @@ def packed_attention(
     schedule = mask if isinstance(mask, TileSchedule) else TileSchedule.build(layout, mask, kv_layout=kv_layout)
     cross = kv_layout is not None
     others = peers.offered(q, k, schedule, cross=cross, lse=return_lse, deterministic=deterministic)
-    chosen = choose("packed_attention", backend, q.device, (*_offered(q), *others), q.dtype)
+    offered, unsuited = _offered(q, k, v)
+    chosen = choose("packed_attention", backend, q.device, (*offered, *others), q.dtype, unsuited=unsuited)
     if chosen in others:
         return getattr(peers, chosen)(q, k, v, schedule, scale=scale, deterministic=deterministic)
     if chosen == "torch" and on_device.fits(q, k):
         return on_device.attention(q, k, v, schedule, scale=scale, lse=return_lse, deterministic=deterministic)
-    attend = _plain_attention if chosen == "torch" else _triton_attention
+    attend = {"torch": _plain_attention, "cuda": _cuda_attention}.get(chosen, _triton_attention)
     tile_sizes = [schedule.layout.tile_size, schedule.kv_layout.tile_size]
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
     out, lse = attend(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule), scale, deterministic)
@@ -190,6 +192,44 @@ def _triton_attention_backward(
     return backward(grad_out, grad_lse, q, k, v, out, lse, *walks, **options, keys=keys, deterministic=deterministic)
 
 
+@op("sora_fast::packed_attention_cuda")
+def _cuda_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    schedule: list[Tensor],
+    tile_sizes: list[int],
+    kind: int,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    return compiled.forward(q, k, v, schedule, _mask(kind), scale)
+
+
+@op("sora_fast::packed_attention_cuda_backward")
+def _cuda_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    schedule: list[Tensor],
+    tile_sizes: list[int],
+    kind: int,
+    scale: float,
+    deterministic: bool,
+    keys: bool,  # whether anybody asks for the gradients of k and v
+) -> list[Tensor]:
+    return compiled.backward(grad_out, grad_lse, q, k, v, out, lse, schedule, _mask(kind), scale, keys=keys)
+
+
+def _mask(kind: int) -> int:
+    """As the CUDA kernels call it."""
+    return 0 if kind == _FULL else 2 if kind in _BY_RASTER else 1
+
+
 def _walk(schedule: list[Tensor], side: int) -> Any:
     """From queries to keys (0), or from keys to queries (1)."""
     tiles, sides = schedule[2:4], schedule[8:]
@@ -235,15 +275,19 @@ def _backward_with(own: Any) -> Any:
 for _op, _op_backward in (
     (_plain_attention, _plain_attention_backward),
     (_triton_attention, _triton_attention_backward),
+    (_cuda_attention, _cuda_attention_backward),
 ):
     _op.register_fake(_fake)
     _op_backward.register_fake(_fake_backward)
     _op.register_autograd(_backward_with(_op_backward), setup_context=_save)
 
 
-def _offered(q: Tensor) -> tuple[str, ...]:
+def _offered(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Backends that take such tensors, and why not the others, where that can be said."""
     fits = q.dtype in KERNEL_DTYPES and q.shape[2] <= MAX_KERNEL_HEAD_DIM
-    return ("torch", "triton") if fits else ("torch",)
+    offered = ("torch", "triton") if fits else ("torch",)
+    reason = compiled.refusal(q, k, v) if q.device.type == "cuda" else None
+    return (*offered, "cuda"), () if reason is None else (("cuda", reason),)
 
 
 @once

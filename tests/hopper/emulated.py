@@ -3,24 +3,34 @@
 import ctypes
 import fcntl
 import hashlib
+import importlib
 import os
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from sora_fast.packing import PackedLayout
-from sora_fast.schedule import TileLists, TileSchedule, TokenRanges
+from sora_fast.ops import _attention_cuda as compiled
+from sora_fast.ops import _library
+from sora_fast.proof.rule import poisoned_scratch
+from sora_fast.schedule import TileSchedule
+
+op_module = importlib.import_module("sora_fast.ops.packed_attention")
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulated"
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
 
 class _Tensor(ctypes.Structure):
@@ -31,6 +41,8 @@ class _Tensor(ctypes.Structure):
 
     @classmethod
     def of(cls, x: Tensor) -> "_Tensor":
+        if x.dim() == 1:  # not wanted
+            return cls()
         assert x.stride(2) == 1
         return cls(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), x.stride(1))
 
@@ -39,9 +51,7 @@ class _Numbers(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("count", ctypes.c_int64))
 
     @classmethod
-    def of(cls, x: Tensor | None) -> "_Numbers":
-        if x is None:
-            return cls(None, 0)
+    def of(cls, x: Tensor) -> "_Numbers":
         assert x.dtype == torch.int32 and x.is_contiguous()
         return cls(x.data_ptr(), x.numel())
 
@@ -54,21 +64,12 @@ class _Walk(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, own: PackedLayout, other: PackedLayout, side: TileLists | TokenRanges) -> "_Walk":
-        lists = isinstance(side, TileLists)
-        split = side.full_end if lists else side.split
-        tensors = (own.tile_offsets, other.tile_offsets, side.begin, split, side.end, side.order)
-        tiles = side.tiles if lists else None
-        return cls(*map(_Numbers.of, (*tensors, tiles)), own.max_tiles, lists)
+    def of(cls, own: Tensor, other: Tensor, side: Sequence[Tensor], lists: bool) -> "_Walk":
+        return cls(*map(_Numbers.of, (own, other, *side)), len(side[3]), lists)
 
 
 class _Boxes(ctypes.Structure):
     _fields_ = tuple((name, _Numbers) for name in ("low", "high", "place", "raster"))
-
-    @classmethod
-    def of(cls, schedule: TileSchedule) -> "_Boxes":
-        tensors = (schedule.query_low, schedule.query_high, schedule.key_place, schedule.layout.raster_index)
-        return cls(*map(_Numbers.of, tensors))
 
 
 class _Forward(ctypes.Structure):
@@ -113,8 +114,8 @@ class Gradients:
     """As `Emulated`."""
 
     q: Tensor
-    k: Tensor
-    v: Tensor
+    k: Tensor | None
+    v: Tensor | None
     trace: int
     steps: int
 
@@ -170,8 +171,11 @@ def library() -> "Library":
     if not target.exists():
 
         def build() -> None:
-            compile_object(SOURCES / "emulated" / "attention.cpp", folder / "attention.o")
-            link([folder / "attention.o", *emulator_objects()], target)
+            sources = sorted((SOURCES / "emulated").glob("*.cpp"))
+            objects = [folder / f"{source.stem}.o" for source in sources]
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(compile_object, sources, objects))
+            link([*objects, *emulator_objects()], target)
 
         _once(folder, build, target)
     return Library(target)
@@ -203,16 +207,9 @@ class Library:
         self, q: Tensor, k: Tensor, v: Tensor, schedule: TileSchedule, *, scale: float | None = None, **manner: int
     ) -> Emulated:
         """q [N, H, D]; k, v [Nk, Hk, D], bf16 or fp16, columns side by side; lse [H, N]. Raises EmulatedFault."""
-        out = torch.full_like(q, float("nan"), memory_format=torch.contiguous_format)
-        lse = torch.full((q.shape[1], q.shape[0]), float("nan"))
-        arguments = _Forward(
-            *map(_Tensor.of, (q, k, v, out)),
-            lse.data_ptr(),
-            _Walk.of(schedule.layout, schedule.kv_layout, schedule.by_query),
-            _Boxes.of(schedule),
-            *_options(q, schedule, scale),
-        )
-        outcome = self._run("emulated_attention_forward", arguments, **manner)
+        scale = q.shape[2] ** -0.5 if scale is None else scale
+        with self.native(**manner) as outcome, poisoned_scratch():
+            out, lse = compiled.forward(q, k, v, *_packed(schedule), scale)
         return Emulated(out, lse, outcome.trace, outcome.steps)
 
     def gradients(
@@ -227,33 +224,66 @@ class Library:
         schedule: TileSchedule,
         *,
         scale: float | None = None,
+        keys: bool = True,
         **manner: int,
     ) -> Gradients:
-        """grad_out, out: as q; grad_lse, lse [H, N] float32, contiguous. Raises EmulatedFault."""
-        grads = [torch.full_like(x, float("nan"), memory_format=torch.contiguous_format) for x in (q, k, v)]
-        statistics = [torch.full_like(lse, float("nan")) for _ in range(2)]
-        numbers = [None if x is None else x.data_ptr() for x in (lse, grad_lse, *statistics)]
-        layouts = schedule.layout, schedule.kv_layout
-        arguments = _Backward(
-            *map(_Tensor.of, (q, k, v, out, grad_out, *grads)),
-            *numbers,
-            _Walk.of(*layouts, schedule.by_query),
-            _Walk.of(*reversed(layouts), schedule.by_key),
-            _Boxes.of(schedule),
-            *_options(q, schedule, scale),
-        )
-        outcome = self._run("emulated_attention_backward", arguments, **manner)
-        return Gradients(*grads, outcome.trace, outcome.steps)
+        """grad_out, out: as q; grad_lse, lse [H, N] float32. Raises EmulatedFault."""
+        scale = q.shape[2] ** -0.5 if scale is None else scale
+        with self.native(**manner) as outcome, poisoned_scratch():
+            inputs = grad_out, grad_lse, q, k, v, out, lse, *_packed(schedule), scale
+            grads = compiled.backward(*inputs, keys=keys)
+        return Gradients(*grads, *[None] * (3 - len(grads)), outcome.trace, outcome.steps)
 
-    def _run(
-        self, name: str, arguments: ctypes.Structure, *, seed: int = 0, blocks: int = 2, check_races: bool = True
-    ) -> _Outcome:
+    @contextmanager
+    def native(self, *, seed: int = 0, blocks: int = 2, check_races: bool = True) -> Iterator[_Outcome]:
+        """Inside, the package's calls of the CUDA library run these kernels, on CPU tensors."""
         manner, outcome = _Manner(seed, blocks, check_races), _Outcome()
-        if getattr(self._library, name)(*map(ctypes.byref, (arguments, manner, outcome))):
-            raise EmulatedFault(outcome.message.decode())
-        return outcome
+
+        def function(name: str) -> Callable[..., None]:
+            def call(*args: Any) -> None:
+                arguments = _ARGUMENTS[name](*args)
+                if getattr(self._library, f"emulated_{name}")(*map(ctypes.byref, (arguments, manner, outcome))):
+                    raise EmulatedFault(outcome.message.decode())
+
+            return call
+
+        with patch.object(_library, "function", function):
+            yield outcome
 
 
-def _options(q: Tensor, schedule: TileSchedule, scale: float | None) -> tuple[float, int, int, bool]:
-    mask = 0 if schedule.mask.is_full else 2 if schedule.mask.causal_tokens else 1
-    return q.shape[2] ** -0.5 if scale is None else scale, q.shape[2], mask, q.dtype == torch.float16
+def _packed(schedule: TileSchedule) -> tuple[list[Tensor], int]:
+    """As the op takes it: its tensors, and the kind of its mask."""
+    return op_module._tensors(schedule), op_module._mask(op_module._kind(schedule))
+
+
+# As csrc/cuda/attention.cu has the arguments of the ops, in their order.
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> _Forward:
+    (own, other, *boxes), side, (lists, mask, scale, out, lse) = rest[:6], rest[6:11], rest[11:]
+    walk = _Walk.of(own, other, side, lists)
+    options = scale, q.shape[2], mask, q.dtype == torch.float16
+    return _Forward(*map(_Tensor.of, (q, k, v, out)), lse.data_ptr(), walk, _Boxes(*map(_Numbers.of, boxes)), *options)
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> _Backward:
+    (own, other, *boxes), by_query, by_key, (lists, mask, scale, *outputs) = (
+        rest[:6],
+        rest[6:11],
+        rest[11:16],
+        rest[16:],
+    )
+    grads, statistics = outputs[:3], outputs[3:]
+    return _Backward(
+        *map(_Tensor.of, (q, k, v, out, grad_out, *grads)),
+        *(x.data_ptr() or None for x in (lse, grad_lse, *statistics)),
+        _Walk.of(own, other, by_query, lists),
+        _Walk.of(other, own, by_key, lists),
+        _Boxes(*map(_Numbers.of, boxes)),
+        *(scale, q.shape[2], mask, q.dtype == torch.float16),
+    )
+
+
+_ARGUMENTS = {"attention_forward": _forward, "attention_backward": _backward}

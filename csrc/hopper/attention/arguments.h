@@ -1,8 +1,5 @@
 // What the host hands to a launch, on the device and in the emulation: plain addresses, sizes and strides.
 #pragma once
-#include <algorithm>
-#include <limits>
-
 #include "backward_tiles.h"
 #include "shared_tiles.h"
 
@@ -23,15 +20,12 @@ struct TensorView {
     int64_t numbers() const { return heads * tokens; }  // one a row
 };
 
-// Of scores in powers of two. A score of -inf, which marks what is not met, must stay one: 0 becomes the least number.
-inline float log2_scale(float scale) { return std::max(scale, std::numeric_limits<float>::min()) * 1.4426950408889634f; }
-
 struct ForwardArguments {
     TensorView q, k, v, out;
     float* lse;  // [heads, tokens]
     Walk walk;   // from queries to keys
     Boxes boxes;
-    float scale;  // of the scores; not negative
+    float scale;  // of the scores; positive
     int dim;
     Mask mask;
     bool is_half;  // fp16, else bf16
@@ -48,7 +42,7 @@ AttentionForward<T> parameters(const ForwardArguments& x, MakeMap make_map) {
         {x.lse, x.q.numbers()},
         x.walk,
         x.boxes,
-        log2_scale(x.scale),
+        x.scale * 1.4426950408889634f,
         int(x.q.tokens),
         int(x.q.heads),
         int(x.q.heads / x.k.heads),
@@ -88,7 +82,7 @@ AttentionBackward<T> parameters(const BackwardArguments& x, const Walk& walk, Ma
         walk,
         x.boxes,
         x.scale,
-        log2_scale(x.scale),
+        x.scale * 1.4426950408889634f,
         int(x.q.tokens),
         int(x.k.tokens),
         int(x.q.heads),
