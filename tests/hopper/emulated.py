@@ -30,7 +30,10 @@ op_module = importlib.import_module("sora_fast.ops.packed_attention")
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulated"
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+FLAGS = (
+    *("-std=c++20", f"-I{SOURCES}", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+)
 
 
 class _Tensor(ctypes.Structure):
@@ -165,20 +168,28 @@ def emulator_objects() -> list[Path]:
 @cache
 def library() -> "Library":
     """The kernels as they are."""
-    sources = [path for path in sorted(SOURCES.rglob("*")) if path.suffix in (".h", ".cpp")]
-    folder = _folder("kernels", sources)
-    target = folder / "libemulated.so"
+    return Library(_built("kernels", sorted((SOURCES / "emulated").glob("*.cpp"))))
+
+
+def shared_library(name: str, sources: list[Path]) -> ctypes.CDLL:
+    """C++ of the tests' own, with the headers of csrc/ and the emulator."""
+    return ctypes.CDLL(str(_built(name, sources)))
+
+
+def _built(name: str, sources: list[Path]) -> Path:
+    headers = [path for path in sorted(SOURCES.rglob("*")) if path.suffix in (".h", ".cpp")]
+    folder = _folder(name, [*headers, *sources])
+    target = folder / f"lib{name}.so"
+
+    def build() -> None:
+        objects = [folder / f"{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(compile_object, sources, objects))
+        link([*objects, *emulator_objects()], target)
+
     if not target.exists():
-
-        def build() -> None:
-            sources = sorted((SOURCES / "emulated").glob("*.cpp"))
-            objects = [folder / f"{source.stem}.o" for source in sources]
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(compile_object, sources, objects))
-            link([*objects, *emulator_objects()], target)
-
         _once(folder, build, target)
-    return Library(target)
+    return target
 
 
 def _folder(name: str, sources: list[Path]) -> Path:

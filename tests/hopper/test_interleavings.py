@@ -1,4 +1,4 @@
-"""Whatever comes first, the bits are the same: many interleavings of each kind of case. EXAMPLES=100 tries thousands."""
+"""Whatever comes first, the bits are the same: many interleavings of each kind. EXAMPLES=100 tries thousands."""
 
 import pytest
 import torch
