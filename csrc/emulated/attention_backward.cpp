@@ -1,5 +1,6 @@
 // The emulated backward, both of its passes, as a plain C function, for the tests (ctypes).
 #include "../hopper/attention/backward_key_value.h"
+#include "../hopper/attention/forward.h"
 #include "running.h"
 
 template <class T, Mask MASK, int DIM>

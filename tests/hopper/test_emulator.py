@@ -31,7 +31,7 @@ CRIMES = {
     "parity of 2": "parity is neither 0 nor 1",
     "an arrival too few": "deadlock: 128 threads .0 ... 127. wait for mbarrier at .* "
     r"\[phase 0, 1 of 2 arrivals and 0 bytes missing\] at crimes.cpp:\d+",
-    "wrong parity": "wgmma reads a TMA load that was not waited for",
+    "wrong parity": "wgmma reads a TMA load that was not waited for|deadlock: 128 threads .* wait for mbarrier",
     "load where TMA does": "load reads (where a TMA load is in flight|a TMA load that was not waited for)"
     "|TMA load overwrites what warp 1 has read",
     "TMA over a tile in use": "TMA load overwrites what an operation in flight of warp . reads",

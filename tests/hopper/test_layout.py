@@ -2,7 +2,7 @@
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def layout() -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="module")
-def linear() -> Callable[[Any, tuple[int, ...]], Any]:
+def linear() -> Iterator[Callable[[Any, tuple[int, ...]], Any]]:
     """Of a Gluon layout and a shape, Triton's linear layout."""
     try:
         from triton._C.libtriton import gluon_ir, ir
@@ -41,7 +41,9 @@ def linear() -> Callable[[Any, tuple[int, ...]], Any]:
         to_linear = builder.to_linear_layout
     except (ImportError, AttributeError, TypeError) as error:
         pytest.skip(f"Triton {triton.__version__} does not tell its linear layouts: {error}")
-    return lambda layout, shape: to_linear(layout._to_ir(builder), list(shape))
+    # The builder does not keep its context alive.
+    yield lambda layout, shape: to_linear(layout._to_ir(builder), list(shape))
+    del context
 
 
 def apply(groups: list[list[list[int]]], numbers: tuple[int, ...]) -> tuple[int, int]:
