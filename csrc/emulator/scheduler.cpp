@@ -9,7 +9,7 @@
 
 #include "run.h"
 
-#if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
+#ifndef EMULATOR_C_CONTEXTS
 asm(R"(
 .text
 .globl emulator_switch
@@ -98,6 +98,7 @@ int num_blocks() { return run->launch.blocks; }
 uint32_t shared_base() { return run->base; }
 
 static void entry() {
+    run->scheduler.stack = arrive(nullptr);
     (*run->kernel)();
     Fiber& fiber = me();
     if (fiber.retired < fiber.products) die(fiber.where, "thread ends with wgmma in flight");
@@ -239,6 +240,7 @@ static void begin(char* stack) {
     for (int i = 0; i < threads; i++) {
         Fiber& fiber = r.fibers[i];
         fiber.stack = stack + size_t(kStack) * i;
+        forget_frames({fiber.stack, kStack});
         memset(fiber.stack + kStack - 4096, 0xFF, 4096);
         fiber.registers.reserve(64);
         prepare(fiber.context, fiber.stack, entry);

@@ -30,6 +30,9 @@ static void each_element(const TensorMap& map, uint32_t address, const int (&at)
 
 static void check_box(const TensorMap& map, uint32_t address, const Where& where) {
     if (map.box[0] * bytes_of(map.element) != 128) die(where, "only boxes with rows of 128 bytes are emulated");
+    if (reinterpret_cast<uintptr_t>(map.data) % 16) die(where, "tensor map: an address that is not a multiple of 16 bytes");
+    for (int axis = 1; axis < 3; axis++)
+        if (map.stride[axis] * bytes_of(map.element) % 16) die(where, "tensor map: a stride that is not a multiple of 16 bytes");
     if (map.box[2] > 256) die(where, "a box has more than 256 rows");
     if (address % 1024) die(where, text("TMA with 128-byte swizzle at 0x%x, not a multiple of 1,024", address));
     shared_at(address, box_bytes(map), where);

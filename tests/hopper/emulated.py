@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +30,10 @@ op_module = importlib.import_module("sora_fast.ops.packed_attention")
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulated"
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+FLAGS = (
+    *("-std=c++20", f"-I{SOURCES}", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+)
 
 
 class _Tensor(ctypes.Structure):
@@ -130,17 +134,20 @@ class Emulated:
 
 
 def compile_object(source: Path, target: Path, *flags: str) -> None:
-    """With the C++ compiler. Raises CalledProcessError."""
-    command = [compiler(), *FLAGS, *flags, "-c", str(source), "-o", str(target)]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    """With the C++ compiler."""
+    _compile([*FLAGS, *flags, "-c", str(source), "-o", str(target)])
 
 
 def link(objects: list[Path], target: Path, *flags: str) -> None:
     """A shared library, in place only when it is whole."""
     partial = target.with_name(f"{target.name}.{os.getpid()}")
-    command = [compiler(), "-shared", *flags, *map(str, objects), "-o", str(partial)]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    _compile(["-shared", *flags, *map(str, objects), "-o", str(partial)])
     partial.replace(target)
+
+
+def _compile(arguments: list[str]) -> None:
+    done = subprocess.run([compiler(), *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[:4000]
 
 
 def compiler() -> str:
@@ -164,21 +171,40 @@ def emulator_objects() -> list[Path]:
 @cache
 def library() -> "Library":
     """The kernels as they are."""
-    sources = [path for path in sorted(SOURCES.rglob("*")) if path.suffix in (".h", ".cpp")]
-    folder = _folder("kernels", sources)
-    target = folder / "libemulated.so"
+    return Library(_built("kernels", sorted((SOURCES / "emulated").glob("*.cpp"))))
+
+
+def shared_library(name: str, sources: list[Path]) -> ctypes.CDLL:
+    """C++ of the tests' own, with the headers of csrc/ and the emulator."""
+    return ctypes.CDLL(str(_built(name, sources)))
+
+
+def sanitized(name: str, sources: list[Path], *flags: str) -> Path:
+    """A library under AddressSanitizer and UndefinedBehaviorSanitizer, which end the process at the first fault."""
+    sanitizers = "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"
+    emulator = sorted((SOURCES / "emulator").glob("*.cpp"))
+    return _built(f"{name}-sanitized", [*sources, *emulator], *flags, "-O1", "-g", *sanitizers, linked=sanitizers)
+
+
+def _built(name: str, sources: list[Path], *flags: str, linked: Sequence[str] | None = None) -> Path:
+    """linked: what the linker is told where the emulator is among the sources; None: it is not."""
+    headers = [path for path in sorted(SOURCES.rglob("*")) if path.suffix in (".h", ".cpp")]
+    folder = _folder(name, [*headers, *sources], *flags)
+    target = folder / f"lib{name}.so"
+
+    def build() -> None:
+        objects = [folder / f"{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda source, output: compile_object(source, output, *flags), sources, objects))
+        link([*objects, *(emulator_objects() if linked is None else [])], target, *(linked or ()))
+
     if not target.exists():
-
-        def build() -> None:
-            compile_object(SOURCES / "emulated" / "attention.cpp", folder / "attention.o")
-            link([folder / "attention.o", *emulator_objects()], target)
-
         _once(folder, build, target)
-    return Library(target)
+    return target
 
 
-def _folder(name: str, sources: list[Path]) -> Path:
-    digest = hashlib.sha256(" ".join((compiler(), *FLAGS)).encode())
+def _folder(name: str, sources: list[Path], *flags: str) -> Path:
+    digest = hashlib.sha256(" ".join((compiler(), *FLAGS, *flags)).encode())
     for path in sources:
         digest.update(path.read_bytes())
     folder = BUILD / f"{name}-{digest.hexdigest()[:16]}"
