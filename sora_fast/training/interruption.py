@@ -32,9 +32,12 @@ class Interruption:
 
     @contextlib.contextmanager
     def at_once(self, *, when: bool = True) -> Iterator[None]:
-        """Inside, a request raises `Stopped`: for what changes nothing and may take minutes (data, compilation)."""
+        """Inside, a request raises `Stopped`, an earlier one too: for what changes nothing and may take minutes (data,
+        compilation)."""
         self._interruptible = when
         try:
+            if when and self.requested:
+                raise Stopped
             yield
         finally:
             self._interruptible = False

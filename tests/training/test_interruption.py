@@ -81,3 +81,13 @@ def test_what_may_not_be_left_is_not_left() -> None:
         assert interruption.requested
     with Interruption() as interruption, pytest.raises(Stopped), interruption.at_once():
         signal.raise_signal(signal.SIGINT)
+
+
+def test_an_earlier_request_waits_for_nothing() -> None:
+    """One that came while the log was written, say, and then the data are awaited."""
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped), interruption.at_once():
+            pytest.fail("it waits")
+        with interruption.at_once(when=False):
+            pass
