@@ -6,6 +6,7 @@ kernels, sizes and Python numbers of the call that was captured.
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Generic, Protocol, TypeVar
@@ -46,7 +47,7 @@ class Graph(Generic[Inputs]):
     def __init__(self, function: Callable[[Inputs], Any], recorder: Recorder) -> None:
         self._function, self._recorder = function, recorder
         self._own: Inputs | None = None
-        self._loaded: Inputs | None = None
+        self._loaded: dict[str, weakref.ref[TensorBundle]] = {}
         self._left = WARM_UP
         self._replay: Callable[[], None] | None = None
         self._outputs: Any = None
@@ -73,14 +74,16 @@ class Graph(Generic[Inputs]):
 
     def _load(self, inputs: Inputs) -> None:
         if self._own is None:
-            self._own = inputs._map(functools.cache(torch.clone))  # what is shared stays so
-        else:
-            for field in fields(inputs):
-                mine, new, last = (getattr(bundle, field.name) for bundle in (self._own, inputs, self._loaded))
-                if isinstance(new, Tensor) or new is not last:
-                    check_like(field.name, mine, new)
-                    copy_into(mine, new)
-        self._loaded = inputs
+            # Each by itself: tensors that two inputs share now they need not share later.
+            self._own = inputs._map(torch.clone)
+        for field in fields(inputs):
+            mine, new = getattr(self._own, field.name), getattr(inputs, field.name)
+            if field.name in self._loaded and self._loaded[field.name]() is new:
+                continue
+            check_like(field.name, mine, new)
+            copy_into(mine, new)
+            if isinstance(new, TensorBundle):
+                self._loaded[field.name] = weakref.ref(new)
 
 
 class CudaRecorder:
@@ -105,7 +108,9 @@ class CudaRecorder:
     def capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """See `Recorder`."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_pool(), stream=self._stream):
+        # Other threads go on meanwhile, with memory for batches for example.
+        options = {"pool": _pool(), "stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, **options):
             outputs = call()
         return graph.replay, outputs
 

@@ -46,7 +46,9 @@ class Interruption:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        when = "" if self._interruptible else " after this step"
+        # Ctrl-C ends the reader of a pipe too, and a signal may come in the middle of another line: still it is saved.
+        with contextlib.suppress(OSError, RuntimeError):
+            tqdm.write(f"Stopping{when}, and saving. (Again: stop at once, without.)")
         if self._interruptible:
-            tqdm.write("Stopping, and saving. (Again: stop at once, without.)")
             raise Stopped
-        tqdm.write("Stopping after this step, and saving. (Again: stop at once, without.)")

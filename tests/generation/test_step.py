@@ -124,3 +124,14 @@ def test_a_graph_needs_a_gpu() -> None:
     networks = random_engine().networks
     with pytest.raises(ValueError, match="graph: True, but a CUDA graph needs a GPU"):
         Engine(networks, graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampler", ["euler", "dpm++", "heun"])
+def test_on_a_gpu(sampler: str) -> None:
+    networks = random_engine().networks
+    graph, plain = (Engine(networks, device="cuda", graph=graph) for graph in (True, False))
+    for requests in PACKS:
+        made, expected = (e.generate(requests, steps=5, sampler=SAMPLERS[sampler]) for e in (graph, plain))
+        torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3)
+    assert graph.latency.replayed

@@ -440,3 +440,13 @@ def test_resumed_with_what_does_not_fit(whole: Path, config: RunConfig, named: s
 def test_refuses_a_folder_with_a_run(whole: Path) -> None:
     with pytest.raises(ValueError, match="already holds a run"):
         Trainer(tiny(), Gradients(), whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_as_one_graph_on_a_gpu(tmp_path: Path, optimizer: str) -> None:
+    for graph in (True, False):
+        config = tiny(graph=graph, optimizer=optimizer)
+        Trainer(config, Gradients(), tmp_path / str(graph), device="cuda").fit(progress=False)
+    one, other = (_losses(tmp_path / name) for name in ("True", "False"))
+    assert [loss for _, loss, _ in one] == pytest.approx([loss for _, loss, _ in other], rel=1e-2)
