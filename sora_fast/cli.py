@@ -229,6 +229,11 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         help="what torch.compile makes one graph of: the blocks, which starts sooner (default), or model and loss",
     )
     add("--no-compile", action="store_true", help="without torch.compile: starts sooner, runs slower")
+    add(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        help="on a GPU, launch a step as one CUDA graph: less work for the host (default: no)",
+    )
     add = parser.add_argument_group("what is told meanwhile, beside the run's log.jsonl and loss.png").add_argument
     add("--sample-every", type=COUNT, metavar="STEPS", help="a sheet of samples so often, in the run's samples/")
     add("--json", action="store_true", help="print the lines of the log; all else goes to standard error")
@@ -324,6 +329,11 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="with torch.compile (default: on a CPU, where that takes less time in all)",
+    )
+    add(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        help="launch a step as one CUDA graph (default: on a GPU, from the third step on, where there is no --cache)",
     )
     add("--seed", type=SEED, help="another seed, another video (default: %(default)s)")
     add("--fps", type=POSITIVE, help="frames per second of the result (default: those of the given clip or of the run)")
@@ -505,7 +515,7 @@ def _sample(a: argparse.Namespace) -> int:
     device, config = own_device(o.device), read_run(o.run)
     request, fps = requested(o, config)
     played = check_result(o, request, config.model.in_channels, fps)
-    engine = Engine.load(o.run, device=device, text_encoder=o.text_encoder, compile=o.compile)
+    engine = Engine.load(o.run, device=device, text_encoder=o.text_encoder, compile=o.compile, graph=o.graph)
     if engine.networks.text is not None:
         engine.networks.text.check([o.prompt])
     asked = {"steps": o.steps, "sampler": SAMPLERS.get(o.sampler)}

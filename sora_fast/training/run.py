@@ -88,6 +88,8 @@ class TrainConfig:
     precision: "float32", or "bfloat16" (autocast).
     compile: the backend of torch.compile, which compiles once for the whole run; None: eager.
     compile_scope: of what, "blocks", or "model", with the text encoder and the loss (see compiling.py).
+    graph: launch a step as one CUDA graph, from the third on: of one worker, on a GPU; not of a distillation, whose
+        steps are not alike.
     recompute: None, "block" or "selective" (see recompute.py): less memory for more time.
     accumulate: packs a step, of each worker; the gradient is that of the mean over all their pixels.
     nonfinite_limit: steps in a row whose loss or gradient is not finite, and which are left out, before the run stops.
@@ -111,6 +113,7 @@ class TrainConfig:
     precision: str = "float32"
     compile: str | None = "inductor"
     compile_scope: str = "blocks"
+    graph: bool = False
     recompute: str | None = None
     accumulate: int = 1
     nonfinite_limit: int = 3
@@ -222,6 +225,16 @@ class Networks(nn.Module):
         """SoraDiT's forward pass, with the prompts of the same S segments."""
         text = None if self.text is None else self.text(prompts.ids, prompts.layout)
         return self.model(latents, layout, conditioning, text=text)
+
+    def no_prompts(self, batch: BatchConfig) -> Prompts | None:
+        """What stands for the prompts of a batch that has none: S texts of no tokens, of the sizes of all others, so
+        that a compiled step is the same. None if no text is read."""
+        if self.text is None:
+            return None
+        sizes = {"capacity": batch.text_capacity, "max_segments": batch.max_segments}
+        ids, layout = self.text.tokenize([], **sizes)
+        device = next(self.parameters()).device
+        return Prompts(ids, layout).to(device)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name: what a checkpoint holds."""

@@ -140,6 +140,11 @@ def test_errors(engine: Engine, tmp_path: Path) -> None:
     Trainer(tiny(), Gradients(), tmp_path / "untrained")
     with pytest.raises(ValueError, match="no checkpoint yet"):
         Engine.load(tmp_path / "untrained")
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match=f"steps: {steps}; it must be at least 1"):
+            engine.generate([Request("", 1, 8, 8)], steps=steps)
+    with pytest.raises(ValueError, match="guidance: nan; it must be finite"):
+        Request("", 1, 8, 8, guidance=float("nan"))
     with pytest.raises(TypeError, match="needs a DDPM path"):
         engine.generate([Request("", 1, 8, 8)], sampler=SAMPLERS["ddpm"])
 
