@@ -33,6 +33,7 @@ from sora_fast.training.run import (
 )
 from sora_fast.training.step import NoisyPack, PackLoss
 from sora_fast.training.trainer import Trainer
+from sora_fast.training.watchers import Watcher
 
 TEACHER = "teacher"
 # The jumps that are learned from should follow soon: the average is 100 steps behind, however long the run.
@@ -170,12 +171,13 @@ class Distiller(Trainer):
         *,
         device: torch.device | str = "cpu",
         resume: bool = False,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
         saved = checkpoint.latest(Path(folder) / TEACHER)
         if saved is None:
             raise ValueError(f"{Path(folder) / TEACHER}: no weights to begin with are there")
         self._teacher = saved.tensors["ema"]
-        super().__init__(config, source, folder, device=device, resume=resume)
+        super().__init__(config, source, folder, device=device, resume=resume, watchers=watchers)
         if self.step == 0:
             self._begin()
 
