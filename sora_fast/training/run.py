@@ -7,6 +7,7 @@ RUN/checkpoints/…     see checkpoint.py
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -151,6 +152,11 @@ class Distilled:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps: {self.steps}; it must be at least 1")
+
+    @property
+    def teacher_steps(self) -> int:
+        """Of the trajectories that are learned from: a multiple of `steps`, twice as many at least, and 8."""
+        return self.steps * max(2, math.ceil(8 / self.steps))
 
 
 @dataclass(frozen=True)

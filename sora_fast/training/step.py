@@ -43,13 +43,18 @@ def drawn(
     batch: Batch, path: NoisePath, generator: torch.Generator, entropy: Sequence[int], clean_share: float
 ) -> NoisyPack:
     """A batch with what is random about its step: a function of `entropy` alone, on the generator's device."""
-    seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-    generator.manual_seed(int(seed >> 1))
+    reseed(generator, entropy)
     sigma = path.sample_sigma(batch.layout, generator)
     noise = noise_like(batch.latents, generator)
     ends = random_clean_ends(batch.layout, generator, share=clean_share)
     clean = clean_frames(batch.layout, *ends)
     return NoisyPack(batch.latents, batch.layout, batch.prompts, sigma, noise, clean)
+
+
+def reseed(generator: torch.Generator, entropy: Sequence[int]) -> None:
+    """Let what a generator draws from now on be a function of `entropy` alone."""
+    seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+    generator.manual_seed(int(seed >> 1))
 
 
 class PackLoss(nn.Module):
