@@ -82,7 +82,7 @@ def test_distill(run: Path, folder: Path, tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert f"To sample: sora-fast sample {new}" in said
     config = read_run(new)
-    assert config.distilled == Distilled(steps=3, guidance=2.0, guidance_given=2.0)
+    assert config.distilled == Distilled(steps=3, guidance=2.0, guidance_given=2.0, spacing="late")
     assert config.train.lr == read_run(run).train.lr / 2 and config.train.compile is None
     assert read_run(run).distilled is None
 

@@ -80,7 +80,7 @@ def few_steps_config(teacher: RunConfig, *, minutes: float, seed: int = 0, worke
         teacher.train.batch, capacity=1280 // workers, max_segments=80 // workers, text_capacity=1920 // workers
     )
     train = replace(teacher.train, minutes=minutes, batch=batch, lr=1e-3, warmup=30, ema_decay=0.99, seed=seed)
-    return distilled_config(teacher, train, Distilled(4, FULL.guidance, FULL.guidance_given))
+    return distilled_config(teacher, train, Distilled(4, FULL.guidance, FULL.guidance_given, spacing="late"))
 
 
 def compare(teacher: Engine, student: Engine, plan: Plan, calls: Sequence[int]) -> dict:

@@ -48,9 +48,13 @@ def _positive(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FlowMap(Euler):
-    """A jump a step: Euler's, along a straight line, for a model that is told where to (SoraDiT with `sigma_end`)."""
+    """A jump a step: Euler's, along a straight line, for a model that is told where to (SoraDiT with `sigma_end`).
+
+    spacing: of the levels, as the model was taught them; see `RectifiedFlow.sigmas`.
+    """
 
     tells_end = True
+    spacing: str = "trailing"
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,7 +67,7 @@ def new_distillation(o: DistillOptions) -> RunConfig:
         seed=o.seed,
     )
     given = o.guidance if o.guidance_given is None else o.guidance_given
-    return distilled_config(teacher, train, Distilled(o.steps, o.guidance, given))
+    return distilled_config(teacher, train, Distilled(o.steps, o.guidance, given, spacing="late"))
 
 
 def resumed_distillation(o: DistillOptions) -> RunConfig:
@@ -171,7 +171,7 @@ class Teacher:
                 return given
             return torch.lerp(flow.ask(networks, x, sigma, None, prompts=self.null_prompts), given, scale)
 
-        levels = networks.path.sigmas(self.distilled.teacher_steps, pack.layout)
+        levels = networks.path.sigmas(self.distilled.teacher_steps, pack.layout, spacing=self.distilled.spacing)
         with computing(precision, pack.noise.device.type):
             return flow.trajectory(guided, pack.noise, levels)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sora_fast.diffusion import noise_like, sample
+from sora_fast.diffusion import FlowMap, noise_like, sample
 from sora_fast.generation.engine import SAMPLERS, Engine
 from sora_fast.generation.tasks import Request, extend, image_to_video, join, pack_requests, text_to_video
 from sora_fast.schedule import TileSchedule
@@ -149,7 +149,7 @@ def distilled(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tmp_path_factory.mktemp("distilled") / "run"
     keep_teacher(run, folder)
     config = read_run(run)
-    config = distilled_config(config, replace(config.train, steps=6), Distilled(steps=2, guidance=4.0))
+    config = distilled_config(config, replace(config.train, steps=6), Distilled(steps=2, guidance=4.0, spacing="late"))
     Distiller(config, Gradients(), folder).fit(progress=False)
     return Engine.load(folder)
 
@@ -175,6 +175,8 @@ def test_a_distilled_run_is_told_where_each_step_leads(distilled: Engine) -> Non
         torch.testing.assert_close(alone, video, rtol=0, atol=1e-5)
         reference = _by_sample(distilled, request)
         torch.testing.assert_close(video, reference, rtol=0, atol=1e-5)
+    (named,) = distilled.generate(requests[:1], sampler=SAMPLERS["flow-map"])
+    torch.testing.assert_close(named, together[0], rtol=0, atol=1e-5)
     (euler,) = distilled.generate(requests[:1], sampler=SAMPLERS["euler"])
     assert (euler - together[0]).abs().max() > 1e-3
 
@@ -190,7 +192,7 @@ def _by_sample(engine: Engine, request: Request) -> torch.Tensor:
         noise,
         packed.layout,
         networks.path,
-        SAMPLERS["flow-map"],
+        FlowMap("late"),
         steps=request.steps,
         patch_size=networks.patch_size,
     )
