@@ -14,9 +14,10 @@ from torch import Tensor
 
 from sora_fast.packing import PackedLayout
 
-# Few steps: what is lost is lost in the last ones. Of 160 clips of the demo's that the teacher made in 4 steps (Euler,
-# guided), 83.1% showed the right digit with even levels and 88.8% with 1, 0.7, 0.4 and 0.15.
-LATE = 1.5
+# What a few steps lose is lost in the last ones. Of 160 clips of the demo's that the teacher made in 4 (Euler, guided)
+# 83.1% showed the right digit with even levels, 88.8% with 1, 0.7, 0.4 and 0.15; of 320 in 8 (DPM-Solver++) 93.1%,
+# 95.3% and 93.1% with powers of 1, 1.3 and 1.6.
+LATE = 1.3
 SPACINGS = ("trailing", "late")
 
 
