@@ -26,6 +26,8 @@ from sora_fast.packing._bundle import TensorBundle
 
 Model = Callable[..., RaggedLatents]
 
+# Of the demo's digits 91.2% came out right in 4 calls and 73.8% in 2; with 0.85 (at a rate 1.5 times as high) 90.3%
+# and 68.8%.
 OWN = 0.6
 
 
