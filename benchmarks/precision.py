@@ -1,4 +1,4 @@
-"""The demo trained in float32, twice, and in bfloat16: `python -m benchmarks.precision FOLDER --out FILE --steps 400`.
+"""The demo trained in float32, twice, and in bfloat16: `python -m benchmarks.precision FOLDER --out FILE --steps 300`.
 
 Whether bfloat16 costs quality is a matter of what two seeds of float32 differ by. All runs take so many steps, on one
 worker; FOLDER gets a run of each.
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
     keep_freed_memory()
     config = DigitsConfig()

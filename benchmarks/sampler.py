@@ -30,7 +30,7 @@ STEPS, GUIDANCE, CACHED_STEPS = 16, 4.0, 30
 # With the scale of guidance inside. The demo's directions are decided above 0.8, its digits below.
 INTERVALS = [(0.0, 0.8, 4.0), (0.0, 0.85, 4.0), (0.0, 0.85, 6.0), (0.0, 0.9, 4.0), (0.2, 0.95, 4.0), (0.3, 1, 4.0)]
 # Of all prompts at every shape, with other noise each time: of 160 clips alone a point is less than a standard error.
-ROUNDS = 4
+ROUNDS = 3
 CACHES = [0.05, 0.1, 0.2]
 SINGLE = (8, 20, 20)
 # What the demo's model is trained on and asked for: stills, clips, and one longer than any that it saw; 9 to 216

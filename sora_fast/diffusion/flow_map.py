@@ -31,14 +31,8 @@ Model = Callable[..., RaggedLatents]
 OWN = 0.6
 
 
-def jump(x: Tensor, clean: Tensor, level: Tensor, end: Tensor) -> Tensor:
-    """The state at `end` ≤ `level` from that at `level`, `clean` being D; tensors of any shapes that broadcast."""
-    kept = end / _positive(level)
-    return kept * x + (1 - kept) * clean
-
-
 def leading(x: Tensor, there: Tensor, level: Tensor, end: Tensor) -> Tensor:
-    """D* that `jump` takes from the state x at `level` to that at `end` < `level`."""
+    """D* that leads from the state x at `level` to `there` at `end` < `level`; tensors of any shapes that broadcast."""
     kept = end / _positive(level)
     return (there - kept * x) / _positive(1 - kept)
 

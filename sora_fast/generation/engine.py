@@ -149,6 +149,11 @@ class Engine:
         distilled = self.networks.config.distilled
         if distilled is not None and (sampler is None or sampler.tells_end):
             return FlowMap(distilled.spacing)
+        if distilled is not None:
+            self._say_once(
+                "the run is distilled: it is to be told where each step leads, which no sampler but its own (flow-map) "
+                "does; the clips of others are likely worse"
+            )
         sampler = sampler or (Euler() if isinstance(self.networks.path, RectifiedFlow) else DDIM())
         if sampler.tells_end:
             raise ValueError(f"sampler: {type(sampler).__name__} needs a distilled run; `sora-fast distill` makes one")

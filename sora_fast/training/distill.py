@@ -64,6 +64,7 @@ def new_distillation(o: DistillOptions) -> RunConfig:
         teacher.train,
         steps=None,
         minutes=o.minutes,
+        batch=replace(teacher.train.batch, drop=None),  # what a sampler makes is whole
         lr=teacher.train.lr / 2 if o.lr is None else o.lr,
         ema_decay=min(teacher.train.ema_decay, EMA_DECAY),
         compile=None if o.no_compile else teacher.train.compile,

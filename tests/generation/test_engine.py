@@ -166,7 +166,7 @@ def test_a_distilled_run_says_its_steps_and_has_its_guidance(distilled: Engine, 
     assert torch.equal(guided, plain) and not caplog.text
 
 
-def test_a_distilled_run_is_told_where_each_step_leads(distilled: Engine) -> None:
+def test_a_distilled_run_is_told_where_each_step_leads(distilled: Engine, caplog) -> None:
     """Of requests of several step counts, in one pack, as alone; not so where the sampler does not say."""
     requests = [replace(text_to_video("left", 3, (10, 14), seed=3), steps=count) for count in (2, 4)]
     together = distilled.generate(requests)
@@ -177,8 +177,10 @@ def test_a_distilled_run_is_told_where_each_step_leads(distilled: Engine) -> Non
         torch.testing.assert_close(video, reference, rtol=0, atol=1e-5)
     (named,) = distilled.generate(requests[:1], sampler=SAMPLERS["flow-map"])
     torch.testing.assert_close(named, together[0], rtol=0, atol=1e-5)
+    assert not caplog.text
     (euler,) = distilled.generate(requests[:1], sampler=SAMPLERS["euler"])
     assert (euler - together[0]).abs().max() > 1e-3
+    assert "no sampler but its own (flow-map)" in caplog.text
 
 
 def _by_sample(engine: Engine, request: Request) -> torch.Tensor:

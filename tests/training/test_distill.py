@@ -6,9 +6,13 @@ import torch
 
 from sora_fast.diffusion.flow_map import FlowPack
 from sora_fast.diffusion.paths import DDPM
+from sora_fast.packing import ConstantDrop
 from sora_fast.training import checkpoint, distill
-from sora_fast.training.distill import TEACHER, Distiller, distilled_config, keep_teacher
-from sora_fast.training.run import CHECKPOINTS, Distilled, RunConfig, read_run
+from sora_fast.training.config import write_config
+from sora_fast.training.data import DataConfig
+from sora_fast.training.distill import TEACHER, Distiller, distilled_config, keep_teacher, new_distillation
+from sora_fast.training.options import DistillOptions
+from sora_fast.training.run import CHECKPOINTS, CONFIG, Distilled, RunConfig, read_run
 from tests.training.test_trainer import Gradients, Trainer, _assert_same_run, _losses, tiny
 
 
@@ -126,3 +130,14 @@ def test_what_cannot_be_distilled_is_named(teacher: Path, tmp_path: Path) -> Non
         keep_teacher(tmp_path, tmp_path / "run")
     with pytest.raises(ValueError, match="no weights to begin with"):
         Distiller(student(teacher), Gradients(), tmp_path / "run")
+
+
+def test_no_token_is_dropped_of_what_the_teacher_makes(teacher: Path, tmp_path: Path) -> None:
+    config = read_run(teacher)
+    batch = replace(config.train.batch, drop=ConstantDrop(0.5))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    dropping = replace(config, train=replace(config.train, batch=batch), data=DataConfig(str(tmp_path)))
+    write_config(folder / CONFIG, dropping)
+    new = new_distillation(DistillOptions(folder))
+    assert new.train.batch == replace(batch, drop=None) and new.distilled.spacing == "late"
