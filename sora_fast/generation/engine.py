@@ -163,11 +163,16 @@ class Engine:
         return Forecast.of(networks.model, plan, [math.prod(grid) for grid in grids])
 
     def _sampler(self, sampler: Sampler | None) -> Sampler:
-        distilled = self.networks.config.distilled is not None
-        if sampler is None and distilled:
-            return FlowMap()
+        distilled = self.networks.config.distilled
+        if distilled is not None and (sampler is None or sampler.tells_end):
+            return FlowMap(distilled.spacing)
+        if distilled is not None:
+            self._say_once(
+                "the run is distilled: it is to be told where each step leads, which no sampler but its own (flow-map) "
+                "does; the clips of others are likely worse"
+            )
         sampler = sampler or (Euler() if isinstance(self.networks.path, RectifiedFlow) else DDIM())
-        if sampler.tells_end and not distilled:
+        if sampler.tells_end:
             raise ValueError(f"sampler: {type(sampler).__name__} needs a distilled run; `sora-fast distill` makes one")
         return sampler
 

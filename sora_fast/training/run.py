@@ -7,6 +7,7 @@ RUN/checkpoints/…     see checkpoint.py
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sora_fast.diffusion.paths import DDPM, RectifiedFlow
+from sora_fast.diffusion.paths import DDPM, SPACINGS, RectifiedFlow
 from sora_fast.models import SoraDiT, SoraDiTConfig
 from sora_fast.models.codecs import IdentityCodec
 from sora_fast.models.text import ByteTextEncoder, TransformersTextEncoder
@@ -144,16 +145,25 @@ class Distilled:
     """How a run's model became a flow map, and how it is sampled; see distill.py.
 
     steps: of the sampler, where no others are asked for. guidance: of the teacher, which is part of the model now;
-    guidance_given: likewise, where frames are given.
+    guidance_given: likewise, where frames are given. spacing: of the levels that it was taught, see
+    `RectifiedFlow.sigmas`; runs of before have none to say.
     """
 
     steps: int = 4
     guidance: float = 3.0
     guidance_given: float = 3.0
+    spacing: str = "trailing"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps: {self.steps}; it must be at least 1")
+        if self.spacing not in SPACINGS:
+            raise ValueError(f"spacing: {self.spacing!r}; it must be one of {', '.join(SPACINGS)}")
+
+    @property
+    def teacher_steps(self) -> int:
+        """Of the trajectories that are learned from: a multiple of `steps`, twice as many at least, and 8."""
+        return self.steps * max(2, math.ceil(8 / self.steps))
 
 
 @dataclass(frozen=True)

@@ -52,14 +52,19 @@ def drawn(
 
     no_prompts: stand for those of a batch that has none, see `Networks.no_prompts`.
     """
-    seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-    generator.manual_seed(int(seed >> 1))
+    reseed(generator, entropy)
     sigma = path.sample_sigma(batch.layout, generator)
     noise = noise_like(batch.latents, generator)
     ends = random_clean_ends(batch.layout, generator, share=clean_share)
     clean = clean_frames(batch.layout, *ends)
     prompts = no_prompts if batch.prompts is None else batch.prompts
     return NoisyPack(batch.latents, batch.layout, prompts, sigma, noise, clean)
+
+
+def reseed(generator: torch.Generator, entropy: Sequence[int]) -> None:
+    """Let what a generator draws from now on be a function of `entropy` alone."""
+    seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+    generator.manual_seed(int(seed >> 1))
 
 
 class PackLoss(nn.Module):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -144,8 +145,8 @@ class Trainer:
         while (done := self._progress()) < 1 and not stop:
             try:
                 # A request of one worker alone must not keep the others waiting, in a step that it has left.
-                with interruption.at_once(when=self.world.size == 1), self._meter.waiting():
-                    taken = list(islice(batches, self.config.accumulate))
+                with interruption.at_once(when=self.world.size == 1):
+                    taken = self._taken(batches)
                 if len(taken) < self.config.accumulate:
                     return
                 self._train_on(taken, done, interruption)
@@ -164,6 +165,11 @@ class Trainer:
             self.seconds, stop = seconds / self.world.size, requests > 0
             if self.leads:
                 self._record(bar, self._progress() - done)
+
+    def _taken(self, batches: Iterator[Batch]) -> list[Batch]:
+        """Those of the next step, one for each of its packs; fewer if there are no more."""
+        with self._meter.waiting():
+            return list(islice(batches, self.config.accumulate))
 
     def _keep(self, error: Diverged) -> None:
         """What a run that is over leaves behind: its log, and the step for a replay."""
@@ -272,9 +278,13 @@ class Trainer:
         self._compiled = True
         self._updating = False
         self.step += 1
-        self._resume_state = batches[-1].resume
+        self._resume_state = self._going_on(batches)
         self._note(batches, loss, norm, lr)
         self._guard.watch(self.step, packs, bad)
+
+    def _going_on(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """Where in the stream of batches a resumed run begins, after the step that took these."""
+        return batches[-1].resume
 
     def _note(self, batches: Sequence[Batch], loss: Tensor, norm: Tensor, lr: float) -> None:
         """A row for the log."""
