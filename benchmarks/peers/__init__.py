@@ -6,6 +6,8 @@ one, write it into the op's module and list it here.
 
 from collections.abc import Mapping
 
+from benchmarks.cases import Case
+from benchmarks.entrants import Entrant
 from benchmarks.peers import activation, attention, block, modulation, patches, rope, segments
 from benchmarks.peers.compiling import ours_compiled
 from benchmarks.rows import OURS, Maker
@@ -50,7 +52,14 @@ PEERS: Mapping[str, Mapping[str, Maker]] = {
 def everyone(op: str) -> Mapping[str, Maker]:
     """Ours on every backend, our own op inside a compiled graph, and all peers of `op`."""
     ours = {name: make for name, make in OURS.items() if op in _library.OPS or name not in ("cpu", "cuda")}
-    return {**ours, **({"torch, compiled": ours_compiled} if op in _FUSED else {}), **PEERS[op]}
+    compiled = {"torch, compiled": ours_compiled} if op in _FUSED else {}
+    compiled |= {"cpu, compiled": _compiled_on_cpu} if op in _library.OPS else {}
+    return {**ours, **compiled, **PEERS[op]}
+
+
+def _compiled_on_cpu(case: Case) -> Entrant:
+    OURS["cpu"](case)  # Absent, where it is
+    return ours_compiled(case, "cpu")
 
 
 # Ops whose torch backend is written for Inductor to fuse.

@@ -33,8 +33,8 @@ def compiled(case: Case, function: Callable[..., Any], **options: Any) -> Entran
     return ready(Entrant.peer(case, torch.compile(function, fullgraph=True, dynamic=False), **options))
 
 
-def ours_compiled(case: Case) -> Entrant:
-    """Our op on its torch backend, inside a compiled graph."""
+def ours_compiled(case: Case, backend: str = "torch") -> Entrant:
+    """Our op on a backend, inside a compiled graph."""
     case = replace(case, op=torch.compile(case.op, fullgraph=True, dynamic=False))
-    with use_backend("torch"):  # the graph keeps it
+    with use_backend(backend):  # the graph keeps it
         return ready(Ours(case.inputs, lambda *_: case.forward(), case=case))
