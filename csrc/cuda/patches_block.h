@@ -5,6 +5,8 @@
 // the same source, thread by thread (csrc/emulated/patches.cpp), and tests compare it with the loops of csrc/cpu.
 #pragma once
 
+#include <stdexcept>
+
 #include "../patches.h"
 
 namespace sora_fast {
@@ -57,6 +59,14 @@ template <int kBytes>
 struct alignas(kBytes) Vector {
     uint8_t bytes[kBytes];
 };
+
+// A GPU stops at an address that is no multiple of what is moved. A host would not, and so it looks.
+template <typename V>
+HOST_DEVICE void check_aligned([[maybe_unused]] const void* address) {
+#ifndef __CUDA_ARCH__
+    if (reinterpret_cast<uintptr_t>(address) % alignof(V)) throw std::logic_error("an address that is not aligned");
+#endif
+}
 
 // T: an integer of a number's size. kGather: from pixels to rows. kWidth: pw, 0 where it is not known beforehand.
 // flat_is_dense: pixels lie side by side from a multiple of 16 bytes on; rows_are_dense: and so do the columns of rows,
@@ -149,9 +159,9 @@ struct BlockOfPatches {
                 continue;
             }
             alignas(kVector) T numbers[kNumbers];
-            if (kGather) *reinterpret_cast<Vector<kVector>*>(numbers) = *reinterpret_cast<Vector<kVector>*>(pixels + w);
+            if (kGather) copy<Vector<kVector>>(pixels + w, numbers);
             for (int i = 0; i < kNumbers; i++) copy_pixels<T>(numbers + i, cells + (w + i) * order.step());
-            if (!kGather) *reinterpret_cast<Vector<kVector>*>(pixels + w) = *reinterpret_cast<Vector<kVector>*>(numbers);
+            if (!kGather) copy<Vector<kVector>>(numbers, pixels + w);
         }
     }
 
@@ -172,6 +182,8 @@ struct BlockOfPatches {
 
     template <typename V>
     HOST_DEVICE static void copy(const T* from, T* to) {
+        check_aligned<V>(from);
+        check_aligned<V>(to);
         *reinterpret_cast<V*>(to) = *reinterpret_cast<const V*>(from);
     }
 };

@@ -2,12 +2,21 @@
 // between them. For tests alone.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "../cuda/patches_launch.h"
 
 namespace sora_fast {
 namespace {
+
+// NaN, whatever the numbers are.
+const Vector<16> kPoison = [] {
+    Vector<16> vector;
+    std::memset(&vector, 0xFF, sizeof vector);
+    return vector;
+}();
 
 struct Emulation {
     bool backwards;  // whether a block's threads run from the last to the first: nothing may depend on it
@@ -19,10 +28,10 @@ struct Emulation {
 
     template <typename T, bool kGather, int kWidth>
     void operator()(const BlockOfPatches<T, kGather, kWidth>& block, int64_t blocks, int64_t shared_bytes) const {
-        // Of vectors, so that it is aligned as a GPU's is; of exactly the size asked for, so that a sanitizer sees more.
-        std::vector<Vector<16>> storage(shared_bytes / 16);
+        // Of vectors, so that it is aligned as a GPU's is. The last one is nobody's.
+        std::vector<Vector<16>> storage(shared_bytes / 16 + 1);
         for (int64_t number = 0; number < blocks; number++) {
-            std::fill(storage.begin(), storage.end(), poison());
+            std::fill(storage.begin(), storage.end(), kPoison);
             Shared shared;
             T* staged = reinterpret_cast<T*>(storage.data());
             step([&](int thread) { block.prepare(number, thread, shared); });
@@ -33,15 +42,10 @@ struct Emulation {
                 step([&](int thread) { block.move_rows(number, thread, staged); });
                 step([&](int thread) { block.move_pixels(thread, shared, staged); });
             }
+            STD_TORCH_CHECK(!std::memcmp(&storage.back(), &kPoison, sizeof kPoison), "past the end of shared memory");
         }
     }
 
-    // NaN, whatever the numbers are.
-    static Vector<16> poison() {
-        Vector<16> vector;
-        std::fill(std::begin(vector.bytes), std::end(vector.bytes), uint8_t{0xFF});
-        return vector;
-    }
 };
 
 void gather_patches(const Tensor& flat, const Tensor& offsets, const Tensor& shapes, const Tensor& segment_ids,

@@ -46,14 +46,16 @@ class Moved:
         # From another element on, addresses are no multiples of 16 bytes.
         self.flat = torch.cat([latents.flat.new_zeros(offset), latents.flat])[offset:]
 
-    def rows(self, value: float = float("nan")) -> Tensor:
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """They, and what lies between them."""
         shape = (self.tokens, self.columns + self.padded)
-        room = torch.full((shape[0] * shape[1] + self.offset,), value, dtype=self.flat.dtype)
-        return room[self.offset :].view(shape)[:, : self.columns]
+        room = torch.full((shape[0] * shape[1] + self.offset,), float("nan"), dtype=self.flat.dtype)
+        return room[self.offset :].view(shape).split((self.columns, self.padded), dim=1)
 
     def gather(self, op: Op, *options: bool) -> Tensor:
-        rows = self.rows()
+        rows, between = self.rows()
         op(self.flat, *self.tables, self.channel_last, *options, rows)
+        assert between.isnan().all()
         return rows
 
     def scatter(self, op: Op, rows: Tensor, *options: bool) -> Tensor:
@@ -65,7 +67,7 @@ class Moved:
 def check(moved: Moved, emulated: Callable[[str], Op], backwards: bool) -> None:
     expected = moved.gather(_library.function("gather_patches"))
     assert torch.equal(moved.gather(emulated("gather_patches"), backwards), expected)
-    rows = moved.rows()
+    rows, _ = moved.rows()
     rows.copy_(torch.randn(rows.shape))
     expected = moved.scatter(_library.function("scatter_patches"), rows)
     assert torch.equal(moved.scatter(emulated("scatter_patches"), rows, backwards), expected)
