@@ -56,13 +56,8 @@ CUDA = Library(
     cuda=True,
     hopper=("cuda/attention*.cu",),
 )
-# The CUDA kernels on a host, those for Hopper under an emulator: for tests alone, never installed.
-EMULATED = Library(
-    "_emulated",
-    ("emulated/*.cpp", "emulator/*.cpp"),
-    "the kernels in CUDA C++ are not tested",
-    flags=("-std=c++20", "-O2", "-Wno-unknown-pragmas"),
-)
+# The CUDA kernels of patches on a host: for tests alone, never installed.
+EMULATED = Library("_emulated", ("emulated/patches.cpp",), "they are not tested")
 INSTALLED = (CPU, CUDA)
 
 
