@@ -7,8 +7,8 @@ registers, keeps anything on a stack, or if ptxas says that it has made products
 Beneath stand the instructions of a warp in the loop over tiles, beside those of Triton's kernel of the same form, from
 benchmarks/results/aot.json, for as many operations: of tiles that are met entirely, and of those that must be asked.
 
---check compares with benchmarks/results/aot_cuda.json and exits with 1 if something has changed; under another nvcc than
-the file's it says so and compares nothing. --update rewrites the file, or of it what --kernel names.
+--check compares with benchmarks/results/aot_cuda.json and exits with 1 if something has changed; under another nvcc
+than the file's it says so and compares nothing. --update rewrites the file, or of it what --kernel names.
 """
 
 import argparse
@@ -102,20 +102,24 @@ class Compiled:
 
 
 def compile_form(form: Form) -> Compiled:
-    """Raises csrc.build.Unavailable where nvcc is not, CalledProcessError where it fails."""
+    """Raises csrc.build.Unavailable where nvcc is not, RuntimeError where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "form.cu"), Path(folder, "form.cubin")
         source.write_text(form.source)
         command = [*_nvcc(), "--cubin", "-o", str(target), str(source)]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{form.name} does not compile:\n{done.stderr[:2000]}")
         text = cubin.disassemble(target.read_bytes())
-    return read(form.name, said, text)
+    return read(form.name, done.stderr, text)
 
 
 def _nvcc() -> tuple[str, ...]:
+    """As the package is built, but for torch's headers, which the kernels do without."""
     from csrc import build
 
-    return build.Toolchain.of(build.CUDA, {**os.environ, "TORCH_CUDA_ARCH_LIST": "9.0a"}).compile
+    command = build.Toolchain.of(build.CUDA, {**os.environ, "TORCH_CUDA_ARCH_LIST": "9.0a"}).compile
+    return tuple(flag for flag in command if not flag.startswith("-isystem/"))
 
 
 def version() -> str:
@@ -163,7 +167,7 @@ def beside_triton(rows: Iterable[Compiled]) -> Iterator[tuple[str, ...]]:
         asked = loop.instructions + loop.sometimes - full.loops[0].sometimes if mask != "full" else None
         other = theirs.get(f"packed_attention[{_MASKS[mask]},D{width}]/packed_attention_forward_kernel")
         scaled = [_scaled(x, loop) for x in other.loops] if other and other.loops else []
-        cells = [loop.instructions, asked, *(scaled + [None, None])[:2]]
+        cells = [loop.instructions, asked, *[*scaled, None, None][:2]]
         yield row.name, *("-" if cell is None else str(cell) for cell in cells)
 
 

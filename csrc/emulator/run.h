@@ -113,6 +113,7 @@ struct Fiber {
     int products = 0, accumulators = 0, fences = 0, retired = 0;
     std::vector<int> groups;  // of products: how many there were at each commit
     std::vector<Registers> registers;
+    std::vector<Span> fenced;  // what a wgmma.fence has named since a product had it last
     std::vector<std::pair<int, int>> uses;  // (product, place in registers) in flight
     std::vector<int> open_stores;
     std::vector<std::vector<int>> store_groups;

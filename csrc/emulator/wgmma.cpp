@@ -129,11 +129,19 @@ void see(Registers& registers) {
     memcpy(registers.seen.data(), registers.data, registers.count * 4);
 }
 bool is_as_seen(const Registers& registers) { return !memcmp(registers.seen.data(), registers.data, registers.count * 4); }
+bool lies_in(const Registers& registers, const Span& span) {
+    auto begin = static_cast<const char*>(registers.data), first = static_cast<const char*>(span.data);
+    return begin >= first && begin + 4 * registers.count <= first + span.bytes;
+}
 void check_fenced(Registers& registers, const Where& where) {
+    const char* kind = registers.is_operand ? "A" : "accumulator";
     if (!me().fences) die(where, "wgmma before any wgmma.fence");
+    auto& fenced = me().fenced;
+    if (std::none_of(fenced.begin(), fenced.end(), [&](const Span& span) { return lies_in(registers, span); }))
+        die(where, text("no wgmma.fence has named the %s registers of a wgmma since one had them last", kind));
     if (registers.seen.empty()) return see(registers);
     if (!is_as_seen(registers))
-        die(where, text("%s registers of a wgmma were written after the last wgmma.fence", registers.is_operand ? "A" : "accumulator"));
+        die(where, text("%s registers of a wgmma were written after the last wgmma.fence", kind));
 }
 void check_owned(const float* d, int count, const Where& where) {
     for (int i = 0; i < count; i++)
@@ -174,6 +182,7 @@ void give_operand(Product& product, int number, const uint32_t* a) {
 
 void take_back(Products& products, Registers& registers, const Where& where) {
     if (--registers.uses && !registers.is_operand) return;
+    std::erase_if(me().fenced, [&](const Span& span) { return lies_in(registers, span); });
     if (registers.is_operand) {
         if (!is_as_seen(registers)) die(where, "A registers written while a wgmma reads them");
         return;
@@ -202,9 +211,10 @@ void product_happens(int group) {
     wake(Wait::product, group, group * 128, group * 128 + 128);
 }
 
-void wgmma_fence(Where) {
+void wgmma_fence(std::initializer_list<Span> registers, Where) {
     breathe();
     me().fences++;
+    me().fenced.insert(me().fenced.end(), registers);
     for (Registers& registers : me().registers)
         if (!registers.uses) see(registers);
 }

@@ -93,6 +93,13 @@ def test_strides_match_the_oracle(strides: str) -> None:
     Case(several_tiles(), heads=2, group=2, head_dim=72, strides=strides).check(library(), blocks=3)
 
 
+@pytest.mark.parametrize("grid", [(1022, 1, 1), (1, 510, 1), (1, 1, 510)])
+def test_the_longest_axes_match_the_oracle(grid: tuple[int, int, int]) -> None:
+    """The coordinates that use the last bit of each packed field."""
+    for mask in (SpacetimeMask.window(2, 3, 4), SpacetimeMask(t=(None, 0), h=(-300, 0), w=(0, 300))):
+        Case(PackedLayout.from_grids([grid], order="tiled"), mask, head_dim=32).check(library())
+
+
 @pytest.mark.parametrize("tile_size", [16, 32, 64])
 @pytest.mark.parametrize("mask", [SpacetimeMask.full(), WINDOW, FRAMES], ids=str)
 def test_smaller_tiles_match_the_oracle(mask: SpacetimeMask, tile_size: int) -> None:

@@ -45,6 +45,8 @@ CRIMES = {
     "bytes expected at the end": "block ends with bytes expected at mbarrier",
     "wgmma before any fence": "wgmma before any wgmma.fence",
     "accumulator written after the fence": "accumulator registers of a wgmma were written after the last wgmma.fence",
+    "fence of other registers": "no wgmma.fence has named the accumulator registers",
+    "fence before the last product": "no wgmma.fence has named the accumulator registers",
     "accumulator written in flight": "accumulator written while a wgmma owns it",
     "operand written in flight": "A registers written while a wgmma reads them",
     "operand written after the fence": "A registers of a wgmma were written after the last wgmma.fence",
