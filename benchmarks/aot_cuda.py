@@ -101,12 +101,12 @@ class Compiled:
         return "; ".join(found)
 
 
-def compile_form(form: Form) -> Compiled:
+def compile_form(form: Form, sources: Path = ROOT / "csrc") -> Compiled:
     """Raises csrc.build.Unavailable where nvcc is not, RuntimeError where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "form.cu"), Path(folder, "form.cubin")
         source.write_text(form.source)
-        command = [*_nvcc(), "--cubin", "-o", str(target), str(source)]
+        command = [*_nvcc(), f"-I{sources}", "--cubin", "-o", str(target), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{form.name} does not compile:\n{done.stderr[:2000]}")
@@ -115,11 +115,11 @@ def compile_form(form: Form) -> Compiled:
 
 
 def _nvcc() -> tuple[str, ...]:
-    """As the package is built, but for torch's headers, which the kernels do without."""
+    """As the package is built, but for the folders of headers: the kernels do without torch's."""
     from csrc import build
 
     command = build.Toolchain.of(build.CUDA, {**os.environ, "TORCH_CUDA_ARCH_LIST": "9.0a"}).compile
-    return tuple(flag for flag in command if not flag.startswith("-isystem/"))
+    return tuple(flag for flag in command if not flag.startswith(("-isystem/", "-I")))
 
 
 def version() -> str:

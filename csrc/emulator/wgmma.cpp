@@ -129,18 +129,17 @@ void see(Registers& registers) {
     memcpy(registers.seen.data(), registers.data, registers.count * 4);
 }
 bool is_as_seen(const Registers& registers) { return !memcmp(registers.seen.data(), registers.data, registers.count * 4); }
-bool lies_in(const Registers& registers, const Span& span) {
-    auto begin = static_cast<const char*>(registers.data), first = static_cast<const char*>(span.data);
-    return begin >= first && begin + 4 * registers.count <= first + span.bytes;
+bool holds(const Fenced& fenced, const Registers& registers) {
+    auto first = static_cast<const char*>(registers.data);
+    return first >= fenced.begin && first + 4 * registers.count <= fenced.begin + fenced.seen.size();
 }
-void check_fenced(Registers& registers, const Where& where) {
+void check_fenced(const Registers& registers, const Where& where) {
     const char* kind = registers.is_operand ? "A" : "accumulator";
-    if (!me().fences) die(where, "wgmma before any wgmma.fence");
-    auto& fenced = me().fenced;
-    if (std::none_of(fenced.begin(), fenced.end(), [&](const Span& span) { return lies_in(registers, span); }))
-        die(where, text("no wgmma.fence has named the %s registers of a wgmma since one had them last", kind));
-    if (registers.seen.empty()) return see(registers);
-    if (!is_as_seen(registers))
+    auto& all = me().fenced;
+    auto mine = std::find_if(all.begin(), all.end(), [&](const Fenced& fenced) { return holds(fenced, registers); });
+    if (mine == all.end()) die(where, text("no wgmma.fence has named the %s registers of a wgmma since one had them last", kind));
+    auto first = static_cast<const char*>(registers.data);
+    if (memcmp(first, mine->seen.data() + (first - mine->begin), 4 * registers.count))
         die(where, text("%s registers of a wgmma were written after the last wgmma.fence", kind));
 }
 void check_owned(const float* d, int count, const Where& where) {
@@ -182,7 +181,7 @@ void give_operand(Product& product, int number, const uint32_t* a) {
 
 void take_back(Products& products, Registers& registers, const Where& where) {
     if (--registers.uses && !registers.is_operand) return;
-    std::erase_if(me().fenced, [&](const Span& span) { return lies_in(registers, span); });
+    std::erase_if(me().fenced, [&](const Fenced& fenced) { return holds(fenced, registers); });
     if (registers.is_operand) {
         if (!is_as_seen(registers)) die(where, "A registers written while a wgmma reads them");
         return;
@@ -192,7 +191,6 @@ void take_back(Products& products, Registers& registers, const Where& where) {
     int thread = run->current % 128;
     check_owned(d, registers.count, where);
     for (int i = 0; i < registers.count; i++) d[i] = accumulator.values[row_of(thread, i) * accumulator.n + column_of(thread, i)];
-    see(registers);
     if (++accumulator.taken_back == 128) products.accumulators.erase(registers.accumulator);
 }
 
@@ -213,10 +211,11 @@ void product_happens(int group) {
 
 void wgmma_fence(std::initializer_list<Span> registers, Where) {
     breathe();
-    me().fences++;
-    me().fenced.insert(me().fenced.end(), registers);
-    for (Registers& registers : me().registers)
-        if (!registers.uses) see(registers);
+    for (const Span& span : registers) {
+        auto begin = static_cast<const char*>(span.data);
+        std::erase_if(me().fenced, [&](const Fenced& fenced) { return fenced.begin == begin; });
+        me().fenced.push_back({begin, {begin, begin + span.bytes}});
+    }
 }
 
 void wgmma(Element element, float* d, int n, const uint32_t* a_registers, uint64_t a, uint64_t b, bool b_rows_are_k, bool accumulate,

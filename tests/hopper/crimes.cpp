@@ -414,6 +414,7 @@ float product_error() {
         }
         uint64_t of_b = descriptor(b, B_ROWS_ARE_K ? 16 * 128 : 16, 1024);
         wgmma_fence(d[0], d[1]);
+        wgmma_fence(a);
         wgmma_ss<bf16, B_ROWS_ARE_K>(d[0], rows_of(), of_b, false);
         wgmma_rs<bf16, B_ROWS_ARE_K>(d[1], a, of_b, true);
         wgmma_commit();

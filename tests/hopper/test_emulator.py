@@ -43,7 +43,7 @@ CRIMES = {
     "too few bytes expected": "TMA load arrives in phase 1 .* too few bytes expected|reads|more arrivals",
     "too many bytes expected": "deadlock: .* 0 of 1 arrivals and 16 bytes missing",
     "bytes expected at the end": "block ends with bytes expected at mbarrier",
-    "wgmma before any fence": "wgmma before any wgmma.fence",
+    "wgmma before any fence": "no wgmma.fence has named the accumulator registers",
     "accumulator written after the fence": "accumulator registers of a wgmma were written after the last wgmma.fence",
     "fence of other registers": "no wgmma.fence has named the accumulator registers",
     "fence before the last product": "no wgmma.fence has named the accumulator registers",
