@@ -25,7 +25,7 @@ def test_a_kernel_is_as_it_should_be() -> None:
     assert not row.problem
     # 168 a thread at launch is what the block divides anew among its warps.
     assert row.registers == 168
-    # By head dim 64, four steps for the scores of 128 keys, eight for the output; both before the loop or in it, and after.
+    # Four steps for the scores of 128 keys, eight for the output; the first and the last stand outside of the loop.
     assert row.products == {"64x128x16": 2 * 4, "64x64x16": 2 * 8}
     assert row.tma >= 3
     (loop,) = row.loops
