@@ -27,8 +27,8 @@ from pathlib import Path
 from benchmarks import _checkout, cubin
 from benchmarks._checkout import ROOT
 from benchmarks.hot_loop import Loop, aligned, read_loops
-from benchmarks.pipes import Product
-from benchmarks.sass import functions
+from benchmarks.pipes import Product, access_bytes
+from benchmarks.sass import Flow, Instruction, functions
 from benchmarks.snapshot import FILE as TRITON_FILE
 from benchmarks.snapshot import Snapshot
 
@@ -75,10 +75,12 @@ FORMS = [
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers: a thread's at launch. spills, stack: bytes a thread. tma: loads of the tensor memory accelerator."""
+    """registers: a thread's at launch. budgets: those that a warp then takes or keeps → the most that its code names.
+    spills, stack: bytes a thread. tma: loads of the tensor memory accelerator."""
 
     name: str
     registers: int
+    budgets: Mapping[str, int]
     spills: int
     stack: int
     warnings: tuple[str, ...]
@@ -96,6 +98,7 @@ class Compiled:
     @property
     def problem(self) -> str:
         found = [*self.warnings]
+        found += [f"{used} registers of {size}" for size, used in self.budgets.items() if used > int(size)]
         if self.spills or self.stack:
             found.append(f"spills {self.spills} bytes a thread, and has a stack of {self.stack}")
         return "; ".join(found)
@@ -136,6 +139,7 @@ def read(name: str, said: str, text: str) -> Compiled:
     return Compiled(
         name,
         registers=_most(r"Used (\d+) registers", said),
+        budgets=dict(_budget(*pair) for function in functions(text) for pair in Flow(function).behind("USETMAXREG")),
         spills=spills,
         stack=stack,
         warnings=tuple(sorted(set(re.findall(r"\((C75\d\d)\)", said)) | set(re.findall(r"setmaxnreg ignored", said)))),
@@ -144,6 +148,23 @@ def read(name: str, said: str, text: str) -> Compiled:
         tma=sum(i.op == "UTMALDG" for i in code),
         loops=tuple(loop for loop in read_loops(text, warps=_CONSUMERS, target="sm_90") if loop.products),
     )
+
+
+def _budget(instruction: Instruction, code: Sequence[Instruction]) -> tuple[str, int]:
+    """The registers that are set for a warp, and how many the code behind needs."""
+    size = int(re.findall(r"0x[0-9a-f]+", instruction.operands)[-1], 16)
+    return str(size), 1 + max(map(_last_register, code), default=-1)
+
+
+def _last_register(instruction: Instruction) -> int:
+    """-1: none. Operands name the first of several: accumulators, and up to four words of memory."""
+    named = [int(number) for number in re.findall(r"\bR(\d+)\b", instruction.operands)]
+    if not named:
+        return -1
+    product = Product.of(instruction) if instruction.op == "HGMMA" else None
+    if product:
+        return max(named[0] + product.n // 2 - 1, *named)
+    return max(named) + access_bytes(instruction) // 4 - 1
 
 
 def _most(pattern: str, text: str) -> int:
@@ -176,14 +197,16 @@ def _scaled(theirs: Loop, ours: Loop) -> int:
     return round(theirs.instructions * theirs.warps / theirs.flops * ours.flops / ours.warps)
 
 
-_HEAD = ("kernel", "registers", "spills", "stack", "instructions", "tma", "products")
+_HEAD = ("kernel", "registers", "then", "spills", "stack", "instructions", "tma", "products")
 
 
 def table(rows: Sequence[Compiled]) -> str:
     lines = [
         (
             row.name,
-            *map(str, (row.registers, row.spills, row.stack, row.instructions, row.tma)),
+            str(row.registers),
+            " ".join(f"{used}/{size}" for size, used in row.budgets.items()),
+            *map(str, (row.spills, row.stack, row.instructions, row.tma)),
             " ".join(f"{count}×{shape}" for shape, count in row.products.items())
             + (f"  ← {row.problem}" * bool(row.problem)),
         )

@@ -24,7 +24,7 @@ def test_a_kernel_is_as_it_should_be() -> None:
     row = compiled()
     assert not row.problem
     # 168 a thread at launch is what the block divides anew among its warps.
-    assert row.registers == 168
+    assert row.registers == 168 and row.budgets.keys() == {"40", "232"}
     # Four steps for the scores of 128 keys, eight for the output; the first and the last stand outside of the loop.
     assert row.products == {"64x128x16": 2 * 4, "64x64x16": 2 * 8}
     assert row.tma >= 3
@@ -51,6 +51,7 @@ ptxas info    : Used 168 registers, used 1 barriers
     sass = "\tFunction : f\n        /*0000*/                   EXIT ;\n"
     row = read("f", said, sass)
     assert (row.registers, row.spills, row.stack) == (168, 16, 48)
+    assert replace(row, budgets={"40": 41, "232": 232}).problem.startswith("C7510; 41 registers of 40; spills")
     assert row.problem == "C7510; spills 16 bytes a thread, and has a stack of 48"
 
 
