@@ -11,7 +11,8 @@ The phases, each with its hard end (benchmarks/timetable.py; nine minutes by def
     smoke       every kernel in bf16 on a small ragged pack against fp64; the compilers' caches are filled meanwhile
     headline    our ops beside their peers, the most telling first
     tuning      attention's launch configurations; the winners go to kernels/_attention_measured.py and are used at once
-    model       a whole model's call: eager, compiled, and as a CUDA graph
+    model       a whole model's call: eager, compiled, and as a CUDA graph; likewise a step of the sampling engine, and
+                a training step beside PyTorch's with padding
     again       attention's smoke, if its configurations changed
     tests       the tests marked `gpu`, as many as there is time for
     sanitizer   compute-sanitizer, where it is installed
@@ -107,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _checkout.make_importable()
     from benchmarks.grid import OPS, WHOLES
     from benchmarks.outbox import Outbox
+    from benchmarks.phases import WHOLE_MODELS
     from benchmarks.session import Session
-    from benchmarks.steps.model import OP
     from benchmarks.tune import TABLE
     from sora_fast.files import check_folder
 
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_folder(options.out)
     except ValueError as error:
         parser.error(f"--out {options.out}: {error}")
-    everything = (OPS, (*WHOLES, OP))
+    everything = (OPS, (*WHOLES, *(module.OP for module in WHOLE_MODELS.values())))
     ops, wholes = (tuple(name for name in names if any(part in name for part in options.only)) for names in everything)
     if not ops + wholes:
         known = ", ".join(name for names in everything for name in names)

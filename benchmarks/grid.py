@@ -113,7 +113,7 @@ def plans(op: str, *, on_gpu: bool) -> list[Plan]:
 # What the suite's clock is for: entrants of these plans alone, by op. FlexAttention takes part once, in a mask that the
 # others do not have.
 HEADLINERS: Mapping[str, tuple[str, ...]] = {
-    "packed_attention": ("triton", "SDPA flash", "SDPA cuDNN", "varlen"),
+    "packed_attention": ("cuda", "triton", "SDPA flash", "SDPA cuDNN", "varlen"),
     "dit_block": ("triton", "compiled"),
 }
 _OF_OTHER_OPS = ("triton", "compiled")

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks import grid, smoke, travelling, tune
 from benchmarks._checkout import ROOT
@@ -14,13 +15,18 @@ from benchmarks.rows import Row, failed
 from benchmarks.sanitizer import read_sanitizer, sanitizer_job
 from benchmarks.session import Session, Stopped
 from benchmarks.steps import model as whole_model
+from benchmarks.steps import sampling, training
 from benchmarks.suite import DRY, Suite
 from benchmarks.tasks import Task
 from sora_fast.files import write_text
 from sora_fast.ops._records import Machine
 
-# Seconds of rounds: of a plan's direction, of a tuning item, of a model's call.
+# Seconds of rounds: of a plan's direction, of a tuning item, of what a whole model does.
 _ROUNDS, _TRIALS, _CALLS = 1.0, 0.5, 2.0
+# Seconds that an item of a whole model may take: it compiles, and is held to PyTorch in fp64.
+_WHOLE = 90.0
+# What a whole model does, by the module of benchmarks/steps; the most telling first.
+WHOLE_MODELS: Mapping[str, Any] = {"model": whole_model, "sampling": sampling, "training": training}
 # Without a device nothing goes on: finding it may eat into the next phase, on a machine that has read nothing yet.
 _PATIENCE_OF_VERSIONS = 3.0
 # Of the tuning's time, for compiling side by side what is then timed alone.
@@ -61,12 +67,15 @@ def _take_cache(session: Session, cache: Path, device_class: str) -> str:
 
 def _planned(session: Session) -> list[tuple[str, str]]:
     plans = _headline(session) if "headline" in session.phases else []
-    calls = _calls(session) if "model" in session.phases else []
-    return [*((plan.op, plan.label) for plan in plans), *((whole_model.OP, name) for name in calls)]
+    calls = _calls(session).items() if "model" in session.phases else []
+    named = ((WHOLE_MODELS[step].OP, name) for step, names in calls for name in names)
+    return [*((plan.op, plan.label) for plan in plans), *named]
 
 
-def _calls(session: Session) -> list[str]:
-    return whole_model.cases(dry=session.dry) if whole_model.OP in session.wholes else []
+def _calls(session: Session) -> dict[str, list[str]]:
+    """By their step."""
+    wanted = {step: module for step, module in WHOLE_MODELS.items() if module.OP in session.wholes}
+    return {step: module.cases(dry=session.dry) for step, module in wanted.items()}
 
 
 def _headline(session: Session) -> list[grid.Plan]:
@@ -98,25 +107,35 @@ def _warming(session: Session, until: float) -> list[Task]:
     tasks = [session.timed("comparing", some, until, seconds=0) for some in names if "headline" in session.phases]
     if "model" not in session.phases:
         return tasks
-    return [session.timed("model", _calls(session), until, seconds=0), *tasks]
+    # Not of training, which would take the memory that the kernels are being judged in.
+    calls = {step: names for step, names in _calls(session).items() if step != "training"}
+    return [*(session.timed(step, names, until, seconds=0) for step, names in calls.items()), *tasks]
 
 
 def headline(session: Session, until: float) -> None:
     """Our ops beside their peers: first what the project is judged by, then whatever there is time for."""
     plans = _headline(session) if session.dry else grid.rounds(session.ops + session.wholes)
     task = session.timed("comparing", [plan.name for plan in plans], until, seconds=_ROUNDS)
-    _compare(session, "headline", task, {plan.name: (plan.op, plan.label) for plan in plans}, until)
+    _compare(session, "headline", [task], {plan.name: (plan.op, plan.label) for plan in plans}, until)
 
 
 def model(session: Session, until: float) -> None:
-    """A whole model's call."""
-    names = _calls(session)
-    task = session.timed("model", names, until, seconds=_CALLS)
-    _compare(session, "model", task, {name: (whole_model.OP, name) for name in names}, until)
+    """A whole model's call, a sampler's step, a training step."""
+    calls = _calls(session)
+    tasks = [session.timed(step, names, until, seconds=_CALLS) for step, names in calls.items()]
+    known = {name: (WHOLE_MODELS[step].OP, name) for step, names in calls.items() for name in names}
+    _compare(session, "model", tasks, known, until, item=_WHOLE)
 
 
-def _compare(session: Session, phase: str, task: Task, known: Mapping[str, tuple[str, str]], until: float) -> None:
-    for verdict in session.verdicts(phase, [task], until):
+def _compare(
+    session: Session,
+    phase: str,
+    tasks: Sequence[Task],
+    known: Mapping[str, tuple[str, str]],
+    until: float,
+    **limits: float,
+) -> None:
+    for verdict in session.verdicts(phase, tasks, until, **limits):
         if verdict.verdict == "passed":
             session.suite.compared += [Row(**row) for row in verdict.found]
         elif verdict.verdict == "failed":

@@ -5,7 +5,8 @@
 Every kernel that the suite's smoke, headline, model and tuning launch, at their sizes, goes through Triton's own JIT
 and launcher, compiled for sm_90, over a stub driver (benchmarks/stub_driver): an error in a signature, a grid, a
 descriptor or a constant shows here. Nothing runs: neither values nor times mean anything, and CUDA's events, streams
-and graphs, torch.compile, the peers and the tests marked `gpu` are not rehearsed. What does not fit on the chip is
+and graphs, torch.compile, the peers, the steps of sampling and of training (the same kernels at other sizes) and the
+tests marked `gpu` are not rehearsed. What does not fit on the chip is
 told apart: the tuner drops such candidates there, too.
 
 Takes a few GB of memory, and as long as Triton compiles: some eight minutes on a core without the tuner's candidates,

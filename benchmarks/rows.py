@@ -15,13 +15,14 @@ from benchmarks.environment import Ceilings
 from benchmarks.nvml import Gauge
 from benchmarks.timing import Timing, Work, host_microseconds
 from sora_fast.ops import _library, packed_attention
+from sora_fast.ops._attention_cuda import refusal
 from sora_fast.ops._dispatch import interpreting
 
 DIRECTIONS = ("forward", "backward")
 # How far from the truth: times PyTorch's fp32 sums rounded once, and besides. A peer may round products on its way to
 # 16 bits, three in a row in attention's backward pass, and add 8,192 tokens one by one in fp32, which is 1.4e-6 off:
 # what is asked of it is whether it does the same work at all.
-_OURS, _PEERS = (2.0, 1e-6), (4.0, 1e-5)
+_OURS, PEERS = (2.0, 1e-6), (4.0, 1e-5)
 # Attention in plain PyTorch goes block by block; past so many tokens nobody would use it on a GPU.
 _LONGEST_REFERENCE = 40_000
 
@@ -51,9 +52,21 @@ def _by_library(backend: str, case: Case) -> Entrant:
         raise Absent(f"it is for tensors on {backend}")
     if (reason := _library.missing(backend)) is not None:
         raise Absent(reason)
-    if case.op.__name__ not in _library.OPS:
+    if case.op.__name__ not in _compiled(backend):
         raise Absent("it is in no compiled library")
+    if case.op is packed_attention and (reason := refusal(*case.args[:3])) is not None:
+        raise Absent(reason)
     return Ours.on(backend, case)
+
+
+def _compiled(backend: str) -> tuple[str, ...]:
+    """Ops that the library of a backend has."""
+    return (*_library.OPS, "packed_attention") if backend == "cuda" else _library.OPS
+
+
+def ours(op: str) -> Mapping[str, Maker]:
+    """Our own backends that an op has."""
+    return {name: make for name, make in OURS.items() if name not in ("cpu", "cuda") or op in _compiled(name)}
 
 
 # Our own backends; the peers stand in benchmarks/peers.
@@ -184,7 +197,7 @@ def _check(row: Row, runs: Mapping[str, "Run"], truth: Tensors, place: int, part
             row.absent[name] = "it has no backward pass here"
             continue
         row.errors[name] = distances(tuple(map(part, run.results[place])), truth)
-        if name not in OURS and not row.agrees(name, _PEERS):
+        if name not in OURS and not row.agrees(name, PEERS):
             row.absent[name] = (
                 f"wrong: {max(row.errors[name]):.1e} from the truth, where PyTorch is {max(row.errors['torch']):.1e}"
             )

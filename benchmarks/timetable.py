@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 SECONDS: Mapping[str, float] = {
     "versions": 20,
     "smoke": 60,
-    "headline": 120,
-    "tuning": 130,
-    "model": 70,
+    "headline": 115,
+    "tuning": 110,
+    "model": 125,
     "again": 30,
-    "tests": 75,
+    "tests": 45,
     "sanitizer": 25,
 }
 # Kept for the end: to end processes and to write.

@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -229,10 +229,14 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         help="what torch.compile makes one graph of: the blocks, which starts sooner (default), or model and loss",
     )
     add("--no-compile", action="store_true", help="without torch.compile: starts sooner, runs slower")
+    add(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        help="on a GPU, launch a step as one CUDA graph: less work for the host (default: no)",
+    )
     add = parser.add_argument_group("what is told meanwhile, beside the run's log.jsonl and loss.png").add_argument
     add("--sample-every", type=COUNT, metavar="STEPS", help="a sheet of samples so often, in the run's samples/")
-    add("--json", action="store_true", help="print the lines of the log; all else goes to standard error")
-    add("--tensorboard", action="store_true", help="write for TensorBoard, in the run's tensorboard/")
+    _add_telling(add)
 
 
 def _add_distill(commands: "argparse._SubParsersAction") -> None:
@@ -272,6 +276,13 @@ def _add_distill(commands: "argparse._SubParsersAction") -> None:
         help="where the run's CLIP or T5 is, if it is not where it was",
     )
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    add = parser.add_argument_group("what is told meanwhile, beside the run's log.jsonl and loss.png").add_argument
+    _add_telling(add)
+
+
+def _add_telling(add: Callable[..., argparse.Action]) -> None:
+    add("--json", action="store_true", help="print the lines of the log; all else goes to standard error")
+    add("--tensorboard", action="store_true", help="write for TensorBoard, in the run's tensorboard/")
 
 
 def _add_sample(commands: "argparse._SubParsersAction") -> None:
@@ -324,6 +335,11 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="with torch.compile (default: on a CPU, where that takes less time in all)",
+    )
+    add(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        help="launch a step as one CUDA graph (default: on a GPU, from the third step on, where there is no --cache)",
     )
     add("--seed", type=SEED, help="another seed, another video (default: %(default)s)")
     add("--fps", type=POSITIVE, help="frames per second of the result (default: those of the given clip or of the run)")
@@ -382,32 +398,34 @@ def _train(a: argparse.Namespace) -> int:
         return _replay(options)
     if not options.resume and options.data is None:
         raise ValueError("train needs --data FOLDER, for a new run, or --resume")
-    lines = sys.stdout
-    with _workers(options.device) as (device, world), contextlib.ExitStack() as stack:
-        if options.json:
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+    with _workers(options.device, json=options.json) as (device, world, lines):
         return _train_together(options, device, world, lines)
 
 
 def _distill(a: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(a).items() if name != "command"}
     options = DistillOptions(**given, given=frozenset(given.keys() - {"run"}))
-    with _workers(options.device) as (device, world):
-        return _distill_together(options, device, world)
+    with _workers(options.device, json=options.json) as (device, world, lines):
+        return _distill_together(options, device, world, lines)
 
 
 @contextlib.contextmanager
-def _workers(device: str | None) -> "Iterator[tuple[str, World]]":
-    """What this worker computes on, and all of them; the user hears the first."""
+def _workers(device: str | None, *, json: bool) -> "Iterator[tuple[str, World, IO[str]]]":
+    """What this worker computes on, all of them, and where --json goes; the user hears the first.
+
+    json: inside, what is printed goes to standard error.
+    """
     from sora_fast.training.distributed import joined, own_device
 
-    device = own_device(device)
+    device, lines = own_device(device), sys.stdout
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(joined(device))
+        if json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         if world.rank:
             stack.enter_context(contextlib.redirect_stdout(None))
             logging.getLogger().setLevel(logging.ERROR)
-        yield device, world
+        yield device, world, lines
 
 
 def _replay(o: TrainOptions) -> int:
@@ -451,8 +469,9 @@ def _train_together(o: TrainOptions, device: str, world: "World", lines: IO[str]
         ) from error
 
 
-def _distill_together(o: DistillOptions, device: str, world: "World") -> int:
+def _distill_together(o: DistillOptions, device: str, world: "World", lines: IO[str]) -> int:
     """Likewise."""
+    from sora_fast.generation.watching import plain_watchers
     from sora_fast.training.data import FolderSource
     from sora_fast.training.distill import Distiller, keep_teacher, new_distillation, resumed_distillation
 
@@ -462,9 +481,10 @@ def _distill_together(o: DistillOptions, device: str, world: "World") -> int:
     if not o.resume and world.rank == 0:
         keep_teacher(o.run, o.folder)
     world.total(0)  # nobody looks before that
-    trainer = Distiller(config, source, o.folder, device=device, resume=o.resume)
+    watchers = plain_watchers(o.folder, lines if o.json else None, tensorboard=o.tensorboard) if world.rank == 0 else ()
+    trainer = Distiller(config, source, o.folder, device=device, resume=o.resume, watchers=watchers)
     place = "" if o.out is None else f" --out {o.out}"
-    return _fit(trainer, f"sora-fast distill {o.run}{place} --resume", resumed=o.resume)
+    return _fit(trainer, f"sora-fast distill {o.run}{place} --resume", resumed=o.resume, progress=not o.json)
 
 
 def _fit(trainer: "Trainer", resume: str, *, resumed: bool, progress: bool = True) -> int:
@@ -505,7 +525,7 @@ def _sample(a: argparse.Namespace) -> int:
     device, config = own_device(o.device), read_run(o.run)
     request, fps = requested(o, config)
     played = check_result(o, request, config.model.in_channels, fps)
-    engine = Engine.load(o.run, device=device, text_encoder=o.text_encoder, compile=o.compile)
+    engine = Engine.load(o.run, device=device, text_encoder=o.text_encoder, compile=o.compile, graph=o.graph)
     if engine.networks.text is not None:
         engine.networks.text.check([o.prompt])
     asked = {"steps": o.steps, "sampler": SAMPLERS.get(o.sampler)}

@@ -11,6 +11,7 @@ import torch
 
 import sora_fast
 from sora_fast.ops import _library, _records
+from sora_fast.ops._attention_cuda import refusal_here
 from sora_fast.ops._checks import KERNEL_DTYPES
 from sora_fast.ops._dispatch import PROVE, UNPROVED, default
 from sora_fast.ops._records import Machine, Record, dtype_name
@@ -71,7 +72,7 @@ class Diagnosis:
 
     def here(self, record: Record) -> bool:
         """Whether a record holds for this machine and source."""
-        return record.machine == self.machine and record.source == _records.source_hash(record.op)
+        return record.machine == self.machine and record.source == _records.source_hash(record.op, record.backend)
 
     def json(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
@@ -197,7 +198,12 @@ def _chosen(device: torch.device) -> Iterator[Choice]:
         for dtype in _DTYPES:
             offered = ("torch", "triton") if op in OPS and dtype in KERNEL_DTYPES else ("torch",)
             offered += ("cpu", "cuda") if op in _library.OPS else ()
-            backend, refused = default(op, device, offered, None if op == "schedule" else dtype)
+            unsuited: tuple[tuple[str, str], ...] = ()
+            if op == "packed_attention" and device.type == "cuda":
+                offered += ("cuda",)
+                reason = refusal_here(device, dtype)
+                unsuited = (("cuda", reason),) if reason else ()
+            backend, refused = default(op, device, offered, None if op == "schedule" else dtype, unsuited)
             # Not what an op never has, nor that a CPU is no GPU.
-            told = ("triton", "cuda") if op in _library.OPS and device.type != "cpu" else ("triton",)
+            told = ("triton", "cuda") if "cuda" in offered and device.type != "cpu" else ("triton",)
             yield Choice(op, dtype_name(dtype), backend, {name: refused[name] for name in told if name in refused})

@@ -82,7 +82,7 @@ def test_distill(run: Path, folder: Path, tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert f"To sample: sora-fast sample {new}" in said
     config = read_run(new)
-    assert config.distilled == Distilled(steps=3, guidance=2.0, guidance_given=2.0)
+    assert config.distilled == Distilled(steps=3, guidance=2.0, guidance_given=2.0, spacing="late")
     assert config.train.lr == read_run(run).train.lr / 2 and config.train.compile is None
     assert read_run(run).distilled is None
 
@@ -96,8 +96,11 @@ def test_distill(run: Path, folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(["sample", str(run), *sample[2:], "--sampler", "flow-map"]) == 2
     assert "needs a distilled run" in capsys.readouterr().err
 
-    assert main([*distil, "--resume", "--minutes", "0.02"]) == 0
-    assert "going on from step" in capsys.readouterr().out
+    began = read_log(new / LOG)[-1]["step"]
+    assert main([*distil, "--resume", "--minutes", "0.02", "--json"]) == 0
+    told = capsys.readouterr()
+    assert [json.loads(row) for row in told.out.splitlines()] == [r for r in read_log(new / LOG) if r["step"] > began]
+    assert told.out and "going on from step" in told.err and (new / "loss.png").exists()
     for wrong, message in (
         (distil, "already holds a run"),
         ([*distil, "--resume", "--guidance", "3"], "--guidance: a run keeps what it was made with"),

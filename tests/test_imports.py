@@ -14,6 +14,7 @@ PARTS = (
     "nvml",
     "masks",
     "packing",
+    "graphs",
     "schedule",
     "kernels",
     "ops",

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 
 from benchmarks.peers import activation, attention, block, modulation, patches, rope, segments
 from benchmarks.peers.compiling import ours_compiled
-from benchmarks.rows import OURS, Maker
-from sora_fast.ops import _library
+from benchmarks.rows import Maker, ours
 
 PEERS: Mapping[str, Mapping[str, Maker]] = {
     "adaln": {**modulation.PEERS, "Liger": modulation.liger},
@@ -49,8 +48,7 @@ PEERS: Mapping[str, Mapping[str, Maker]] = {
 
 def everyone(op: str) -> Mapping[str, Maker]:
     """Ours on every backend, our own op inside a compiled graph, and all peers of `op`."""
-    ours = {name: make for name, make in OURS.items() if op in _library.OPS or name not in ("cpu", "cuda")}
-    return {**ours, **({"torch, compiled": ours_compiled} if op in _FUSED else {}), **PEERS[op]}
+    return {**ours(op), **({"torch, compiled": ours_compiled} if op in _FUSED else {}), **PEERS[op]}
 
 
 # Ops whose torch backend is written for Inductor to fuse.

@@ -67,9 +67,11 @@ def padded_batch(
 class PaddedDiT(nn.Module):
     """The loss of a SoraDiT without text and labels, its weights shared, for one noise level a sample."""
 
-    def __init__(self, model: SoraDiT, path: RectifiedFlow) -> None:
+    def __init__(self, model: SoraDiT, path: RectifiedFlow, *, compile_blocks: bool = False) -> None:
+        """compile_blocks: a graph that all share, for each shape; else the caller may compile it all."""
         super().__init__()
         self.model, self.path = model, path
+        self._block = torch.compile(_block, fullgraph=True, dynamic=False) if compile_blocks else _block
 
     def forward(
         self,
@@ -87,7 +89,7 @@ class PaddedDiT(nn.Module):
         x = model.x_embedder.proj(self.path.add_noise(patches, noise, level)) + positions
         mask = None if real is None else real[:, None, None, :]
         for block in model.blocks:
-            x = _block(block, x, block.adaLN_modulation(condition), cos, sin, mask)
+            x = self._block(block, x, block.adaLN_modulation(condition), cos, sin, mask)
         shift, scale = (table[:, None] for table in model.final_layer.adaLN_modulation(condition))
         prediction = model.final_layer.linear(_norm(x) * (1 + scale) + shift)
         prediction = rearrange(prediction, "b l (p c) -> b l (c p)", p=math.prod(model.config.patch_size))

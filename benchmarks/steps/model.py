@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.entrants import Absent
 from benchmarks.graphs import captured
-from benchmarks.nvml import Gauge
 from benchmarks.rows import Row, distances, start_afresh
 from benchmarks.shapes import PACKS
-from benchmarks.timing import Timing, Work, host_microseconds, time_variants
+from benchmarks.steps.wholes import leave_out_the_wrong, made, need_gpu, notes
+from benchmarks.timing import Work, time_variants
 from sora_fast import use_backend
 from sora_fast.models import SoraDiT, SoraDiTConfig
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
@@ -84,7 +83,7 @@ def _eager(model: SoraDiT, batch: Inputs) -> Work:
 
 def _compiled(model: SoraDiT, batch: Inputs) -> Work:
     """Block by block, as our trainer does it: one graph serves them all."""
-    _need_gpu(batch)  # minutes of compiling prove little on a CPU
+    need_gpu(batch[1].device)
     own = deepcopy(model)
     for block in own.blocks:
         block.compile(fullgraph=True, dynamic=False)
@@ -92,13 +91,8 @@ def _compiled(model: SoraDiT, batch: Inputs) -> Work:
 
 
 def _graph(model: SoraDiT, batch: Inputs) -> Work:
-    _need_gpu(batch)
+    need_gpu(batch[1].device)
     return captured(partial(call, model, batch), batch[1].device)
-
-
-def _need_gpu(batch: Inputs) -> None:
-    if batch[1].device.type != "cuda":
-        raise Absent("it needs a GPU")
 
 
 _VARIANTS: Mapping[str, Callable[[SoraDiT, Inputs], Work]] = {
@@ -109,38 +103,26 @@ _VARIANTS: Mapping[str, Callable[[SoraDiT, Inputs], Work]] = {
 
 
 def _works(model: SoraDiT, batch: Inputs, row: Row) -> dict[str, Work]:
-    """Those that ran once; why the others did not stands in `row`. Raises what the eager one does."""
-    works = {}
-    for name, make in _VARIANTS.items():
-        try:
-            works[name] = make(model, batch)
-            works[name]()
-        except Exception as error:
-            if name == "triton":
-                raise
-            works.pop(name, None)
-            row.absent[name] = str(error) if isinstance(error, Absent) else f"{type(error).__name__}: {error}"[:500]
-    return works
+    """Those that ran once."""
+
+    def tried(make: Callable[[SoraDiT, Inputs], Work]) -> Work:
+        work = make(model, batch)
+        work()
+        return work
+
+    return made({name: partial(tried, make) for name, make in _VARIANTS.items()}, row)
 
 
 def _judge(works: dict[str, Work], model: SoraDiT, batch: Inputs, row: Row) -> None:
-    """Beside PyTorch in fp64; who is wrong is not timed, but for the eager one, which the suite then calls wrong."""
+    """Beside PyTorch in fp64."""
     with use_backend("torch"):
         truth, plain = call(deepcopy(model).double(), batch), call(model, batch)
     row.errors = {"torch": distances([plain], [truth])}
     row.errors |= {name: distances([work()], [truth]) for name, work in works.items()}
-    for name in [name for name in works if name != "triton" and not row.agrees(name)]:
-        row.absent[name] = f"wrong: {row.errors[name][0]:.1e} from the truth, PyTorch {row.errors['torch'][0]:.1e}"
-        del works[name]
+    leave_out_the_wrong(works, row)
 
 
 def _time(works: Mapping[str, Work], row: Row, device: torch.device, seconds: float) -> None:
     """As a sampler has it, which waits for the host where that is the slower."""
     row.rounds = time_variants(works, device=device, seconds=seconds, asleep=False)
-    if device.type == "cuda":
-        gauge = Gauge(device)
-        row.notes = {
-            name: gauge.read(work, Timing.of(row.rounds[name]).median)
-            | {"host_us": host_microseconds(work, device, calls=5)}
-            for name, work in works.items()
-        }
+    row.notes = notes(works, row, device)

@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if world.rank or not finished:
         return 0 if finished else INTERRUPTED
     torch.set_num_threads(world.size * torch.get_num_threads())  # the others are done
-    results = compare(Engine.load(teacher), Engine.load(folder / "run"), FULL, CALLS)
+    # Left alone, an engine compiles once it has worked enough to save the start-up: the teacher, and not the student.
+    engines = (Engine.load(run, compile=FULL.compile) for run in (teacher, folder / "run"))
+    results = compare(*engines, FULL, CALLS)
     results = {"training": training_record(folder / "run"), **results}
     files.write_text(folder / "few_steps.json", json.dumps(results, indent=2) + "\n")
     print(summary(results))
@@ -78,7 +80,7 @@ def few_steps_config(teacher: RunConfig, *, minutes: float, seed: int = 0, worke
         teacher.train.batch, capacity=1280 // workers, max_segments=80 // workers, text_capacity=1920 // workers
     )
     train = replace(teacher.train, minutes=minutes, batch=batch, lr=1e-3, warmup=30, ema_decay=0.99, seed=seed)
-    return distilled_config(teacher, train, Distilled(4, FULL.guidance, FULL.guidance_given))
+    return distilled_config(teacher, train, Distilled(4, FULL.guidance, FULL.guidance_given, spacing="late"))
 
 
 def compare(teacher: Engine, student: Engine, plan: Plan, calls: Sequence[int]) -> dict:
@@ -92,6 +94,7 @@ def compare(teacher: Engine, student: Engine, plan: Plan, calls: Sequence[int]) 
     away = _away(asked, shape)
     return {
         "asked": {"teacher": {"steps": plan.steps, "guidance": plan.guidance, "guidance_given": plan.guidance_given}},
+        "compiled": [teacher.compiled, student.compiled],
         "scores": results,
         "distance to the teacher's clip": {"shape": shape, "of another seed": away.pop("another"), **away},
         "seconds": {"of one clip": _clock(asked, shape, 1), "of 40 clips": _clock(asked, shape, 40)},

@@ -6,9 +6,9 @@ The model is told two levels, t of the state and r ≤ t to lead to, and says D(
 
 lies on the trajectory of the teacher's flow through x_t (flow map matching, arXiv 2406.07507; D is x_t − t times the
 average velocity of MeanFlow, arXiv 2505.13447). For r = t that is the teacher's own prediction of clean data, and for
-r = 0 the trajectory's end. The rest follows from splitting an interval (arXiv 2410.12557, 2507.16884): to go from t to
-r is to go from t to s and then from s to r, which a slow average of the model itself does well for the shorter ways.
-Guidance is part of the teacher's prediction alone: the map needs none, and so one call a step.
+r = 0 the trajectory's end. What D is to be is read off trajectories that the teacher's sampler has made, with guidance,
+from noise: between any two of their states, x_t and x_r, it is D* = (x_r − (r/t)·x_t)/(1 − r/t). The map needs no
+guidance, and so one call a step.
 """
 
 from collections.abc import Callable
@@ -20,26 +20,21 @@ from torch import Tensor
 
 from sora_fast.diffusion.paths import RectifiedFlow
 from sora_fast.diffusion.pixels import PatchSize, pixel_segments, spread, token_to_pixels
-from sora_fast.diffusion.samplers import Euler
+from sora_fast.diffusion.samplers import DPMSolver2M, Euler, Prediction
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
 from sora_fast.packing._bundle import TensorBundle
 
 Model = Callable[..., RaggedLatents]
 
+# Of the demo's digits 91.2% came out right in 4 calls and 73.8% in 2; with 0.85 (at a rate 1.5 times as high) 90.3%
+# and 68.8%.
+OWN = 0.6
 
-def jump(x: Tensor, clean: Tensor, level: Tensor, end: Tensor) -> Tensor:
-    """The state at `end` ≤ `level` from that at `level`, `clean` being D; tensors of any shapes that broadcast."""
+
+def leading(x: Tensor, there: Tensor, level: Tensor, end: Tensor) -> Tensor:
+    """D* that leads from the state x at `level` to `there` at `end` < `level`; tensors of any shapes that broadcast."""
     kept = end / _positive(level)
-    return kept * x + (1 - kept) * clean
-
-
-def split_share(level: Tensor, middle: Tensor, end: Tensor) -> Tensor:
-    """What the first of two jumps, level → middle → end, has in the D of the one jump that does the same.
-
-    D* = (x_end − (r/t)·x_t) / (1 − r/t) is λ·D₁ + (1 − λ)·D₂ with λ = r(t − s) / (s(t − r)): nothing cancels where the
-    levels are near each other, and to the end of a trajectory, r = 0, D* is D₂.
-    """
-    return end * (level - middle) / _positive(middle * (level - end))
+    return (there - kept * x) / _positive(1 - kept)
 
 
 def _positive(values: Tensor) -> Tensor:
@@ -49,47 +44,54 @@ def _positive(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FlowMap(Euler):
-    """A jump a step: Euler's, along a straight line, for a model that is told where to (SoraDiT with `sigma_end`)."""
+    """A jump a step: Euler's, along a straight line, for a model that is told where to (SoraDiT with `sigma_end`).
+
+    spacing: of the levels, as the model was taught them; see `RectifiedFlow.sigmas`.
+    """
 
     tells_end = True
-
-
-# Of a jump's beginning, before the shift: no sampler of up to thirty steps begins one lower.
-LEAST_LEVEL = 0.03
+    spacing: str = "trailing"
 
 
 @dataclass(frozen=True, eq=False)
-class Interval(TensorBundle):
-    """The levels that a jump is trained at, a segment: t = `level` > s = `middle` > r = `end`, [S] float32 each."""
+class Trajectory(TensorBundle):
+    """What the teacher goes through from noise to data: states [N + 1, P] at levels [N + 1, S] float32."""
 
+    states: Tensor
+    levels: Tensor
+
+    def lesson(self, pack: "FlowPack", first: Tensor, last: Tensor) -> "Lesson":
+        """What is to be learned of its way from its states number `first` to `last`, [S] int64 each."""
+        level, end = (self.levels.gather(0, number[None])[0] for number in (first, last))
+        x, there = (self.states.gather(0, pack.spread(number)[None])[0] for number in (first, last))
+        return Lesson(x, leading(x, there, pack.spread(level), pack.spread(end)), level, end)
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson(TensorBundle):
+    """x, target: a state and its D*, [P]; level, end: the levels that they lead from and to, [S]."""
+
+    x: Tensor
+    target: Tensor
     level: Tensor
-    middle: Tensor
     end: Tensor
 
-    @staticmethod
-    def draw(path: RectifiedFlow, layout: PackedLayout, generator: torch.Generator | None = None) -> "Interval":
-        """Half of the segments jump to the end of their trajectory, r = 0, and half to anywhere.
 
-        Uniform where a sampler's steps are even: before the path's shift by size.
-        """
-        size = layout.max_segments
-        first, second, place, kind = torch.rand(
-            4, size, generator=generator, dtype=torch.float32, device=layout.device
-        ).unbind(0)
-        to_the_end = kind < 0.5
-        level = torch.where(to_the_end, first, torch.maximum(first, second)).clamp(min=LEAST_LEVEL)
-        end = torch.where(to_the_end, 0, torch.minimum(first, second).clamp(max=level - LEAST_LEVEL / 2))
-        middle = end + (level - end) * (0.25 + 0.5 * place)
-        return Interval(*(path.shift(one, layout) for one in (level, middle, end)))
+def draw_ways(
+    steps: int, calls: int, segments: int, *, device: torch.device, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Numbers of two states of a trajectory of `steps`, from first to last, [S] int64 each.
 
-    @property
-    def taught(self) -> Tensor:
-        """[S], the levels where the teacher is to be followed, r = t: those that jumps begin at, the first ones of
-        every other segment and the second ones of the others. Taught at the path's own levels, of which few are low,
-        the jumps to r = 0 had nothing but themselves to follow there: after 1,289 steps of the demo no digit was left.
-        """
-        first = torch.arange(self.level.shape[0], device=self.level.device) % 2 == 0
-        return torch.where(first, self.level, self.middle)
+    OWN of the segments take one of the ways of a sampler of `calls` steps, of which `steps` is a multiple; the others
+    any, so that other numbers of calls can be asked for.
+    """
+    kind, where, length = torch.rand(3, segments, generator=generator, dtype=torch.float32, device=device).unbind(0)
+    stride = steps // calls
+    own = (where * calls).long() * stride
+    first = (where * steps).long()
+    last = first + 1 + (length * (steps - first)).long()
+    is_own = kind < OWN
+    return torch.where(is_own, own, first), torch.where(is_own, own + stride, last)
 
 
 class FlowPack:
@@ -119,30 +121,47 @@ class FlowPack:
         owner = torch.where(self.clean & (self.layout.segment_ids >= 0), self.layout.segment_ids, segments).long()
         return self.clean.new_zeros(segments + 1).scatter(0, owner, True)[:segments]
 
-    def predict(self, model: Model, x: Tensor, sigma: Tensor, end: Tensor | None, **inputs: Any) -> Tensor:
-        """D [P] of a model at the state x [P], from levels [S] to levels [S], None: the same; inputs: its text."""
+    def ask(self, model: Model, x: Tensor, sigma: Tensor, end: Tensor | None, **inputs: Any) -> Tensor:
+        """The path's target [P] as a model says it of the state x [P], at levels [S]; end: to levels [S], if it is told
+        any; inputs: its text."""
         levels = Conditioning.with_clean(sigma, self.clean, self.layout, rows=self._rows, sigma_end=end)
-        output = model(self.data.with_flat(x), self.layout, levels, **inputs)
-        return self.path.denoise(x, output.flat.to(x.dtype), self.spread(sigma))[0]
+        return model(self.data.with_flat(x), self.layout, levels, **inputs).flat.to(x.dtype)
 
-    def jump(self, x: Tensor, clean: Tensor, sigma: Tensor, end: Tensor) -> Tensor:
-        """`jump` of all but the clean tokens."""
-        return self._kept(jump(x, clean, self.spread(sigma), self.spread(end)))
+    def predict(self, model: Model, x: Tensor, sigma: Tensor, end: Tensor | None, **inputs: Any) -> Tensor:
+        """D [P], likewise."""
+        return self.path.denoise(x, self.ask(model, x, sigma, end, **inputs), self.spread(sigma))[0]
+
+    def trajectory(self, teacher: Callable[[Tensor, Tensor], Tensor], noise: Tensor, levels: Tensor) -> Trajectory:
+        """From noise [P] through levels [N + 1, S] float64, which begin at 1 and end at 0.
+
+        By DPM-Solver++(2M): of the demo's clips 8 late steps of it show as many right digits as 16 of Euler's (95.3% of
+        320, 95.0% of 160), for half the calls. teacher: the path's target [P] at a state [P] and levels [S].
+        """
+        solver, steps = DPMSolver2M(), len(levels) - 1
+        numbers, levels = solver.numbers(self.path, levels), levels.float()
+        x, memory = self.at(noise, levels[0]), None
+        states = [x]
+        for done, level in enumerate(levels[:-1]):
+            x, memory = solver.step(
+                x,
+                torch.stack([self.spread(number) for number in numbers[done]]),
+                lambda x, level=level: Prediction(teacher(x, level)),
+                memory,
+                last=done == steps - 1,
+                fresh_noise=lambda: noise,  # of which it takes none
+            )
+            x = self._kept(x)
+            states.append(x)
+        return Trajectory(torch.stack(states), levels)
 
     def spread(self, values: Tensor) -> Tensor:
-        """A value a segment [S] for every pixel [P]."""
-        return spread(values.to(self.data.flat.dtype), self.segments)
+        """A value a segment [S] for every pixel [P]; numbers that are not whole in the state's dtype."""
+        if values.is_floating_point():
+            values = values.to(self.data.flat.dtype)
+        return spread(values, self.segments)
 
     def _kept(self, x: Tensor) -> Tensor:
         return torch.where(self.noisy, x, self.data.flat)
-
-
-def split_target(pack: FlowPack, model: Model, x: Tensor, at: Interval, **inputs: Any) -> Tensor:
-    """D* [P] of the interval by two jumps of `model`, a slow average of the one that is trained."""
-    first = pack.predict(model, x, at.level, at.middle, **inputs)
-    between = pack.jump(x, first, at.level, at.middle)
-    second = pack.predict(model, between, at.middle, at.end, **inputs)
-    return torch.lerp(second, first, split_share(*map(pack.spread, (at.level, at.middle, at.end))))
 
 
 def flow_map_loss(pack: FlowPack, clean: Tensor, target: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

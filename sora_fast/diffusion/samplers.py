@@ -37,6 +37,10 @@ class Sampler(ABC):
     """Whether a step also calls the model at the level that it leads to."""
     tells_end: ClassVar[bool] = False
     """Whether the model is told the level that a step leads to; see flow_map.py."""
+    ends_otherwise: ClassVar[bool] = False
+    """Whether the last step is another computation."""
+    draws_noise: ClassVar[bool] = False
+    """Whether steps but the last draw noise."""
 
     @abstractmethod
     def numbers(self, path: NoisePath, sigmas: Tensor) -> Tensor:
@@ -96,6 +100,7 @@ class Heun(Sampler):
 
     paths = (RectifiedFlow,)
     looks_ahead = True
+    ends_otherwise = True
 
     def numbers(self, path: NoisePath, sigmas: Tensor) -> Tensor:
         change, second = sigmas.diff(dim=0), 0.5 * (sigmas[1:] > 0)
@@ -175,6 +180,8 @@ class Ancestral(Sampler):
 
     paths = (DDPM,)
     spacing = "linspace"
+    ends_otherwise = True
+    draws_noise = True
 
     def numbers(self, path: NoisePath, sigmas: Tensor) -> Tensor:
         posterior = path.posterior(sigmas[:-1], sigmas[1:])

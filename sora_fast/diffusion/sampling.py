@@ -16,34 +16,32 @@ from sora_fast.diffusion.pixels import PatchSize, pixel_segments, token_to_pixel
 from sora_fast.diffusion.samplers import Prediction, Sampler
 from sora_fast.diffusion.scheduled import scheduled
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
+from sora_fast.packing._bundle import TensorBundle
 
 Denoiser = Callable[[RaggedLatents, PackedLayout, Conditioning], RaggedLatents]
 Evaluate = Callable[[Tensor, int], Prediction]
-"""The model at a state [P] and the level of so-and-so many steps."""
+"""The model at a state [P]; at the step's own level (0), or at that which it leads to (1)."""
 
 
 @dataclass(frozen=True, eq=False)
-class Descent:
+class Descent(TensorBundle):
     """All that the steps of a pack have in common, but for the model; a step is the model and then `Sampler.step`.
 
-    numbers: of every step, [K, n, S] in the state's dtype. segments: [P], the segment of every element; None: there is
-    one. known, fixed: [P], the elements that are given, and where they are (bool); None: none is.
+    segments: [P], the segment of every element; None: there is one. known, fixed: [P], the elements that are given, and
+    where they are (bool); None: none is.
     """
 
     sampler: Sampler
-    numbers: Tensor
     segments: Tensor | None
     known: Tensor | None = None
     fixed: Tensor | None = None
 
     @staticmethod
-    def of(
-        latents: RaggedLatents, sampler: Sampler, numbers: Tensor, *, data: Tensor | None, fixed: Tensor | None
-    ) -> "Descent":
-        """latents: the noise, as the state is. numbers: as `Sampler.numbers` gives them, for its segments."""
+    def of(latents: RaggedLatents, sampler: Sampler, *, data: Tensor | None, fixed: Tensor | None) -> "Descent":
+        """latents: the noise, as the state is. data: what exists, [P], of which `fixed` is given."""
         several = latents.max_segments > 1
         segments = pixel_segments(latents).clamp(max=latents.max_segments - 1) if several else None
-        return Descent(sampler, numbers.to(latents.flat.dtype), segments, data if fixed is not None else None, fixed)
+        return Descent(sampler, segments, data if fixed is not None else None, fixed)
 
     def given(self, x: Tensor) -> Tensor:
         """The state with what is given in its place."""
@@ -51,20 +49,22 @@ class Descent:
 
     def step(
         self,
-        done: int,
         x: Tensor,
-        memory: Tensor | None,
+        numbers: Tensor,
         evaluate: Evaluate,
+        memory: Tensor | None,
         *,
         last: bool,
         fresh_noise: Callable[[], Tensor],
     ) -> tuple[Tensor, Tensor | None]:
-        """The state [P] after step number `done`, and what the next step remembers of it."""
+        """The state [P] after a step, and what the next step remembers of it.
+
+        numbers: those of `Sampler.numbers` for this step, [n, S] in the state's dtype.
+        """
 
         def predict(x: Tensor, *, ahead: int = 0) -> Prediction:
-            return evaluate(self.given(x), done + ahead)
+            return evaluate(self.given(x), ahead)
 
-        numbers = self.numbers[done]
         if self.segments is not None:
             numbers = numbers[:, self.segments]
         return self.sampler.step(x, numbers, predict, memory, last=last, fresh_noise=fresh_noise)
@@ -103,15 +103,22 @@ def sample(
     known = work.flat if data is None else data.flat.to(work.flat.dtype)
     fixed = None if clean is None else token_to_pixels(clean, layout, patch_size, noise)
     sigmas = path.sigmas(steps, layout, start=start, spacing=sampler.spacing)
-    descent = Descent.of(work, sampler, sampler.numbers(path, sigmas), data=known, fixed=fixed)
+    descent = Descent.of(work, sampler, data=known, fixed=fixed)
+    numbers = sampler.numbers(path, sigmas).to(work.flat.dtype)
     ends = sigmas[1:] if sampler.tells_end else None
     evaluate = _evaluate(scheduled(model, layout), work, layout, path, sigmas, clean, ends)
 
     x = work.flat if start == 1 else path.add_noise(known, work.flat, _spread(sigmas[0], descent).to(work.flat.dtype))
     memory = None
     for done in range(steps):
-        last = done == steps - 1
-        x, memory = descent.step(done, x, memory, evaluate, last=last, fresh_noise=lambda: noise_like(work, generator))
+        x, memory = descent.step(
+            x,
+            numbers[done],
+            lambda x, ahead, done=done: evaluate(x, done + ahead),
+            memory,
+            last=done == steps - 1,
+            fresh_noise=lambda: noise_like(work, generator),
+        )
         if progress is not None:
             progress(done + 1, steps)
     return noise.with_flat(descent.given(x).to(noise.flat.dtype))
@@ -125,8 +132,8 @@ def _evaluate(
     sigmas: Tensor,
     clean: Tensor | None,
     ends: Tensor | None,
-) -> Evaluate:
-    """Any model that is called with latents, layout and conditioning."""
+) -> Callable[[Tensor, int], Prediction]:
+    """Any model that is called with latents, layout and conditioning, at the level of so-and-so many steps."""
     if clean is None:
         clean = torch.zeros(layout.capacity, dtype=torch.bool, device=layout.device)
     rows = Conditioning.with_clean(sigmas[0], clean, layout).rows  # the same in every step

@@ -24,7 +24,9 @@ from sora_fast.generation.forecast import Forecast
 from sora_fast.generation.job import Job
 from sora_fast.generation.latency import Clock, Latency
 from sora_fast.generation.phases import Plan
+from sora_fast.generation.step import StepGraphs
 from sora_fast.generation.tasks import Request, pack_requests
+from sora_fast.graphs import CudaRecorder
 from sora_fast.packing import PackedLayout, token_grid
 from sora_fast.proof import prove_at_start
 from sora_fast.training import checkpoint
@@ -55,9 +57,20 @@ class Engine:
     networks: as the trainer has them; put into evaluation mode and moved to `device`.
     compile: the model's blocks, with torch.compile; None: on a CPU, as soon as the steps that are asked for are enough
         to save the start-up (see compiling.py), never on a GPU nor in deterministic mode, since it rounds differently.
+    graph: launch a step as one CUDA graph, from the third step of its kind on: packs then take a little more room than
+        they need, so that many share a graph (see room.py). None: on a GPU; ValueError where there is none. A call with
+        a cache has none. What cannot be captured, or gives something else when it is first held to the step itself,
+        runs without, with a warning.
     """
 
-    def __init__(self, networks: Networks, *, device: torch.device | str = "cpu", compile: bool | None = None) -> None:
+    def __init__(
+        self,
+        networks: Networks,
+        *,
+        device: torch.device | str = "cpu",
+        compile: bool | None = None,
+        graph: bool | None = None,
+    ) -> None:
         self.device = torch.device(device)
         prove_at_start(self.device, networks.config.dtypes, leads=local_rank() == 0)
         self.networks = networks.to(self.device).eval().requires_grad_(False)
@@ -67,6 +80,9 @@ class Engine:
         self._spent = 0.0  # seconds of the network, in eager mode
         if compile:
             self.compiled = compile_blocks(self.networks.model)
+        if graph is None:
+            graph = self.device.type == "cuda"
+        self._graphs = StepGraphs(CudaRecorder(self.device)) if graph else None
         self._said: set[str] = set()
 
     @staticmethod
@@ -76,11 +92,12 @@ class Engine:
         device: torch.device | str = "cpu",
         text_encoder: Path | str | None = None,
         compile: bool | None = None,
+        graph: bool | None = None,
     ) -> "Engine":
         """The newest averaged weights of a run's folder. ValueError if it holds no run or no checkpoint.
 
         text_encoder: where the folder of the run's text encoder is, if not where it was. ValueError if it is another.
-        compile: as of the engine.
+        compile, graph: as of the engine.
         """
         folder = Path(folder)
         config = moved(read_run(folder), text_encoder=text_encoder)
@@ -89,7 +106,7 @@ class Engine:
             raise ValueError(f"{folder} holds no checkpoint yet; train it first")
         networks = Networks(config)
         take_weights(networks.trained(), saved.tensors["ema"], folder)
-        return Engine(networks, device=device, compile=compile)
+        return Engine(networks, device=device, compile=compile, graph=graph)
 
     @torch.no_grad()
     def generate(
@@ -146,18 +163,23 @@ class Engine:
         return Forecast.of(networks.model, plan, [math.prod(grid) for grid in grids])
 
     def _sampler(self, sampler: Sampler | None) -> Sampler:
-        distilled = self.networks.config.distilled is not None
-        if sampler is None and distilled:
-            return FlowMap()
+        distilled = self.networks.config.distilled
+        if distilled is not None and (sampler is None or sampler.tells_end):
+            return FlowMap(distilled.spacing)
+        if distilled is not None:
+            self._say_once(
+                "the run is distilled: it is to be told where each step leads, which no sampler but its own (flow-map) "
+                "does; the clips of others are likely worse"
+            )
         sampler = sampler or (Euler() if isinstance(self.networks.path, RectifiedFlow) else DDIM())
-        if sampler.tells_end and not distilled:
+        if sampler.tells_end:
             raise ValueError(f"sampler: {type(sampler).__name__} needs a distilled run; `sora-fast distill` makes one")
         return sampler
 
     def _plan(self, requests: Sequence[Request], layout: PackedLayout, sampler: Sampler, steps: int | None) -> Plan:
         config = self.networks.config
         guidance = config.text is not None and config.distilled is None
-        steps = steps or default_steps(config)
+        steps = default_steps(config) if steps is None else steps
         return Plan.of(requests, layout, self.networks.path, sampler, steps=steps, guidance=guidance)
 
     def _decide(self, left: int) -> None:
@@ -178,7 +200,17 @@ class Engine:
             text = networks.text(ids.to(self.device), layout.to(self.device))
         packed = pack_requests(requests, codec=networks.codec, patch_size=networks.patch_size).to(self.device)
         plan = self._plan(requests, packed.layout, sampler, steps)
-        return Job(networks.model, plan, packed, text, networks.path, sampler, latency=self.latency, cache=cache)
+        return Job(
+            networks.model,
+            plan,
+            packed,
+            text,
+            networks.path,
+            sampler,
+            latency=self.latency,
+            cache=cache,
+            graphs=self._graphs,
+        )
 
     def _say_what_is_not_used(self, requests: Sequence[Request]) -> None:
         guided = any(request.guidance != 1 for request in requests)

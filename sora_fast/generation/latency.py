@@ -11,6 +11,7 @@ class Latency:
 
     steps: of each. network: in the network, of all steps. prepared, decoded: before the first step, after the last.
     tokens: that the network saw, over all calls. calls: of the network; skipped: those cut short by the step cache.
+    replayed: steps that were launched as one graph, all of which counts as the network's.
     """
 
     prepared: float = 0.0
@@ -20,6 +21,7 @@ class Latency:
     tokens: int = 0
     calls: int = 0
     skipped: int = 0
+    replayed: int = 0
 
     @property
     def outside(self) -> float:
@@ -31,9 +33,12 @@ class Latency:
         first, *others = self.steps or [0.0]
         others = others or [first]
         skipped = f", {self.skipped} of {self.calls} cut short by the cache" if self.skipped else ""
+        share = f"{self.outside:.0%} outside the network{skipped}"
+        if self.replayed:
+            share = f"{self.replayed} of {len(self.steps)} launched as one graph each"
         return (
             f"prepared in {duration(self.prepared)}, first step {duration(first)}, "
-            f"then {duration(statistics.median(others))} a step ({self.outside:.0%} outside the network{skipped}), "
+            f"then {duration(statistics.median(others))} a step ({share}), "
             f"decoded in {duration(self.decoded)}"
         )
 

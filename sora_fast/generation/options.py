@@ -24,6 +24,7 @@ class SampleOptions:
     sampler: str | None = None
     cache: float = 0.0
     compile: bool | None = None
+    graph: bool | None = None
     seed: int = 0
     fps: float | None = None
     scale: int = 1

@@ -6,16 +6,19 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sora_fast.diffusion.clean import clean_frames
 from sora_fast.diffusion.guidance import strengthened
 from sora_fast.diffusion.losses import split_output
 from sora_fast.diffusion.paths import NoisePath
 from sora_fast.diffusion.samplers import Prediction
+from sora_fast.generation.room import Room
 from sora_fast.generation.tasks import PackedRequests
 from sora_fast.models.sora_dit import Prepared, SoraDiT
 from sora_fast.models.text import PackedText
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
+from sora_fast.packing._bundle import TensorBundle
 
 Network = Callable[[RaggedLatents, Prepared], RaggedLatents]
 # Modulation tables are made for as many steps at once as take so many numbers (256 MB in fp32).
@@ -23,49 +26,97 @@ _MOST_NUMBERS = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
+class Seen(TensorBundle):
+    """All that a step reads of a pack: of P elements of the state, and J that the network sees.
+
+    joined: the videos that the network sees; its values do not matter. prepared: without modulations, which are of a
+    step. counts: how many tables each of its layers has.
+    source: [J] int32, where in the state each element that is seen comes from. The state's own stand first.
+    without: [P] int32, for each element of the state that which is seen without a prompt; its own, if there is none.
+    strength: guidance − 1, [P], or [1] of all; None, and so `without`: no guidance.
+    """
+
+    joined: RaggedLatents
+    prepared: Prepared
+    source: Tensor
+    without: Tensor | None
+    strength: Tensor | None
+    counts: tuple[int, ...]
+
+    def predict(self, x: Tensor, tables: Tensor, path: NoisePath, network: Network) -> Prediction:
+        """What the network says about the state x [P], guided. tables: as `Modulations` gives them for a step.
+        network: as `SoraDiT.denoise`."""
+        parts = iter(tables.unbind(0))
+        modulations = tuple(tuple(islice(parts, count)) for count in self.counts)
+        latents = self.joined.with_flat(x.index_select(0, self.source))
+        output = network(latents, replace(self.prepared, modulations=modulations))
+        output = output.with_flat(output.flat.to(x.dtype))
+        target, variance = split_output(output, self.joined, path)
+        said = target[: x.shape[0]]
+        if self.strength is not None:
+            # Not of a learned variance, which it would extrapolate out of its bounds.
+            said = strengthened(said, target.index_select(0, self.without), self.strength)
+        return Prediction(said, None if variance is None else variance[: x.shape[0]])
+
+
+@dataclass(frozen=True, eq=False)
 class Pack:
     """The network's input for some requests: the guided ones, the others, then the guided ones without a prompt.
 
-    So the input without prompts is a prefix of the state, put behind it, and what is said of it is cut off again.
-
-    state: the videos that are made; its values do not matter. joined: the network's, those without a prompt too.
-    prepared: without modulations, which are of a step. text: that conditions them.
+    state: the videos that are made; its values are what is given. seen: by the network. text: that conditions them.
     conditioning: sigma [M] is 1 for rows that have the noise level of their segment, 0 for those of what is given.
-    guided: elements of the state that are guided. tokens: that the network sees.
-    strength: guidance − 1 of every element of what is said about the guided ones, or [1] of all; None: no guidance.
+    tokens: that the network sees. room: that is taken for them; None: what they need.
     """
 
     model: SoraDiT
     state: RaggedLatents
-    joined: RaggedLatents
-    prepared: Prepared
+    seen: Seen
     conditioning: Conditioning
     text: PackedText | None
-    guided: int
-    strength: Tensor | None
     tokens: int
+    room: Room | None
 
     @staticmethod
-    def of(model: SoraDiT, packed: PackedRequests, text: PackedText | None, guidance: Sequence[float]) -> "Pack":
+    def of(
+        model: SoraDiT,
+        packed: PackedRequests,
+        text: PackedText | None,
+        guidance: Sequence[float],
+        room: Room | None = None,
+    ) -> "Pack":
         """packed: the requests, the guided ones first; text: theirs, then that without a prompt of the guided ones.
-        guidance: of the guided ones."""
-        guided, state = len(guidance), packed.data
+        guidance: of the guided ones. room: sizes for all that is seen; None: those that are needed."""
+        guided, device = len(guidance), packed.layout.device
+        videos = packed.data.to_list()
         grids = packed.layout.grids.tolist()
-        videos = state.to_list()
+        grids += grids[:guided]
         # One segment would be a size of its own to torch.compile.
-        places = max(2, len(videos) + guided)
+        places = max(2, len(grids)) if room is None else room.segments
+        size = None if room is None else room.elements(model)
         order = "raster" if packed.layout.is_raster else "tiled"
-        layout = PackedLayout.from_grids([*grids, *grids[:guided]], order=order, max_segments=places)
-        layout = layout.to(packed.layout.device)
-        joined = RaggedLatents.from_list([*videos, *videos[:guided]], max_segments=places)
-        ends = [_padded(torch.cat([counts, counts[:guided]]), places) for counts in (packed.heads, packed.tails)]
-        conditioning = _conditioning(layout, clean_frames(layout, *ends) if packed.given else None)
+        capacity = None if room is None else room.tokens
+        layout = PackedLayout.from_grids(grids, order=order, capacity=capacity, max_segments=places).to(device)
+        joined = RaggedLatents.from_list([*videos, *videos[:guided]], capacity=size, max_segments=places)
+        state = packed.data
+        if room is not None:
+            state = RaggedLatents.from_list(videos, capacity=size, max_segments=places)
+        clean = None
+        if packed.given or room is not None:
+            ends = (torch.cat([counts, counts[:guided]]) for counts in (packed.heads, packed.tails))
+            clean = clean_frames(layout, *(pad(counts, (0, places - len(grids))) for counts in ends))
+        conditioning = _conditioning(layout, clean)
         prepared = model.prepare(layout, conditioning, text)
         if model.config.text_dim is not None:
             prepared = replace(prepared, texts=model.read(text))
-        strength = _strength(videos[:guided], guidance, model).to(layout.device) if guided else None
-        count = sum(video.numel() for video in videos[:guided])
-        return Pack(model, state, joined, prepared, conditioning, text, count, strength, layout.capacity)
+        counts = tuple(map(len, prepared.modulations))
+        prepared = replace(prepared, modulations=())
+        sizes = [video.numel() for video in videos]
+        source, without = _copies(sizes, guided, state.flat.shape[0], joined.flat.shape[0])
+        strength = _strength(sizes, guidance, state.flat.shape[0], always=room is not None)
+        parts = (source, None, None) if strength is None else (source, without, strength)
+        parts = (None if part is None else part.to(device) for part in parts)
+        tokens = sum(t * h * w for t, h, w in grids)
+        return Pack(model, state, Seen(joined, prepared, *parts, counts), conditioning, text, tokens, room)
 
     def modulations(self, sigmas: Tensor, guided: int, ends: Tensor | None = None) -> "Modulations":
         """For noise levels [K, S] of the requests, of which so many are guided, and of a flow map those that its steps
@@ -75,23 +126,8 @@ class Pack:
     def _of_rows(self, sigmas: Tensor, guided: int) -> Tensor:
         """[K, S] → [K, M]."""
         sigmas = torch.cat([sigmas, sigmas[:, :guided]], dim=1)
-        sigmas = torch.nn.functional.pad(sigmas, (0, self.joined.max_segments - sigmas.shape[1]))
+        sigmas = pad(sigmas, (0, self.seen.joined.max_segments - sigmas.shape[1]))
         return sigmas[:, self.conditioning.segment.long()].float() * self.conditioning.sigma
-
-    def predict(self, x: Tensor, prepared: Prepared, path: NoisePath, network: Network) -> Prediction:
-        """What the network says about the state [P], guided. network: as `SoraDiT.denoise`."""
-        flat = torch.cat([x, x[: self.guided]]) if self.guided else x
-        output = network(self.joined.with_flat(flat), prepared).flat.to(x.dtype)
-        said = output[: output.shape[0] * x.shape[0] // flat.shape[0]]
-        if self.strength is not None:
-            without = output[said.shape[0] :]
-            first, others = said.split([without.shape[0], said.shape[0] - without.shape[0]])
-            said = torch.cat([strengthened(first, without, self.strength), others])
-        if not path.learned_variance:
-            return Prediction(said)
-        multiple = torch.tensor([said.shape[0] // x.shape[0], 1, 1, 1], dtype=torch.int32, device=x.device)
-        output = RaggedLatents(said, multiple[0] * self.state.offsets, multiple * self.state.shapes)
-        return Prediction(*split_output(output, self.state, path))
 
 
 class Modulations:
@@ -105,29 +141,22 @@ class Modulations:
         self._many = max(1, _MOST_NUMBERS // numbers)
         self._first, self._tables = 0, self._made(0)
 
-    def __getitem__(self, step: int) -> Prepared:
-        """All that the network needs at a step."""
+    def __getitem__(self, step: int) -> Tensor:
+        """[T, M, C]: the T tables of a step, those of a layer side by side."""
         if not self._first <= step < self._first + self._many:
             self._first = step - step % self._many
             self._tables = self._made(self._first)
-        tables = iter(self._tables[step - self._first].unbind(0))
-        modulations = tuple(tuple(islice(tables, count)) for count in self._counts)
-        return replace(self._pack.prepared, modulations=modulations)
+        return self._tables[step - self._first]
 
     def _made(self, first: int) -> Tensor:
-        """[K, T, M, C]: T tables of a step, those of a block side by side."""
+        """[K, T, M, C]"""
         some, conditioning = slice(first, first + self._many), self._pack.conditioning
         sigmas, ends = self._sigmas[some], None if self._ends is None else self._ends[some].flatten()
         steps, rows = sigmas.shape
         layers = self._pack.model.modulations(
             sigmas.flatten(), conditioning.segment.repeat(steps), self._pack.text, None, sigma_end=ends
         )
-        self._counts = [len(layer) for layer in layers]
         return torch.stack([table.view(steps, rows, -1) for layer in layers for table in layer], dim=1)
-
-
-def _padded(counts: Tensor, places: int) -> Tensor:
-    return torch.nn.functional.pad(counts, (0, places - counts.shape[0]))
 
 
 def _conditioning(layout: PackedLayout, clean: Tensor | None) -> Conditioning:
@@ -138,14 +167,23 @@ def _conditioning(layout: PackedLayout, clean: Tensor | None) -> Conditioning:
     return Conditioning.with_clean(ones, clean, layout)
 
 
-def _strength(videos: Sequence[Tensor], guidance: Sequence[float], model: SoraDiT) -> Tensor:
-    """Guidance − 1 over the network's output for these videos. Not of a learned variance, which it would extrapolate
-    out of its bounds."""
-    if len(set(guidance)) == 1 and not model.config.learned_sigma:
+def _copies(sizes: Sequence[int], guided: int, state: int, joined: int) -> tuple[Tensor, Tensor]:
+    """`Seen.source` and `Seen.without`, for videos of so many elements, of which the first are seen twice."""
+    used, twice = sum(sizes), sum(sizes[:guided])
+    source, without = (torch.zeros(size, dtype=torch.int32, device="cpu") for size in (joined, state))
+    source[:used] = without[:used] = torch.arange(used, dtype=torch.int32, device="cpu")
+    source[used : used + twice] = source[:twice]
+    without[:twice] += used
+    return source, without
+
+
+def _strength(sizes: Sequence[int], guidance: Sequence[float], state: int, *, always: bool) -> Tensor | None:
+    """`Seen.strength`; always: [P], whatever there is."""
+    if not guidance and not always:
+        return None
+    if len(set(guidance)) == 1 and len(guidance) == len(sizes) and not always:
         return torch.tensor([guidance[0] - 1], dtype=torch.float32, device="cpu")
-    parts = []
-    for video, scale in zip(videos, guidance, strict=True):
-        parts.append(torch.full((video.numel(),), scale - 1, dtype=torch.float32, device="cpu"))
-        if model.config.learned_sigma:
-            parts.append(torch.zeros(video.numel(), dtype=torch.float32, device="cpu"))
-    return torch.cat(parts)
+    strength = torch.zeros(state, dtype=torch.float32, device="cpu")
+    for part, scale in zip(strength[: sum(sizes)].split(list(sizes)), guidance, strict=False):
+        part.fill_(scale - 1)
+    return strength

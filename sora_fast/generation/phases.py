@@ -56,8 +56,10 @@ class Plan:
         guidance: bool = True,
     ) -> "Plan":
         """layout: of the requests, a segment each. steps: of those that do not say. guidance: whether the model knows
-        any. TypeError for a sampler that cannot follow the path."""
+        any. TypeError for a sampler that cannot follow the path, ValueError for no steps."""
         check_pair(path, sampler)
+        if steps < 1:
+            raise ValueError(f"steps: {steps}; it must be at least 1")
         counts = [steps if request.steps is None else request.steps for request in requests]
         sigmas = _levels(counts, layout, path, sampler.spacing)
         return Plan(tuple(requests), tuple(counts), sigmas, tuple(_phases(requests, counts, sigmas, guidance)))

@@ -1,5 +1,6 @@
 """Every task is the same request: a video of some shape, of which some first or last frames may be given."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ class Request:
         for name in ("frames", "height", "width", "steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; it must be at least 1")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance: {self.guidance}; it must be finite")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise ValueError(

@@ -17,6 +17,7 @@ from sora_fast.ops.adaln import adaln
 from sora_fast.ops.patch_embed import FactorisedPosition
 from sora_fast.ops.qk_norm_rope import Rope3D
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
+from sora_fast.packing._bundle import TensorBundle
 from sora_fast.schedule import TileSchedule
 
 POSITIONS = ("rope", "factorised", "fractional", "sincos", "sincos3d")
@@ -100,7 +101,7 @@ Trunk = Callable[[Tensor, Tensor, "Prepared"], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class Prepared(TensorBundle):
     """All of a forward pass that does not depend on the latents; see `SoraDiT.prepare`.
 
     modulations: the tables [M, C] of every block, then the final layer's two.

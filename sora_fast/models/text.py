@@ -35,16 +35,22 @@ class PackedText(TensorBundle):
     layout: PackedLayout
     pooled: Tensor | None = None
 
-    def take(self, texts: Sequence[int], *, least: int = 1) -> "PackedText":
-        """Some of them, in this order and as often as they are named (waits for the device); at least so many segments,
-        the last of them empty."""
+    def take(
+        self, texts: Sequence[int], *, capacity: int | None = None, max_segments: int | None = None
+    ) -> "PackedText":
+        """Some of them, in this order and as often as they are named (waits for the device). capacity, max_segments: as
+        of a layout; what is left is empty."""
         lengths = self.layout.cu_seqlens.diff().tolist()
         parts = self.tokens[: sum(lengths)].split(lengths)
         grids = [(lengths[i], 1, 1) for i in texts]
-        empty = max(0, least - len(texts))
-        layout = PackedLayout.from_grids(grids, max_segments=len(texts) + empty).to(self.layout.device)
-        pooled = None if self.pooled is None else F.pad(self.pooled[list(texts)], (0, 0, 0, empty))
-        return PackedText(torch.cat([parts[i] for i in texts]), layout, pooled)
+        layout = PackedLayout.from_grids(grids, capacity=capacity, max_segments=max_segments).to(self.layout.device)
+        tokens = torch.cat([parts[i] for i in texts])
+        pooled = None if self.pooled is None else self.pooled[list(texts)]
+        return PackedText(
+            F.pad(tokens, (0, 0, 0, layout.capacity - len(tokens))),
+            layout,
+            pooled if pooled is None else F.pad(pooled, (0, 0, 0, layout.max_segments - len(pooled))),
+        )
 
 
 class TextEncoder(Protocol):

@@ -12,11 +12,12 @@ from sora_fast.nn.normed import Normed
 from sora_fast.ops.gated_residual_adaln import gated_residual_adaln
 from sora_fast.ops.qk_norm_rope import Rope3D
 from sora_fast.packing import PackedLayout, RowIndex
+from sora_fast.packing._bundle import TensorBundle
 from sora_fast.schedule import TileSchedule
 
 
-@dataclass(frozen=True)
-class BlockContext:
+@dataclass(frozen=True, eq=False)
+class BlockContext(TensorBundle):
     """What all blocks share in one forward pass; built once a batch.
 
     rows: row of the modulation table of every token.

@@ -16,16 +16,23 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why not, for users; None if the kernels take such tensors, on a GPU."""
-    if _major(q.device) != 9:
-        return "its kernels are for compute capability 9.0 (Hopper)"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"its kernels are for bfloat16 and float16, not {q.dtype}"
+    """Why not, for users; None if the kernels take such tensors."""
+    if (reason := refusal_here(q.device, q.dtype)) is not None:
+        return reason
     if q.shape[2] > MAX_HEAD_DIM or q.shape[2] % 8:
         return f"head dim {q.shape[2]}; its kernels take multiples of 8 up to {MAX_HEAD_DIM}"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not _readable(x.stride()):
             return f"{name} has strides {tuple(x.stride())}; its kernels take multiples of 8, and 1 for the last"
+    return None
+
+
+def refusal_here(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why not on a GPU in a dtype, whatever the shapes are."""
+    if _major(device) != 9:
+        return "its kernels are for compute capability 9.0 (Hopper)"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"its kernels are for bfloat16 and float16, not {dtype}"
     return None
 
 

@@ -22,6 +22,11 @@ def said() -> list[str]:
     return RECORD.read_text().splitlines()
 
 
+def file(name: str) -> Path:
+    """Where the library `name` lies, or would."""
+    return _PACKAGE / f"_{name}.abi3.so"
+
+
 @cache
 def missing(name: str) -> str | None:
     """Load the library `name`, "cpu" or "cuda". None if it is there, else why it is not."""
@@ -29,14 +34,13 @@ def missing(name: str) -> str | None:
         return f"torch {torch.__version__} is not for CUDA"
     if name == "cuda" and (reason := missing("cpu")) is not None:
         return reason  # which declares the ops that the other one has
-    file = _PACKAGE / f"_{name}.abi3.so"
-    if not file.exists():
+    if not (library := file(name)).exists():
         built = next((line for line in said() if line.startswith(f"_{name}: ")), f"_{name}: {said()[0]}")
         return f"the package has no compiled library for it; {built}"
     try:
-        torch.ops.load_library(str(file))
+        torch.ops.load_library(str(library))
     except OSError as error:
-        return f"{file.name} does not load: {error}"
+        return f"{library.name} does not load: {error}"
     return None
 
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from sora_fast.ops import _library
+
 VALIDATED = Path(__file__).with_name("validated.json")
 # In place of a device class, where kernels are interpreted: no device is ever called so.
 INTERPRETER = "interpreter"
@@ -115,8 +117,11 @@ def package_version(name: str) -> str | None:
 
 
 @cache
-def source_hash(op: str) -> str:
-    """Of the kernel files of `op` and of all that they import from kernels/."""
+def source_hash(op: str, backend: str = "triton") -> str:
+    """Of the kernel files of `op` and of all that they import from kernels/; of "cuda" the compiled library's."""
+    if backend == "cuda":
+        library = _library.file("cuda")
+        return hashlib.sha256(library.read_bytes()).hexdigest()[:16] if library.exists() else "none"
     spec = find_spec("sora_fast.kernels")
     folders = spec.submodule_search_locations if spec else None
     if not folders:
@@ -169,7 +174,7 @@ def find(op: str, backend: str, dtype: torch.dtype | None, device: torch.device)
     """The record that holds here: of this process, of the user's cache, or shipped."""
     machine, key = Machine.of(device), (op, backend, dtype_name(dtype))
     record = _own.get((machine, key)) or _cached(machine, key)
-    return record or _shipped().get((machine.device_class, machine.triton, source_hash(op), key))
+    return record or _shipped().get((machine.device_class, machine.triton, source_hash(op, backend), key))
 
 
 def _cached(machine: Machine, key: tuple[str, str, str]) -> Record | None:
@@ -180,7 +185,7 @@ def _cached(machine: Machine, key: tuple[str, str, str]) -> Record | None:
         record = Record.read(json.loads(_file(folder, machine, key).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
-    holds = record is not None and (record.machine, record.key, record.source) == (machine, key, source_hash(key[0]))
+    holds = record is not None and (record.machine, record.key, record.source) == (machine, key, source_hash(*key[:2]))
     return record if holds else None
 
 
@@ -195,7 +200,7 @@ def in_cache() -> list[Record]:
 
 
 def _file(folder: Path, machine: Machine, key: tuple[str, str, str]) -> Path:
-    what = json.dumps([asdict(machine), source_hash(key[0])])
+    what = json.dumps([asdict(machine), source_hash(*key[:2])])
     return folder / "proved" / f"{'-'.join(key)}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
 
@@ -210,7 +215,7 @@ def shipped_for(machine: Machine) -> int:
     """How many of the shipped records hold on a machine."""
     keys = _shipped().keys()
     return sum(
-        (kind, triton) == (machine.device_class, machine.triton) and source == source_hash(key[0])
+        (kind, triton) == (machine.device_class, machine.triton) and source == source_hash(*key[:2])
         for kind, triton, source, key in keys
     )
 

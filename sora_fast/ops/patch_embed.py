@@ -15,10 +15,11 @@ from sora_fast.ops._modulation import parts, widened
 from sora_fast.ops._op import kernels, op
 from sora_fast.ops._patches import PatchSize, check_grids, geometry, offered_patches
 from sora_fast.packing import PackedLayout, RaggedLatents, RowIndex
+from sora_fast.packing._bundle import TensorBundle
 
 
 @dataclass(frozen=True, eq=False)
-class FactorisedPosition:
+class FactorisedPosition(TensorBundle):
     """A position that is the sum of one row a coordinate: t[t] + h[h] + w[w] (NaViT, arXiv:2307.06304).
 
     t [Lt, C], h [Lh, C], w [Lw, C]: tables, learned or fixed; None adds nothing for that axis. A coordinate past the

@@ -47,17 +47,11 @@ def _described(bundle: "TensorBundle") -> tuple[Any, ...]:
 
 
 class TensorBundle:
-    """Base of frozen dataclasses whose fields are tensors, other bundles, or static Python values."""
+    """Base of frozen dataclasses whose fields are tensors, other bundles, tuples of these, or static Python values."""
 
     def _map(self: Bundle, fn: Callable[[Tensor], Tensor]) -> Bundle:
-        changed = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = fn(value)
-            elif isinstance(value, TensorBundle):
-                changed[field.name] = value._map(fn)
-        return replace(self, **changed)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: _mapped(value, fn) for name, value in values.items() if _holds_tensors(value)})
 
     def to(self: Bundle, device: torch.device | str, *, non_blocking: bool = False) -> Bundle:
         """The same bundle with every tensor on `device`."""
@@ -70,18 +64,48 @@ class TensorBundle:
     def check_like(self, name: str, other: "TensorBundle") -> None:
         """`other`, called `name` in messages, has the shapes, devices and static values of this. ValueError."""
         for field in fields(self):
-            mine, theirs = (getattr(bundle, field.name) for bundle in (self, other))
-            if isinstance(mine, TensorBundle):
-                mine.check_like(f"{name}.{field.name}", theirs)
-                continue
-            if isinstance(mine, Tensor):
-                mine, theirs = (f"{list(x.shape)} on {x.device}" for x in (mine, theirs))
-            if mine != theirs:
-                raise ValueError(f"{name}.{field.name}: {theirs}; it must be {mine}, as it was before")
+            check_like(f"{name}.{field.name}", getattr(self, field.name), getattr(other, field.name))
 
     def copy_(self, other: "TensorBundle") -> None:
         """Take over the content of a bundle like this one (see `check_like`) into the memory of this one."""
         for field in fields(self):
-            mine, theirs = (getattr(bundle, field.name) for bundle in (self, other))
-            if isinstance(mine, Tensor | TensorBundle):
-                mine.copy_(theirs)
+            copy_into(getattr(self, field.name), getattr(other, field.name))
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor | TensorBundle | tuple)
+
+
+def _mapped(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, TensorBundle):
+        return value._map(fn)
+    if isinstance(value, tuple):
+        parts = [_mapped(part, fn) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def check_like(name: str, mine: Any, theirs: Any) -> None:
+    """As the method, of any value that a bundle may hold."""
+    if isinstance(mine, TensorBundle) and isinstance(theirs, TensorBundle):
+        mine.check_like(name, theirs)
+        return
+    if isinstance(mine, tuple) and isinstance(theirs, tuple) and len(mine) == len(theirs):
+        for place, (one, other) in enumerate(zip(mine, theirs, strict=True)):
+            check_like(f"{name}[{place}]", one, other)
+        return
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        mine, theirs = (f"{list(x.shape)} on {x.device}" for x in (mine, theirs))
+    if mine != theirs:
+        raise ValueError(f"{name}: {theirs}; it must be {mine}, as it was before")
+
+
+def copy_into(mine: Any, theirs: Any) -> None:
+    """`TensorBundle.copy_`, of any value that a bundle may hold."""
+    if isinstance(mine, Tensor | TensorBundle):
+        mine.copy_(theirs)
+    elif isinstance(mine, tuple):
+        for one, other in zip(mine, theirs, strict=True):
+            copy_into(one, other)

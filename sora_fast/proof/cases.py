@@ -7,7 +7,7 @@ padding that holds NaN, strides of a fused projection, gradients in a fixed orde
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import (
     FactorisedPosition,
     Rope3D,
+    _library,
     adaln,
     gated_residual,
     gated_residual_adaln,
@@ -28,6 +29,7 @@ from sora_fast.ops import (
     qk_norm_rope,
     unpatchify,
 )
+from sora_fast.ops._attention_cuda import refusal_here
 from sora_fast.ops._dispatch import use_backend
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
 from sora_fast.proof.calls import Call
@@ -48,18 +50,21 @@ class Trial:
 
 @dataclass(frozen=True)
 class Plan:
-    """A trial to be made. family: plans of one op that may run in a process of their own, beside the others."""
+    """A trial to be made. family: plans of one op that may run in a process of their own, beside the others. backend:
+    whose kernels are tried."""
 
     op: str
     dtype: torch.dtype | None
     label: str
     build: Callable[[torch.device], Trial]
     family: str = ""
+    backend: str = "triton"
 
     @property
     def name(self) -> str:
         dtype = "" if self.dtype is None else f"{str(self.dtype).removeprefix('torch.')},"
-        return f"{self.op}[{dtype}{self.label}]"
+        backend = "" if self.backend == "triton" else f"{self.backend},"
+        return f"{self.op}[{backend}{dtype}{self.label}]"
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ COMPILED = Sizes(
     (128, 72, 64, 256, 192, 96),
     (128, 72),
 )
+# Of CUDA C++: one of every width that a kernel is compiled for, and one between.
+HOPPER = replace(COMPILED, head_dims=(128, 72, 64, 96, 40), central=(128, 72))
 # What the interpreter walks through in seconds.
 INTERPRETED = Sizes(((2, 3, 5), (1, 1, 1), (0, 2, 2), (3, 2, 4)), 16, (72,), (24,), (24,))
 
@@ -354,4 +361,16 @@ def offered(op: str, device: str) -> list[Plan]:
     on_gpu = device.startswith("cuda")
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if on_gpu else (torch.float16, torch.float32)
     sizes = COMPILED if on_gpu else INTERPRETED
-    return list({plan.name: plan for dtype in dtypes for plan in plans(op, dtype, sizes)}.values())
+    found = [plan for dtype in dtypes for plan in plans(op, dtype, sizes)]
+    for dtype in dtypes if on_gpu else ():
+        if "cuda" in backends(op, torch.device(device), dtype):
+            found += [replace(plan, backend="cuda") for plan in plans(op, dtype, HOPPER)]
+    return list({plan.name: plan for plan in found}.values())
+
+
+def backends(op: str, device: torch.device, dtype: torch.dtype | None) -> tuple[str, ...]:
+    """Whose kernels can be proved on a GPU."""
+    if op != "packed_attention" or dtype is None or not torch.cuda.is_available():
+        return ("triton",)
+    lacking = refusal_here(device, dtype) or _library.missing("cuda")
+    return ("triton",) if lacking else ("triton", "cuda")

@@ -36,7 +36,7 @@ def work(task: Task, say: Say) -> None:
 def _verdict(plan: Plan, device: torch.device) -> tuple[str, str]:
     try:
         torch.manual_seed(0)
-        wrong = [str(measured) for measured in judge(plan.build(device)) if not measured.holds]
+        wrong = [str(measured) for measured in judge(plan.build(device), plan.backend) if not measured.holds]
     except Exception as error:
         if is_out_of_memory(error):
             return "unjudged", f"out of memory: {_first_line(error)}"

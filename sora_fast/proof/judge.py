@@ -28,13 +28,13 @@ class Measured:
         return f"{self.name}: error {self.error:.2e}, allowed {self.limit:.2e}"
 
 
-def judge(trial: Trial) -> list[Measured]:
+def judge(trial: Trial, backend: str = "triton") -> list[Measured]:
     """Every output and gradient of the kernels, beside PyTorch's in the same dtype and in fp64, both on the CPU.
 
     Raises what the kernels raise, and ValueError if a result has another dtype or shape.
     """
     with poisoned_scratch():
-        ours = results(trial.call.on("triton"), trial)
+        ours = results(trial.call.on(backend), trial)
     plain_call = trial.call.to(torch.device("cpu")).on("torch")
     plain, truth = results(plain_call, trial), results(plain_call.exact(), trial)
     measured = []

@@ -21,7 +21,7 @@ Progress = Callable[[int, int], None]
 class Found:
     """What became of an op in a dtype: "passed" or "failed", which are recorded, or "unjudged".
 
-    cases: how many there are. wrong: those that did not pass, with their numbers.
+    cases: how many there are. wrong: those that did not pass, with their numbers. backend: whose kernels.
     """
 
     op: str
@@ -29,9 +29,12 @@ class Found:
     verdict: str
     cases: int
     wrong: tuple[Verdict, ...] = ()
+    backend: str = "triton"
 
     def __str__(self) -> str:
-        line = f"{self.op} {self.dtype}: {self.verdict}, {self.cases - len(self.wrong)} of {self.cases} cases right"
+        backend = "" if self.backend == "triton" else f" on {self.backend}"
+        right = f"{self.cases - len(self.wrong)} of {self.cases} cases right"
+        line = f"{self.op} {self.dtype}{backend}: {self.verdict}, {right}"
         return "\n".join([line, *(f"    {wrong.plan}: {wrong.reason}" for wrong in self.wrong[:4]), *self._rest()])
 
     def _rest(self) -> list[str]:
@@ -40,10 +43,10 @@ class Found:
     def record(self, machine: Machine, device: str) -> Record:
         return Record(
             op=self.op,
-            backend="triton",
+            backend=self.backend,
             dtype=self.dtype,
             machine=machine,
-            source=_records.source_hash(self.op),
+            source=_records.source_hash(self.op, self.backend),
             passed=self.verdict == "passed",
             cases=self.cases,
             reason="; ".join(f"{one.plan}: {one.reason}" for one in self.wrong if one.verdict == "failed")[:2000],
@@ -106,7 +109,7 @@ def prove(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Hold the Triton kernels to fp64 on this machine; those that are right are chosen by default from now on.
+    """Hold the kernels, Triton's and CUDA C++'s, to fp64 on this machine; the right ones are the default from now on.
 
     Runs in processes of its own, so that neither a crash nor a hang harms this one, and ends in time. Results are
     recorded in the user's cache (SORA_FAST_CACHE, else sora_fast in XDG_CACHE_HOME or ~/.cache) for this kind of
@@ -155,17 +158,20 @@ def run(
 
 def tasks_of(plans: Sequence[Plan], like: Task) -> Iterator[Task]:
     """A child an op, and a family of one that takes long."""
-    for key in dict.fromkeys((plan.op, plan.family) for plan in plans):
-        yield replace(like, op=key[0], names=tuple(plan.name for plan in plans if (plan.op, plan.family) == key))
+    keys = [(plan.op, plan.backend, plan.family) for plan in plans]
+    for key in dict.fromkeys(keys):
+        names = tuple(plan.name for plan, its in zip(plans, keys, strict=True) if its == key)
+        yield replace(like, op=key[0], names=names)
 
 
 def _found(plans: Sequence[Plan], verdicts: dict[str, Verdict]) -> Iterator[Found]:
-    for key in dict.fromkeys((plan.op, plan.dtype) for plan in plans):
-        mine = [verdicts[plan.name] for plan in plans if (plan.op, plan.dtype) == key]
+    keys = [(plan.op, plan.dtype, plan.backend) for plan in plans]
+    for key in dict.fromkeys(keys):
+        mine = [verdicts[plan.name] for plan, its in zip(plans, keys, strict=True) if its == key]
         wrong = tuple(verdict for verdict in mine if verdict.verdict != "passed")
         kinds = {verdict.verdict for verdict in mine}
         overall = "failed" if "failed" in kinds else "unjudged" if "unjudged" in kinds else "passed"
-        yield Found(key[0], dtype_name(key[1]), overall, len(mine), wrong)
+        yield Found(key[0], dtype_name(key[1]), overall, len(mine), wrong, key[2])
 
 
 def _limits(seconds: float) -> Limits:

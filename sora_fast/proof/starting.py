@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from sora_fast.ops import _records
 from sora_fast.ops._dispatch import asked_for
-from sora_fast.proof.cases import OPS
+from sora_fast.proof.cases import OPS, backends
 from sora_fast.proof.proving import Report, run
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,11 @@ def _wanted() -> bool:
 
 def _unknown(device: torch.device, dtypes: Sequence[torch.dtype]) -> list[str]:
     wanted = {op: [None] if op == "schedule" else dtypes for op in OPS}
-    return [op for op in OPS if any(_records.find(op, "triton", dtype, device) is None for dtype in wanted[op])]
+
+    def is_unknown(op: str, dtype: torch.dtype | None) -> bool:
+        return any(_records.find(op, backend, dtype, device) is None for backend in backends(op, device, dtype))
+
+    return [op for op in OPS if any(is_unknown(op, dtype) for dtype in wanted[op])]
 
 
 def _proved(ops: Sequence[str], device: torch.device, dtypes: Sequence[torch.dtype]) -> Report:

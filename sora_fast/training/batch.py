@@ -25,7 +25,7 @@ class Prompts(TensorBundle):
 class Batch(TensorBundle):
     """Packed samples. The tensors' shapes never change from batch to batch.
 
-    latents, layout: S segments in N tokens. prompts: the captions, tokenized; None without a text encoder.
+    latents, layout: S segments in N tokens. prompts: the captions, tokenized; None: there are none.
     useful: tokens that are no padding. skipped: samples longer than the capacity, so far, and files left out.
     resume: what `Batches.load_state_dict` takes to go on after this batch; JSON-able.
     """

@@ -72,6 +72,7 @@ def new_config(o: TrainOptions, device: str) -> RunConfig:
             precision=o.precision if o.precision != "auto" else fitting_precision(torch.device(device))[0],
             compile=None if o.no_compile else "inductor",
             compile_scope=o.compile,
+            graph=o.graph,
             recompute=o.recompute,
             accumulate=o.accumulate,
             seed=o.seed,
@@ -117,7 +118,7 @@ def resumed_config(o: TrainOptions) -> RunConfig:
     config = moved(config, data=o.data, text_encoder=o.text_encoder)
     if not Path(config.data.folder).is_dir():
         raise ValueError(f"{config.data.folder} is no folder; say where the run's data is now: --data FOLDER")
-    changes = {name: getattr(o, name) for name in o.given & {"lr", "save_every", "recompute", "workers"}}
+    changes = {name: getattr(o, name) for name in o.given & {"lr", "save_every", "recompute", "graph", "workers"}}
     if o.given & {"steps", "minutes"}:  # either takes the place of what limited the run
         changes |= {"steps": o.steps, "minutes": o.minutes}
     if "compile" in o.given:

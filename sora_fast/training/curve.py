@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 RAW, SMOOTHED = "#888888", "#1f77b4"
+# Labels of minutes in the width of the picture: so many do not overlap, and fewer tell little.
+MOST_MARKS, FEWEST_MARKS = 12, 4
 SMOOTHING_SHARE = 0.02  # of a run, over which the bold line averages
 
 
@@ -50,11 +52,27 @@ def loss_curve(
 
 
 def _mark_minutes(axes: Axes, steps: Sequence[int], minutes: np.ndarray) -> None:
-    marks = MaxNLocator(8).tick_values(0, minutes[-1])
-    marks = marks[(minutes[0] <= marks) & (marks <= minutes[-1])]
+    marks = _apart(steps, minutes)
     above = axes.secondary_xaxis("top")
     above.set_xticks(np.interp(marks, minutes, steps), [f"{mark:g}" for mark in marks])
     above.set_xlabel("minutes")
+
+
+def _apart(steps: Sequence[int], minutes: np.ndarray) -> list[float]:
+    """Round minutes whose labels do not overlap. Where a run paused, many lie at one step; finer ones are looked at
+    then, so that some lie elsewhere."""
+    least = (steps[-1] - steps[0]) / MOST_MARKS
+    kept: list[float] = []
+    for bins in (8, 32, 128, 512):
+        kept, last = [], -np.inf
+        marks = MaxNLocator(bins).tick_values(0, minutes[-1])
+        for mark in marks[(minutes[0] <= marks) & (marks <= minutes[-1])]:
+            place = np.interp(mark, minutes, steps)
+            if place - last >= least:
+                kept, last = [*kept, mark], place
+        if len(kept) >= FEWEST_MARKS:
+            break
+    return kept
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -30,13 +30,18 @@ class Flops:
     attention: int
 
     @property
+    def forward(self) -> int:
+        """All of it."""
+        return self.linear + self.attention
+
+    @property
     def step(self) -> int:
         """Forward and backward: each product once forward and twice backward.
 
         What is computed twice to save memory (attention's scores, recomputed activations) counts once, as is the custom
         for MFU (PaLM, arXiv 2204.02311, appendix B).
         """
-        return 3 * (self.linear + self.attention)
+        return 3 * self.forward
 
 
 class FlopCount:

@@ -32,9 +32,12 @@ class Interruption:
 
     @contextlib.contextmanager
     def at_once(self, *, when: bool = True) -> Iterator[None]:
-        """Inside, a request raises `Stopped`: for what changes nothing and may take minutes (data, compilation)."""
+        """Inside, a request raises `Stopped`, an earlier one too: for what changes nothing and may take minutes (data,
+        compilation)."""
         self._interruptible = when
         try:
+            if when and self.requested:
+                raise Stopped
             yield
         finally:
             self._interruptible = False
@@ -43,7 +46,9 @@ class Interruption:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        when = "" if self._interruptible else " after this step"
+        # Ctrl-C ends the reader of a pipe too, and a signal may come in the middle of another line: still it is saved.
+        with contextlib.suppress(OSError, RuntimeError):
+            tqdm.write(f"Stopping{when}, and saving. (Again: stop at once, without.)")
         if self._interruptible:
-            tqdm.write("Stopping, and saving. (Again: stop at once, without.)")
             raise Stopped
-        tqdm.write("Stopping after this step, and saving. (Again: stop at once, without.)")

@@ -46,7 +46,9 @@ class Muon(torch.optim.Optimizer):
             for parameters in alike.values():
                 self._update(parameters, group["lr"], group["weight_decay"], group["momentum"])
 
-    def _update(self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float, momentum: float) -> None:
+    def _update(
+        self, parameters: Sequence[nn.Parameter], lr: float | Tensor, weight_decay: float, momentum: float
+    ) -> None:
         buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
         gradients, shrink = [p.grad for p in parameters], 1 - lr * weight_decay
         if (found := getattr(self, "found_inf", None)) is not None:
@@ -62,7 +64,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(parameters, shrink)
         # An orthogonal matrix has entries of size 1/√max(shape); AdamW's updates have about 0.2.
         size = 0.2 * max(parameters[0].shape) ** 0.5
-        torch._foreach_add_(parameters, list(directions.unbind()), alpha=-lr * size)
+        if isinstance(lr, Tensor):  # which nobody reads: a graph may hold this
+            torch._foreach_sub_(parameters, list((directions * (lr * size)).unbind()))
+        else:
+            torch._foreach_add_(parameters, list(directions.unbind()), alpha=-lr * size)
 
 
 def _shared(world: World, matrices: Tensor) -> Tensor:

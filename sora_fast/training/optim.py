@@ -48,11 +48,14 @@ def build_optimizers(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.95),
     muon_ratio: float = 1.0,
+    capturable: bool | None = None,
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything; or Muon, at `muon_ratio` times `lr`, for the blocks' matrices and AdamW for the rest.
 
     parameters: by qualified name; a matrix below a module list `blocks` counts as hidden, which is what Muon is made
     for. Not so the modulation's, which starts at zero: its rows are scales and gates, with no orthogonality to gain.
+    capturable: rates are tensors on the parameters' device, [] float32, which `set_lr` fills: a graph that holds the
+    step then sees them change. None: on a GPU. On a CPU they are numbers, in double precision.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
@@ -65,9 +68,17 @@ def build_optimizers(
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay, "ratio": 1.0},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "ratio": 1.0},
     ]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
+    if capturable is None:
+        capturable = any(p.is_cuda for p in trained.values())
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True, capturable=capturable)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if hidden:
         optimizers.append(Muon([{"params": hidden, "ratio": muon_ratio}], lr, weight_decay=weight_decay))
+    if capturable:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                device = group["params"][0].device if group["params"] else "cpu"
+                group["lr"] = torch.zeros((), dtype=torch.float32, device=device)
     set_lr(optimizers, lr)
     return optimizers
 
@@ -80,7 +91,10 @@ def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
     """Set AdamW's rate, and Muon's in the proportion that `build_optimizers` was given."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["ratio"]
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr * group["ratio"])
+            else:
+                group["lr"] = lr * group["ratio"]
 
 
 @contextlib.contextmanager
@@ -139,17 +153,20 @@ class WeightAverage:
         self.decay = decay
         self._live = list(parameters.values())
         self.tensors = {name: p.detach().clone() for name, p in parameters.items()}
+        device = self._live[0].device if self._live else "cpu"
+        self._weight = torch.zeros((), dtype=torch.float32, device=device)
+
+    def set_step(self, step: int) -> None:
+        """The next update follows optimiser step `step` (from 0)."""
+        self._weight.fill_(1.0 - min(self.decay, (1 + step) / (10 + step)))
 
     @torch.no_grad()
-    def update(self, step: int, bad: Tensor | None = None) -> None:
-        """Take in the weights after optimiser step `step` (from 0); not where `bad`, [] bool, is true."""
-        averaged, weight = list(self.tensors.values()), 1.0 - min(self.decay, (1 + step) / (10 + step))
-        if bad is None:
-            torch._foreach_lerp_(averaged, self._live, weight)
-            return
+    def update(self, bad: Tensor | None = None) -> None:
+        """Take in the weights as they are now; not where `bad`, [] bool, is true."""
+        weight = self._weight if bad is None else (~bad).float() * self._weight
+        averaged = list(self.tensors.values())
         # On a CPU, to the bit as with the number itself.
-        weights = [(~bad).float() * weight] * len(averaged)
-        torch._foreach_lerp_(averaged, self._live, weights)
+        torch._foreach_lerp_(averaged, self._live, [weight] * len(averaged))
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

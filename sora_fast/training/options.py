@@ -43,6 +43,7 @@ class TrainOptions:
     recompute: str | None = None
     compile: str = "blocks"
     no_compile: bool = False
+    graph: bool = False
     workers: int | None = None
     sample_every: int | None = None
     json: bool = False
@@ -67,6 +68,8 @@ class DistillOptions:
     lr: float | None = None
     seed: int = 0
     no_compile: bool = False
+    json: bool = False
+    tensorboard: bool = False
     given: frozenset[str] = frozenset()
 
     @property
@@ -76,8 +79,8 @@ class DistillOptions:
 
 
 # What can be said of a run that goes on, and of a distillation.
-DISTILL_CHANGEABLE = ("minutes", "no_compile", "data", "text_encoder")
-_TRAINING = ("lr", "minutes", "steps", "save_every", "recompute", "compile", "no_compile")
+DISTILL_CHANGEABLE = ("minutes", "no_compile", "data", "text_encoder", "json", "tensorboard")
+_TRAINING = ("lr", "minutes", "steps", "save_every", "recompute", "compile", "no_compile", "graph")
 _TELLING = ("sample_every", "json", "tensorboard")
 CHANGEABLE = (*_TRAINING, "workers", "data", "text_encoder", *_TELLING)
 

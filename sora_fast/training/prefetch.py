@@ -5,14 +5,12 @@ import threading
 from collections.abc import Iterator
 from typing import TypeVar
 
-from sora_fast.training.interruption import Stopped
-
 Item = TypeVar("Item")
 
 
 def prefetch(items: Iterator[Item], depth: int = 2, *, in_step: bool = False) -> Iterator[Item]:
     """The same items in the same order, made up to `depth` ahead in a thread that ends with the generator; with the
-    process, if waiting for an item was given up (`Stopped`).
+    process, if waiting for an item was given up (by Ctrl-C, or `Stopped`).
 
     in_step: making them takes exchanges with other workers, of whom each is to make the same number: `depth` more than
         were taken, also where the generator ends before.
@@ -45,7 +43,7 @@ def prefetch(items: Iterator[Item], depth: int = 2, *, in_step: bool = False) ->
                 raise error
             wanted.put(True)
             yield item
-    except Stopped:
+    except KeyboardInterrupt:
         left_alone = True  # it may be stuck in the very item that was waited for
         raise
     finally:

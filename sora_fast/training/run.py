@@ -7,6 +7,7 @@ RUN/checkpoints/…     see checkpoint.py
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sora_fast.diffusion.paths import DDPM, RectifiedFlow
+from sora_fast.diffusion.paths import DDPM, SPACINGS, RectifiedFlow
 from sora_fast.models import SoraDiT, SoraDiTConfig
 from sora_fast.models.codecs import IdentityCodec
 from sora_fast.models.text import ByteTextEncoder, TransformersTextEncoder
@@ -88,6 +89,8 @@ class TrainConfig:
     precision: "float32", or "bfloat16" (autocast).
     compile: the backend of torch.compile, which compiles once for the whole run; None: eager.
     compile_scope: of what, "blocks", or "model", with the text encoder and the loss (see compiling.py).
+    graph: launch a step as one CUDA graph, from the third on: of one worker, on a GPU; not of a distillation, whose
+        steps are not alike.
     recompute: None, "block" or "selective" (see recompute.py): less memory for more time.
     accumulate: packs a step, of each worker; the gradient is that of the mean over all their pixels.
     nonfinite_limit: steps in a row whose loss or gradient is not finite, and which are left out, before the run stops.
@@ -111,6 +114,7 @@ class TrainConfig:
     precision: str = "float32"
     compile: str | None = "inductor"
     compile_scope: str = "blocks"
+    graph: bool = False
     recompute: str | None = None
     accumulate: int = 1
     nonfinite_limit: int = 3
@@ -141,16 +145,25 @@ class Distilled:
     """How a run's model became a flow map, and how it is sampled; see distill.py.
 
     steps: of the sampler, where no others are asked for. guidance: of the teacher, which is part of the model now;
-    guidance_given: likewise, where frames are given.
+    guidance_given: likewise, where frames are given. spacing: of the levels that it was taught, see
+    `RectifiedFlow.sigmas`; runs of before have none to say.
     """
 
     steps: int = 4
     guidance: float = 3.0
     guidance_given: float = 3.0
+    spacing: str = "trailing"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps: {self.steps}; it must be at least 1")
+        if self.spacing not in SPACINGS:
+            raise ValueError(f"spacing: {self.spacing!r}; it must be one of {', '.join(SPACINGS)}")
+
+    @property
+    def teacher_steps(self) -> int:
+        """Of the trajectories that are learned from: a multiple of `steps`, twice as many at least, and 8."""
+        return self.steps * max(2, math.ceil(8 / self.steps))
 
 
 @dataclass(frozen=True)
@@ -222,6 +235,16 @@ class Networks(nn.Module):
         """SoraDiT's forward pass, with the prompts of the same S segments."""
         text = None if self.text is None else self.text(prompts.ids, prompts.layout)
         return self.model(latents, layout, conditioning, text=text)
+
+    def no_prompts(self, batch: BatchConfig) -> Prompts | None:
+        """What stands for the prompts of a batch that has none: S texts of no tokens, of the sizes of all others, so
+        that a compiled step is the same. None if no text is read."""
+        if self.text is None:
+            return None
+        sizes = {"capacity": batch.text_capacity, "max_segments": batch.max_segments}
+        ids, layout = self.text.tokenize([], **sizes)
+        device = next(self.parameters()).device
+        return Prompts(ids, layout).to(device)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name: what a checkpoint holds."""

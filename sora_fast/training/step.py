@@ -40,16 +40,31 @@ class NoisyPack(TensorBundle):
 
 
 def drawn(
-    batch: Batch, path: NoisePath, generator: torch.Generator, entropy: Sequence[int], clean_share: float
+    batch: Batch,
+    path: NoisePath,
+    generator: torch.Generator,
+    entropy: Sequence[int],
+    clean_share: float,
+    *,
+    no_prompts: Prompts | None = None,
 ) -> NoisyPack:
-    """A batch with what is random about its step: a function of `entropy` alone, on the generator's device."""
-    seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-    generator.manual_seed(int(seed >> 1))
+    """A batch with what is random about its step: a function of `entropy` alone, on the generator's device.
+
+    no_prompts: stand for those of a batch that has none, see `Networks.no_prompts`.
+    """
+    reseed(generator, entropy)
     sigma = path.sample_sigma(batch.layout, generator)
     noise = noise_like(batch.latents, generator)
     ends = random_clean_ends(batch.layout, generator, share=clean_share)
     clean = clean_frames(batch.layout, *ends)
-    return NoisyPack(batch.latents, batch.layout, batch.prompts, sigma, noise, clean)
+    prompts = no_prompts if batch.prompts is None else batch.prompts
+    return NoisyPack(batch.latents, batch.layout, prompts, sigma, noise, clean)
+
+
+def reseed(generator: torch.Generator, entropy: Sequence[int]) -> None:
+    """Let what a generator draws from now on be a function of `entropy` alone."""
+    seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+    generator.manual_seed(int(seed >> 1))
 
 
 class PackLoss(nn.Module):
@@ -122,13 +137,12 @@ def update(
     average: WeightAverage,
     loss: Tensor,
     *,
-    step: int,
     clip_norm: float,
 ) -> tuple[Tensor, Tensor]:
     """Clip, step and average; if the loss or a gradient is not finite, change nothing. Gradients are gone afterwards.
 
-    The device decides that: the host neither waits nor knows. Returns the gradients' norm and whether the update was
-    left out, [] each.
+    The device decides that: the host neither waits nor knows. Which step it is the optimizers and the average have been
+    told before (`set_lr`, `set_step`). Returns the gradients' norm and whether the update was left out, [] each.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip_norm)
     bad = ~(loss + norm).isfinite()
@@ -136,5 +150,28 @@ def update(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    average.update(step, bad)
+    average.update(bad)
     return norm, bad
+
+
+@dataclass(frozen=True, eq=False)
+class StepPacks(TensorBundle):
+    """Those of one step."""
+
+    packs: tuple[NoisyPack, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class WholeStep:
+    """StepPacks → (loss, norm, whether it was left out), [] each, and the weights are those of the next step: all that
+    the device does in a step of one worker, as one function, such as a CUDA graph can hold."""
+
+    loss_of: Callable[[NoisyPack], tuple[Tensor, Tensor]]
+    parameters: Mapping[str, nn.Parameter]
+    optimizers: Sequence[torch.optim.Optimizer]
+    average: WeightAverage
+    clip_norm: float
+
+    def __call__(self, given: StepPacks) -> tuple[Tensor, Tensor, Tensor]:
+        loss = take_gradients(self.loss_of, given.packs, list(self.parameters.values()))
+        return loss, *update(self.parameters, self.optimizers, self.average, loss, clip_norm=self.clip_norm)

@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from sora_fast.graphs import CudaRecorder, Graph
 from sora_fast.proof import prove_at_start
 from sora_fast.training import checkpoint, optim, replay
 from sora_fast.training.batches import Batch, Batches
@@ -26,7 +28,7 @@ from sora_fast.training.prefetch import prefetch
 from sora_fast.training.recompute import recompute
 from sora_fast.training.run import CHECKPOINTS, LOG, Networks, RunConfig, check_resumable, create_run, update_run
 from sora_fast.training.runlog import RunLog
-from sora_fast.training.step import NoisyPack, PackLoss, drawn, take_gradients, update
+from sora_fast.training.step import NoisyPack, PackLoss, StepPacks, WholeStep, drawn, take_gradients, update
 from sora_fast.training.watchers import Watcher, Watchers
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ class Trainer:
             weight_decay=c.weight_decay,
             betas=c.betas,
             muon_ratio=c.muon_ratio,
+            capturable=c.graph or None,
         )
         self.schedule = optim.Schedule(c.warmup, c.decay)
         self.average = optim.WeightAverage(self.parameters, c.ema_decay)
@@ -90,8 +93,10 @@ class Trainer:
             workers=c.workers,
         )
         self.generator = torch.Generator(self.device)
+        self._no_prompts = self.networks.no_prompts(c.batch)
         self.compiling: str | None = None
         self.loss = self._applied(PackLoss(self.networks, c.precision))
+        self._graph = self._captured() if c.graph and config.distilled is None else None
         self.step, self.seconds = 0, 0.0
         self._updating = False  # weights of two steps are no state to save
         self._compiled = c.compile is None
@@ -140,8 +145,8 @@ class Trainer:
         while (done := self._progress()) < 1 and not stop:
             try:
                 # A request of one worker alone must not keep the others waiting, in a step that it has left.
-                with interruption.at_once(when=self.world.size == 1), self._meter.waiting():
-                    taken = list(islice(batches, self.config.accumulate))
+                with interruption.at_once(when=self.world.size == 1):
+                    taken = self._taken(batches)
                 if len(taken) < self.config.accumulate:
                     return
                 self._train_on(taken, done, interruption)
@@ -160,6 +165,11 @@ class Trainer:
             self.seconds, stop = seconds / self.world.size, requests > 0
             if self.leads:
                 self._record(bar, self._progress() - done)
+
+    def _taken(self, batches: Iterator[Batch]) -> list[Batch]:
+        """Those of the next step, one for each of its packs; fewer if there are no more."""
+        with self._meter.waiting():
+            return list(islice(batches, self.config.accumulate))
 
     def _keep(self, error: Diverged) -> None:
         """What a run that is over leaves behind: its log, and the step for a replay."""
@@ -227,6 +237,13 @@ class Trainer:
             self.compiling = compile_loss(loss, blocks, **options, device=self.device)
         return loss
 
+    def _captured(self) -> Graph[StepPacks]:
+        """The whole step as a graph. ValueError where there can be none."""
+        if self.world.size > 1:
+            raise ValueError(f"graph: True, but a step of {self.world.size} workers exchanges its gradients in between")
+        whole = WholeStep(self.loss, self.parameters, self.optimizers, self.average, self.config.clip_norm)
+        return Graph(whole, CudaRecorder(self.device))
+
     def _progress(self) -> float:
         """The share of the run that is over."""
         if self.config.steps is not None:
@@ -235,6 +252,8 @@ class Trainer:
 
     def _prefetched(self) -> Iterator[Batch]:
         """Batches made ahead in a thread; for a GPU in page-locked memory, so that the copy does not wait."""
+        # An earlier `fit` that was stopped has made more than it took.
+        self.batches.load_state_dict(self._resume_state)
         batches = iter(self.batches)
         if self.device.type == "cuda":
             batches = (batch.pin_memory() for batch in batches)
@@ -245,18 +264,27 @@ class Trainer:
         c = self.config
         lr = c.lr * self.schedule(self.step, progress)
         optim.set_lr(self.optimizers, lr)
+        self.average.set_step(self.step)
         packs = self._packs(batches)
-        # The first step compiles, which may take minutes.
-        with interruption.at_once(when=self.world.size == 1 and not self._compiled):
-            loss = take_gradients(self.loss, packs, list(self.parameters.values()), self.world)
+        if self._graph is not None:
+            self._updating = True
+            loss, norm, bad = self._graph(StepPacks(tuple(packs)))
+        else:
+            # The first step compiles, which may take minutes.
+            with interruption.at_once(when=self.world.size == 1 and not self._compiled):
+                loss = take_gradients(self.loss, packs, list(self.parameters.values()), self.world)
+            self._updating = True
+            norm, bad = update(self.parameters, self.optimizers, self.average, loss, clip_norm=c.clip_norm)
         self._compiled = True
-        self._updating = True
-        norm, bad = update(self.parameters, self.optimizers, self.average, loss, step=self.step, clip_norm=c.clip_norm)
         self._updating = False
         self.step += 1
-        self._resume_state = batches[-1].resume
+        self._resume_state = self._going_on(batches)
         self._note(batches, loss, norm, lr)
         self._guard.watch(self.step, packs, bad)
+
+    def _going_on(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """Where in the stream of batches a resumed run begins, after the step that took these."""
+        return batches[-1].resume
 
     def _note(self, batches: Sequence[Batch], loss: Tensor, norm: Tensor, lr: float) -> None:
         """A row for the log."""
@@ -273,7 +301,8 @@ class Trainer:
         for number, batch in enumerate(batches):
             entropy = (self.config.seed, self.step, self.world.rank, *([number] if number else []))
             batch = batch.to(self.device, non_blocking=True)
-            packs.append(drawn(batch, self.networks.path, self.generator, entropy, self.config.clean_share))
+            random = self.generator, entropy, self.config.clean_share
+            packs.append(drawn(batch, self.networks.path, *random, no_prompts=self._no_prompts))
         return packs
 
 

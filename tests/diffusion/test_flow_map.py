@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sora_fast.diffusion import Euler, RectifiedFlow, noise_like, sample
-from sora_fast.diffusion.flow_map import FlowMap, FlowPack, Interval, flow_map_loss, jump, split_share, split_target
+from sora_fast.diffusion.flow_map import OWN, FlowMap, FlowPack, draw_ways, flow_map_loss, leading
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
 from tests.diffusion.stand_ins import PATCH, GaussianModel, layout_of, pixel_sigma
 
@@ -43,21 +43,18 @@ def pack(path: RectifiedFlow, share: float = 0.0) -> tuple[FlowPack, torch.Tenso
     return FlowPack(data, layout, path, clean=clean, patch_size=PATCH), noise_like(latents, generator)
 
 
-def interval() -> Interval:
-    levels = torch.tensor([[1.0, 0.9, 0.5], [0.8, 0.3, 0.4], [0.6, 0.0, 0.2]])
-    return Interval(*levels)
+LEVELS = torch.tensor([1.0, 0.9, 0.5])
 
 
-def test_two_jumps_are_one() -> None:
+def test_what_leads_there_does() -> None:
     generator = torch.Generator().manual_seed(0)
-    r, s, t = torch.rand(3, 99, generator=generator, dtype=torch.float64).sort(dim=0).values
+    r, t = torch.rand(2, 99, generator=generator, dtype=torch.float64).sort(dim=0).values
     r[:9] = 0
-    s[9:20] = t[9:20] * (1 - 1e-9)
-    x, first, second = torch.randn(3, 99, generator=generator, dtype=torch.float64)
-    share = split_share(t, s, r)
-    assert ((share >= 0) & (share <= 1)).all() and not share[:9].any()
-    there = jump(jump(x, first, t, s), second, s, r)
-    torch.testing.assert_close(jump(x, share * first + (1 - share) * second, t, r), there, rtol=1e-12, atol=1e-12)
+    x, clean = torch.randn(2, 99, generator=generator, dtype=torch.float64)
+    there = r / t * x + (1 - r / t) * clean
+    torch.testing.assert_close(leading(x, there, t, r), clean, rtol=1e-9, atol=1e-9)
+    nowhere = torch.zeros(1, dtype=torch.float64)
+    assert leading(x, x, nowhere, nowhere).isfinite().all()
 
 
 @pytest.mark.parametrize("path", PATHS, ids=["velocity", "clean"])
@@ -79,21 +76,33 @@ def test_the_exact_map_is_at_the_end_in_any_number_of_calls(path, steps) -> None
 
 
 @pytest.mark.parametrize("path", PATHS, ids=["velocity", "clean"])
-def test_the_exact_map_is_its_own_target(path) -> None:
-    """And one that is not has a loss."""
+def test_a_trajectory_teaches_the_exact_map(path) -> None:
+    """The finer the teacher's steps the nearer, by more than in proportion; and a map that is wrong has a loss."""
     noisy, noise = pack(path, share=0.3)
-    at = interval()
-    x = noisy.at(noise, at.level)
-    target = split_target(noisy, ExactMap(path), x, at)
-    exact = noisy.predict(ExactMap(path), x, at.level, at.end)
-    assert (exact - target)[noisy.noisy].abs().max() < 1e-5
-    assert flow_map_loss(noisy, exact, target, at.level)[0] < 1e-10
-    assert flow_map_loss(noisy, noisy.predict(ExactMap(path, off=0.1), x, at.level, at.end), target, at.level)[0] > 1e-4
+
+    def taught(steps: int) -> float:
+        def teacher(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return noisy.ask(GaussianModel(path), x, sigma, None)
+
+        made = noisy.trajectory(teacher, noise, path.sigmas(steps, noisy.layout))
+        assert made.states.shape == (steps + 1, len(noise)) and made.levels.shape == (steps + 1, len(SHAPES) + 1)
+        kept = ~noisy.noisy
+        assert torch.equal(made.states[:, kept], noisy.data.flat[kept].expand(steps + 1, -1))
+        first, last = torch.tensor([[0, 1, 0], [4, 3, 4]]) * steps // 4
+        lesson = made.lesson(noisy, first, last)
+        exact = noisy.predict(ExactMap(path), lesson.x, lesson.level, lesson.end)
+        wrong = noisy.predict(ExactMap(path, off=0.1), lesson.x, lesson.level, lesson.end)
+        losses = [flow_map_loss(noisy, clean, lesson.target, lesson.level)[0] for clean in (exact, wrong)]
+        assert losses[1] > losses[0] + 1e-4
+        return (exact - lesson.target)[noisy.noisy].abs().max().item()
+
+    coarse, fine = taught(64), taught(256)
+    assert fine < 1e-3 and fine < coarse / 6
 
 
 def test_on_the_diagonal_the_map_is_the_model() -> None:
     noisy, noise = pack(PATHS[0])
-    levels = interval().level
+    levels = LEVELS
     x = noisy.at(noise, levels)
     # Of a jump of no length the limit: ExactMap itself divides by it.
     near = noisy.predict(ExactMap(PATHS[0]), x, levels, levels - 1e-5)
@@ -102,14 +111,11 @@ def test_on_the_diagonal_the_map_is_the_model() -> None:
 
 def test_clean_tokens_stay_and_do_not_count() -> None:
     noisy, noise = pack(PATHS[1], share=0.5)
-    at = interval()
-    x = noisy.at(noise, at.level)
+    x = noisy.at(noise, LEVELS)
     kept = ~noisy.noisy
     assert kept.any() and torch.equal(x[kept], noisy.data.flat[kept])
-    moved = noisy.jump(x, torch.randn_like(x), at.level, at.middle)
-    assert torch.equal(moved[kept], noisy.data.flat[kept]) and not torch.equal(moved, x)
     prediction = torch.where(noisy.noisy, torch.randn_like(x), torch.nan).requires_grad_()
-    loss, pixels = flow_map_loss(noisy, prediction, torch.where(noisy.noisy, 0.0, torch.nan), at.level)
+    loss, pixels = flow_map_loss(noisy, prediction, torch.where(noisy.noisy, 0.0, torch.nan), LEVELS)
     loss.backward()
     assert loss.isfinite() and pixels == noisy.noisy.sum()
     assert not prediction.grad[kept].any() and prediction.grad[noisy.noisy].all()
@@ -133,10 +139,10 @@ def test_given_segments() -> None:
     assert noisy.given.tolist() == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize("path", [*PATHS, RectifiedFlow()])
-def test_intervals(path) -> None:
-    layout = PackedLayout.from_grids([(1, 1, 1 + size % 9) for size in range(4000)])
-    at = Interval.draw(path, layout, torch.Generator().manual_seed(0))
-    assert ((at.end < at.middle) & (at.middle < at.level) & (at.level <= 1)).all()
-    assert (at.end == 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
-    assert (at.level > 0.95).float().mean() > 0.05, "a sampler begins there"
+def test_ways() -> None:
+    first, last = draw_ways(8, 4, 4000, device=torch.device("cpu"), generator=torch.Generator().manual_seed(0))
+    assert ((first >= 0) & (first < last) & (last <= 8)).all()
+    assert set(zip(first.tolist(), last.tolist(), strict=True)) == {(i, j) for i in range(8) for j in range(i + 1, 9)}
+    own = ((first % 2 == 0) & (last == first + 2)).float().mean().item()
+    by_chance = sum(1 / 8 / (8 - i) for i in range(0, 8, 2))
+    assert own == pytest.approx(OWN + (1 - OWN) * by_chance, abs=0.03)

@@ -179,3 +179,16 @@ def test_ddpm_spacings_are_the_published_ones(steps):
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_late_levels_are_nearer_to_the_data_and_nest() -> None:
+    """Half as many steps go through every other level: what a flow map is taught for one count holds for another."""
+    layout = PackedLayout.from_grids([(1, 2, 2), (3, 4, 5)])
+    for path in (RectifiedFlow(), RectifiedFlow(base_tokens=4)):
+        late, even = (path.sigmas(8, layout, spacing=spacing) for spacing in ("late", "trailing"))
+        assert (late[1:-1] < even[1:-1]).all() and (late[0] == 1).all() and (late[-1] == 0).all()
+        torch.testing.assert_close(late[::2], path.sigmas(4, layout, spacing="late"), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="spacing: 'linspace'; it must be one of trailing, late"):
+        RectifiedFlow().sigmas(4, layout, spacing="linspace")
+    with pytest.raises(ValueError, match="it must be one of trailing, linspace"):
+        DDPM().sigmas(4, layout, spacing="late")

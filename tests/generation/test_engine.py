@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sora_fast.diffusion import noise_like, sample
+from sora_fast.diffusion import FlowMap, noise_like, sample
 from sora_fast.generation.engine import SAMPLERS, Engine
 from sora_fast.generation.tasks import Request, extend, image_to_video, join, pack_requests, text_to_video
 from sora_fast.schedule import TileSchedule
@@ -140,6 +140,11 @@ def test_errors(engine: Engine, tmp_path: Path) -> None:
     Trainer(tiny(), Gradients(), tmp_path / "untrained")
     with pytest.raises(ValueError, match="no checkpoint yet"):
         Engine.load(tmp_path / "untrained")
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match=f"steps: {steps}; it must be at least 1"):
+            engine.generate([Request("", 1, 8, 8)], steps=steps)
+    with pytest.raises(ValueError, match="guidance: nan; it must be finite"):
+        Request("", 1, 8, 8, guidance=float("nan"))
     with pytest.raises(TypeError, match="needs a DDPM path"):
         engine.generate([Request("", 1, 8, 8)], sampler=SAMPLERS["ddpm"])
 
@@ -149,7 +154,7 @@ def distilled(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tmp_path_factory.mktemp("distilled") / "run"
     keep_teacher(run, folder)
     config = read_run(run)
-    config = distilled_config(config, replace(config.train, steps=6), Distilled(steps=2, guidance=4.0))
+    config = distilled_config(config, replace(config.train, steps=6), Distilled(steps=2, guidance=4.0, spacing="late"))
     Distiller(config, Gradients(), folder).fit(progress=False)
     return Engine.load(folder)
 
@@ -166,7 +171,7 @@ def test_a_distilled_run_says_its_steps_and_has_its_guidance(distilled: Engine, 
     assert torch.equal(guided, plain) and not caplog.text
 
 
-def test_a_distilled_run_is_told_where_each_step_leads(distilled: Engine) -> None:
+def test_a_distilled_run_is_told_where_each_step_leads(distilled: Engine, caplog) -> None:
     """Of requests of several step counts, in one pack, as alone; not so where the sampler does not say."""
     requests = [replace(text_to_video("left", 3, (10, 14), seed=3), steps=count) for count in (2, 4)]
     together = distilled.generate(requests)
@@ -175,8 +180,12 @@ def test_a_distilled_run_is_told_where_each_step_leads(distilled: Engine) -> Non
         torch.testing.assert_close(alone, video, rtol=0, atol=1e-5)
         reference = _by_sample(distilled, request)
         torch.testing.assert_close(video, reference, rtol=0, atol=1e-5)
+    (named,) = distilled.generate(requests[:1], sampler=SAMPLERS["flow-map"])
+    torch.testing.assert_close(named, together[0], rtol=0, atol=1e-5)
+    assert not caplog.text
     (euler,) = distilled.generate(requests[:1], sampler=SAMPLERS["euler"])
     assert (euler - together[0]).abs().max() > 1e-3
+    assert "no sampler but its own (flow-map)" in caplog.text
 
 
 def _by_sample(engine: Engine, request: Request) -> torch.Tensor:
@@ -190,7 +199,7 @@ def _by_sample(engine: Engine, request: Request) -> torch.Tensor:
         noise,
         packed.layout,
         networks.path,
-        SAMPLERS["flow-map"],
+        FlowMap("late"),
         steps=request.steps,
         patch_size=networks.patch_size,
     )

@@ -19,7 +19,7 @@ STRIDES = ("plain", "fused", "heads", "padded")
 class Case:
     """Random q, k, v of ordinary size, NaN in the padding.
 
-    heads: of k and v; q has `group` times as many. strides: how they lie in memory (see `_random`). max_pairs: room of
+    heads: of k and v; q has `group` times as many. strides: how they lie in memory (see `random_rows`). max_pairs: room of
     the tile lists; None: enough. scale: None is the usual one.
     """
 
@@ -59,7 +59,7 @@ class Case:
         torch.manual_seed(0)
         sides = [(self.layout, self.heads * self.group), (self.keys, self.heads), (self.keys, self.heads)]
         return [
-            _random(layout.capacity, heads, self.head_dim, self.dtype, self.strides).masked_fill_(
+            random_rows(layout.capacity, heads, self.head_dim, self.dtype, self.strides).masked_fill_(
                 (layout.segment_ids < 0)[:, None, None], NAN
             )
             for layout, heads in sides
@@ -94,7 +94,7 @@ class Case:
         assert_within_rule(lse, plain_lse.to(lse.dtype), exact_lse, name="lse")
 
 
-def _random(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, strides: str) -> Tensor:
+def random_rows(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, strides: str) -> Tensor:
     """[tokens, heads, head_dim]: contiguous, one of three in a fused projection, heads outermost, or rows with gaps."""
     if strides == "fused":
         return torch.randn(tokens, 3, heads, head_dim).to(dtype)[:, 1]

@@ -78,7 +78,7 @@ def test_a_record_holds_for_one_machine(changed: str, monkeypatch: pytest.Monkey
 
 def test_a_record_holds_for_one_source(monkeypatch: pytest.MonkeyPatch) -> None:
     keep([record()])
-    monkeypatch.setattr(_records, "source_hash", lambda op: "another")
+    monkeypatch.setattr(_records, "source_hash", lambda *_: "another")
     later(monkeypatch)
     assert found() is None
 

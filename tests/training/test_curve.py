@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sora_fast.training.curve import _smooth, loss_curve
+from sora_fast.training.curve import _apart, _smooth, loss_curve
 
 BLUE = (31, 119, 180)
 
@@ -38,6 +38,16 @@ def test_smoothing_is_the_mean_of_a_centred_window_without_its_gaps(count: int) 
             assert np.isnan(smooth[place])
         else:
             assert smooth[place] == pytest.approx(np.nanmean(window))
+
+
+@pytest.mark.parametrize("pause", [0.0, 90.0, 3000.0])
+def test_minutes_do_not_overlap_where_a_run_paused(pause: float) -> None:
+    steps = list(range(1, 401))
+    minutes = np.linspace(0, 20, 400) + np.where(np.arange(400) < 200, 0, pause)
+    marks = _apart(steps, minutes)
+    places = np.interp(marks, minutes, steps)
+    assert len(marks) >= 4 and np.diff(places).min() >= 399 / 12
+    assert places[0] < 100 and places[-1] > 290, "on both sides of the pause"
 
 
 @pytest.mark.parametrize("losses", [[1.0], [float("nan")] * 3, [0.0, -1.0, 2.0], [float("inf"), 1.0]])

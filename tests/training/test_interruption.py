@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from sora_fast.training.data import Sample
 from sora_fast.training.interruption import Interruption, Stopped
@@ -78,6 +79,31 @@ def test_what_may_not_be_left_is_not_left() -> None:
     with Interruption() as interruption:
         with interruption.at_once(when=False):
             signal.raise_signal(signal.SIGINT)
+        assert interruption.requested
+    with Interruption() as interruption, pytest.raises(Stopped), interruption.at_once():
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_an_earlier_request_waits_for_nothing() -> None:
+    """One that came while the log was written, say, and then the data are awaited."""
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped), interruption.at_once():
+            pytest.fail("it waits")
+        with interruption.at_once(when=False):
+            pass
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError("nobody reads"), RuntimeError("reentrant call")])
+def test_a_request_that_cannot_be_told_is_one(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train | tee log`: Ctrl-C ends tee first."""
+
+    def unheard(text: str) -> None:
+        raise error
+
+    monkeypatch.setattr(tqdm, "write", unheard)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
         assert interruption.requested
     with Interruption() as interruption, pytest.raises(Stopped), interruption.at_once():
         signal.raise_signal(signal.SIGINT)

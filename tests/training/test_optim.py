@@ -104,11 +104,35 @@ def test_weight_average() -> None:
     average = optim.WeightAverage({"p": parameter}, decay=0.5)
     with torch.no_grad():
         parameter.fill_(1.0)
-    average.update(0)
+    average.set_step(0)
+    average.update()
     assert average.tensors["p"].item() == pytest.approx(0.9)  # the decay starts at 1/10
-    average.update(1000)
+    average.set_step(1000)
+    average.update()
     assert average.tensors["p"].item() == pytest.approx(0.95)
     average.load({"p": torch.tensor([3.0])})
     assert average.tensors["p"].item() == 3.0
     with pytest.raises(ValueError, match="ema_decay"):
         optim.WeightAverage({}, decay=1.0)
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_rates_that_a_graph_can_hold(name: str) -> None:
+    """Tensors that stay where they are, and steps that are those of numbers, to rounding."""
+    nets = [_parameters(0) for _ in range(2)]
+    both = [
+        optim.build_optimizers(parameters, name, lr=1e-2, weight_decay=0.1, muon_ratio=3.0, capturable=capturable)
+        for (_, parameters), capturable in zip(nets, (True, False), strict=True)
+    ]
+    groups = [group for optimizer in both[0] for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
+    for (net, _), optimizers in zip(nets, both, strict=True):
+        _train(net, optimizers, 1)
+    for key, parameter in nets[0][1].items():
+        torch.testing.assert_close(parameter, nets[1][1][key], rtol=1e-5, atol=1e-7)
+    before = [parameter.detach().clone() for parameter in nets[0][1].values()]
+    optim.set_lr(both[0], 0.0)
+    _train(nets[0][0], both[0], 1)
+    assert all(map(torch.equal, before, nets[0][1].values()))
+    assert all(rate is group["lr"] for rate, group in zip(rates, groups, strict=True))
+    assert both[1][0].param_groups[0]["lr"] == 1e-2

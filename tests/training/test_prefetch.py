@@ -1,4 +1,5 @@
 import itertools
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -50,3 +51,23 @@ def test_prefetch_hands_on_errors() -> None:
     assert next(items) == 1
     with pytest.raises(OSError, match="the disk is gone"):
         next(items)
+
+
+def test_prefetch_is_left_at_once() -> None:
+    """By the second Ctrl-C too, which is none that a run waits for: the item may never come."""
+    never = threading.Event()
+
+    def stuck() -> Iterator[int]:
+        yield 1
+        never.wait(20)
+
+    items = prefetch(stuck())
+    assert next(items) == 1
+    began = time.monotonic()
+    threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(items)
+        assert time.monotonic() - began < 10
+    finally:
+        never.set()

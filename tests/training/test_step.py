@@ -6,16 +6,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sora_fast.graphs import Graph
 from sora_fast.ops import _attention_device
 from sora_fast.training import optim
-from sora_fast.training.step import NoisyPack, PackLoss, drawn, take_gradients, update
+from sora_fast.training.step import NoisyPack, PackLoss, StepPacks, WholeStep, drawn, take_gradients, update
+from tests.recording import FakeRecorder
 from tests.tracing import Calls
 from tests.training.packs import joined, networks, pack
 
+Side = tuple[dict[str, nn.Parameter], list[Any], optim.WeightAverage]
 
-def _training(of: Any, optimizer: str = "adamw") -> tuple[dict[str, nn.Parameter], list[Any], optim.WeightAverage]:
+
+def _training(of: Any, optimizer: str = "adamw", **options: Any) -> Side:
     parameters = of.trained()
-    optimizers = optim.build_optimizers(parameters, optimizer, lr=1e-2, weight_decay=0.1)
+    optimizers = optim.build_optimizers(parameters, optimizer, lr=1e-2, weight_decay=0.1, **options)
     return parameters, optimizers, optim.WeightAverage(parameters, 0.9)
 
 
@@ -101,17 +105,20 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, spoiled: str)
             bad = float("nan" if spoiled == "loss" else 1)
             if spoiled == "gradient":
                 next(reversed(sides[0][0].values())).grad[3] = float("inf")
-            _, skipped = update(*sides[0], torch.tensor(bad), step=step, clip_norm=1.0)
+            sides[0][2].set_step(step)
+            _, skipped = update(*sides[0], torch.tensor(bad), clip_norm=1.0)
             assert skipped
             assert _same(_state(*sides[0]), before)
             assert all(p.grad is None for p in sides[0][0].values())
             continue
-        norm, skipped = update(*sides[0], torch.tensor(1.0), step=step, clip_norm=1.0)
+        for _, _, average in sides:
+            average.set_step(step)
+        norm, skipped = update(*sides[0], torch.tensor(1.0), clip_norm=1.0)
         assert not skipped and norm > 1
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         for each in sides[1][1]:
             each.step()
-        sides[1][2].update(step)
+        sides[1][2].update()
         assert _same(_state(*sides[0]), _state(*sides[1]))
 
 
@@ -139,12 +146,37 @@ def test_nothing_of_a_step_is_read_on_the_host(optimizer: str, packs: int, monke
     made = made.to("meta")
     loss_of, sides, traces = PackLoss(made, "float32"), _training(made, optimizer), []
     for step in range(3):
+        sides[2].set_step(step + 5)
         with Calls() as calls:
             loss = take_gradients(loss_of, given[step * packs : (step + 1) * packs], list(sides[0].values()))
-            update(*sides, loss, step=step + 5, clip_norm=1.0)
+            update(*sides, loss, clip_norm=1.0)
         traces.append(calls.made)
     # The first step makes the optimizer's state.
     assert len(traces[2]) > 100 and traces[1] == traces[2]
+
+
+@pytest.mark.parametrize(("optimizer", "packs"), [("adamw", 1), ("muon", 2)])
+def test_a_whole_step_as_a_graph(optimizer: str, packs: int) -> None:
+    """With a stand-in for CUDA's capture: packs, learning rates and averaging weights change, a step is not finite, and
+    weights, optimizer and average are to the bit what they are without."""
+    sides, steps, recorder = [], [], FakeRecorder()
+    for _ in range(2):
+        made = networks()
+        sides.append(_training(made, optimizer, capturable=True))
+        steps.append(WholeStep(PackLoss(made, "float32"), *sides[-1], clip_norm=1.0))
+    graph = Graph(steps[0], recorder)
+    for step in range(8):
+        given = StepPacks(tuple(pack(made, seed) for seed in range(step * packs, (step + 1) * packs)))
+        if step == 5:
+            given.packs[0].latents.flat[:] = float("nan")
+        for _, optimizers, average in sides:
+            optim.set_lr(optimizers, 1e-2 / (1 + step))
+            average.set_step(step)
+        results = [take(given) for take in (graph, steps[1])]
+        assert torch.equal(torch.stack(results[0]), torch.stack(results[1])) or step == 5
+        assert bool(results[0][2]) == bool(results[1][2]) == (step == 5)
+        assert _same(*(_state(*side) for side in sides))
+    assert len(recorder.tapes) == 1 and graph.replays == 6
 
 
 @pytest.mark.parametrize("spoil", [lambda loss: loss.item(), lambda loss: loss.nonzero(), lambda loss: bool(loss > 0)])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +21,14 @@ from sora_fast.diffusion.paths import DDPM
 from sora_fast.models import SoraDiTConfig
 from sora_fast.packing import SigmoidDrop
 from sora_fast.training import checkpoint, replay, trainer
-from sora_fast.training.batches import BatchConfig
+from sora_fast.training.batch import Batch
+from sora_fast.training.batches import BatchConfig, Batches
 from sora_fast.training.data import Sample, UnusableSample
 from sora_fast.training.run import CHECKPOINTS, CONFIG, LOG, RunConfig, TextConfig, TrainConfig, read_run
 from sora_fast.training.runlog import read_log
 from sora_fast.training.trainer import Trainer
+from sora_fast.training.watchers import Watcher
+from tests.recording import FakeRecorder
 
 
 class Gradients:
@@ -108,6 +112,58 @@ def test_interrupted_then_resumed_to_the_bit(whole: Path, tmp_path: Path, capsys
     assert resumed.step == stopped.step
     assert resumed.fit(progress=False)
     _assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stopped_and_gone_on_with_to_the_bit(whole: Path, tmp_path: Path, workers: int) -> None:
+    """By the same trainer: what it had made ahead when it was stopped is made again."""
+
+    class _Stops(Watcher):
+        def stepped(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
+            if step == 4:
+                signal.raise_signal(signal.SIGINT)
+
+    trainer = Trainer(tiny(workers=workers), Gradients(), tmp_path / "run", watchers=[_Stops()])
+    assert not trainer.fit(progress=False)
+    assert trainer.step == 4
+    assert trainer.fit(progress=False)
+    _assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_batch_without_prompts_is_no_other_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a compiled run: its texts have no tokens then."""
+    finished, made = Batches._finished, []
+
+    def some(self: Batches, pack: Any) -> Batch:
+        made.append(finished(self, pack))
+        return replace(made[-1], prompts=None) if len(made) % 3 == 0 else made[-1]
+
+    monkeypatch.setattr(Batches, "_finished", some)
+    torch._dynamo.reset()
+    for scope in ("model", None):
+        made.clear()
+        options = {"compile": scope and "aot_eager", "compile_scope": scope or "blocks"}
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            Trainer(tiny(steps=6, **options), Gradients(), tmp_path / str(scope)).fit(progress=False)
+    compiled, eager = (_losses(tmp_path / str(scope)) for scope in ("model", None))
+    assert [loss for _, loss, _ in compiled] == pytest.approx([loss for _, loss, _ in eager], rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_as_one_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+    """With a stand-in for CUDA's capture; the rates are float32 then, so it is the same to rounding."""
+    monkeypatch.setattr(trainer, "CudaRecorder", lambda device: FakeRecorder())
+    for graph in (True, False):
+        Trainer(tiny(graph=graph, optimizer=optimizer), Gradients(), tmp_path / str(graph)).fit(progress=False)
+    one, other = (_losses(tmp_path / name) for name in ("True", "False"))
+    assert [loss for _, loss, _ in one] == pytest.approx([loss for _, loss, _ in other], rel=1e-3)
+    assert [norm for *_, norm in one] == pytest.approx([norm for *_, norm in other], rel=1e-2)
+
+
+def test_a_graph_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a CUDA graph needs a GPU, and the device is cpu"):
+        Trainer(tiny(graph=True), Gradients(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_workers_change_no_bit(whole: Path, tmp_path: Path) -> None:
@@ -384,3 +440,13 @@ def test_resumed_with_what_does_not_fit(whole: Path, config: RunConfig, named: s
 def test_refuses_a_folder_with_a_run(whole: Path) -> None:
     with pytest.raises(ValueError, match="already holds a run"):
         Trainer(tiny(), Gradients(), whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_as_one_graph_on_a_gpu(tmp_path: Path, optimizer: str) -> None:
+    for graph in (True, False):
+        config = tiny(graph=graph, optimizer=optimizer)
+        Trainer(config, Gradients(), tmp_path / str(graph), device="cuda").fit(progress=False)
+    one, other = (_losses(tmp_path / name) for name in ("True", "False"))
+    assert [loss for _, loss, _ in one] == pytest.approx([loss for _, loss, _ in other], rel=1e-2)
