@@ -66,7 +66,7 @@ def cross_cases(draw: st.DrawFn) -> Case:
     return Case(layouts[0], kv_layout=layouts[1], **draw(FORMS))
 
 
-@examples(30)
+@examples(60)
 @given(case=cases() | cross_cases(), seed=st.integers(0, 2**32), blocks=st.integers(1, 7))
 def test_random_cases_match_the_oracle(case: Case, seed: int, blocks: int) -> None:
     case.check(library(), seed=seed, blocks=blocks)

@@ -48,6 +48,12 @@ def runtime() -> str:
     return " ".join(files)
 
 
+@pytest.fixture(autouse=True)
+def _runtime() -> None:
+    """Skips before anything is built, where it cannot be."""
+    runtime()
+
+
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     options = {"LD_PRELOAD": runtime(), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     command = [sys.executable, "-c", script, *arguments]
