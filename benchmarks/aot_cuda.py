@@ -7,8 +7,8 @@ registers, keeps anything on a stack, or if ptxas says that it has made products
 Beneath stand the instructions of a warp in the loop over tiles, beside those of Triton's kernel of the same form, from
 benchmarks/results/aot.json, for as many operations: of tiles that are met entirely, and of those that must be asked.
 
---check compares with benchmarks/results/aot_cuda.json and exits with 1 if something has changed; under another nvcc than
-the file's it says so and compares nothing. --update rewrites the file, or of it what --kernel names.
+--check compares with benchmarks/results/aot_cuda.json and exits with 1 if something has changed; under another nvcc
+than the file's it says so and compares nothing. --update rewrites the file, or of it what --kernel names.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from pathlib import Path
 from benchmarks import _checkout, cubin
 from benchmarks._checkout import ROOT
 from benchmarks.hot_loop import Loop, aligned, read_loops
-from benchmarks.pipes import Product
-from benchmarks.sass import functions
+from benchmarks.pipes import Product, access_bytes
+from benchmarks.sass import Flow, Instruction, functions
 from benchmarks.snapshot import FILE as TRITON_FILE
 from benchmarks.snapshot import Snapshot
 
@@ -75,10 +75,12 @@ FORMS = [
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers: a thread's at launch. spills, stack: bytes a thread. tma: loads of the tensor memory accelerator."""
+    """registers: a thread's at launch. budgets: those that a warp then takes or keeps → the most that its code names.
+    spills, stack: bytes a thread. tma: loads of the tensor memory accelerator."""
 
     name: str
     registers: int
+    budgets: Mapping[str, int]
     spills: int
     stack: int
     warnings: tuple[str, ...]
@@ -96,26 +98,31 @@ class Compiled:
     @property
     def problem(self) -> str:
         found = [*self.warnings]
+        found += [f"{used} registers of {size}" for size, used in self.budgets.items() if used > int(size)]
         if self.spills or self.stack:
             found.append(f"spills {self.spills} bytes a thread, and has a stack of {self.stack}")
         return "; ".join(found)
 
 
-def compile_form(form: Form) -> Compiled:
-    """Raises csrc.build.Unavailable where nvcc is not, CalledProcessError where it fails."""
+def compile_form(form: Form, sources: Path = ROOT / "csrc") -> Compiled:
+    """Raises csrc.build.Unavailable where nvcc is not, RuntimeError where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "form.cu"), Path(folder, "form.cubin")
         source.write_text(form.source)
-        command = [*_nvcc(), "--cubin", "-o", str(target), str(source)]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        command = [*_nvcc(), f"-I{sources}", "--cubin", "-o", str(target), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{form.name} does not compile:\n{done.stderr[:2000]}")
         text = cubin.disassemble(target.read_bytes())
-    return read(form.name, said, text)
+    return read(form.name, done.stderr, text)
 
 
 def _nvcc() -> tuple[str, ...]:
+    """As the package is built, but for the folders of headers: the kernels do without torch's."""
     from csrc import build
 
-    return build.Toolchain.of(build.CUDA, {**os.environ, "TORCH_CUDA_ARCH_LIST": "9.0a"}).compile
+    command = build.Toolchain.of(build.CUDA, {**os.environ, "TORCH_CUDA_ARCH_LIST": "9.0a"}).compile
+    return tuple(flag for flag in command if not flag.startswith(("-isystem/", "-I")))
 
 
 def version() -> str:
@@ -132,6 +139,7 @@ def read(name: str, said: str, text: str) -> Compiled:
     return Compiled(
         name,
         registers=_most(r"Used (\d+) registers", said),
+        budgets=dict(_budget(*pair) for function in functions(text) for pair in Flow(function).behind("USETMAXREG")),
         spills=spills,
         stack=stack,
         warnings=tuple(sorted(set(re.findall(r"\((C75\d\d)\)", said)) | set(re.findall(r"setmaxnreg ignored", said)))),
@@ -140,6 +148,23 @@ def read(name: str, said: str, text: str) -> Compiled:
         tma=sum(i.op == "UTMALDG" for i in code),
         loops=tuple(loop for loop in read_loops(text, warps=_CONSUMERS, target="sm_90") if loop.products),
     )
+
+
+def _budget(instruction: Instruction, code: Sequence[Instruction]) -> tuple[str, int]:
+    """The registers that are set for a warp, and how many the code behind needs."""
+    size = int(re.findall(r"0x[0-9a-f]+", instruction.operands)[-1], 16)
+    return str(size), 1 + max(map(_last_register, code), default=-1)
+
+
+def _last_register(instruction: Instruction) -> int:
+    """-1: none. Operands name the first of several: accumulators, and up to four words of memory."""
+    named = [int(number) for number in re.findall(r"\bR(\d+)\b", instruction.operands)]
+    if not named:
+        return -1
+    product = Product.of(instruction) if instruction.op == "HGMMA" else None
+    if product:
+        return max(named[0] + product.n // 2 - 1, *named)
+    return max(named) + access_bytes(instruction) // 4 - 1
 
 
 def _most(pattern: str, text: str) -> int:
@@ -163,7 +188,7 @@ def beside_triton(rows: Iterable[Compiled]) -> Iterator[tuple[str, ...]]:
         asked = loop.instructions + loop.sometimes - full.loops[0].sometimes if mask != "full" else None
         other = theirs.get(f"packed_attention[{_MASKS[mask]},D{width}]/packed_attention_forward_kernel")
         scaled = [_scaled(x, loop) for x in other.loops] if other and other.loops else []
-        cells = [loop.instructions, asked, *(scaled + [None, None])[:2]]
+        cells = [loop.instructions, asked, *[*scaled, None, None][:2]]
         yield row.name, *("-" if cell is None else str(cell) for cell in cells)
 
 
@@ -172,14 +197,16 @@ def _scaled(theirs: Loop, ours: Loop) -> int:
     return round(theirs.instructions * theirs.warps / theirs.flops * ours.flops / ours.warps)
 
 
-_HEAD = ("kernel", "registers", "spills", "stack", "instructions", "tma", "products")
+_HEAD = ("kernel", "registers", "then", "spills", "stack", "instructions", "tma", "products")
 
 
 def table(rows: Sequence[Compiled]) -> str:
     lines = [
         (
             row.name,
-            *map(str, (row.registers, row.spills, row.stack, row.instructions, row.tma)),
+            str(row.registers),
+            " ".join(f"{used}/{size}" for size, used in row.budgets.items()),
+            *map(str, (row.spills, row.stack, row.instructions, row.tma)),
             " ".join(f"{count}×{shape}" for shape, count in row.products.items())
             + (f"  ← {row.problem}" * bool(row.problem)),
         )

@@ -105,6 +105,14 @@ class Flow:
                 latches = [block for block in self._graph.predecessors(header) if block in body]
                 yield self._code(body, latches, body & wanted)
 
+    def behind(self, op: str) -> Iterator[tuple[Instruction, tuple[Instruction, ...]]]:
+        """Each instruction `op`, with all that no way reaches but through it."""
+        for block, instructions in self._blocks.items():
+            for place, instruction in enumerate(instructions):
+                if instruction.op == op and block in self._graph:
+                    later = [self._blocks[b] for b in self._graph if b != block and block in self._dominators(b)]
+                    yield instruction, (*instructions[place + 1 :], *(i for piece in later for i in piece))
+
     def _holding(self, ops: frozenset[str]) -> set[int]:
         return {block for block in self._graph if any(i.op in ops for i in self._blocks[block])}
 

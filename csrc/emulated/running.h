@@ -1,4 +1,5 @@
-// How a test runs a kernel: its blocks one after the other, in an interleaving that a seed names.
+// How a test runs a kernel: its blocks one after the other or, of odd seeds, from the last to the first, each in an
+// interleaving that the seed names.
 #pragma once
 #include <cstdio>
 #include <type_traits>
@@ -30,7 +31,8 @@ TensorMap map_of(const TensorView& x, int dim, int rows) {
 // 0, or 1 with a message.
 template <class Kernel>
 int run(Kernel kernel, int threads, int shared_bytes, const Manner& manner, Outcome& outcome) {
-    for (int block = 0; block < manner.blocks; block++) {
+    for (int turn = 0; turn < manner.blocks; turn++) {
+        int block = manner.seed % 2 ? manner.blocks - 1 - turn : turn;
         emulator::Options options;
         options.seed = manner.seed * 1000003 + block;
         options.check_races = manner.check_races;

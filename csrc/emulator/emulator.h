@@ -8,6 +8,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <source_location>
 #include <string>
 
@@ -68,7 +69,11 @@ void tma_store(const TensorMap&, uint32_t from, const int (&at)[3], bool add, Wh
 void tma_commit(Where);
 void tma_wait_read(int pending, Where);
 
-void wgmma_fence(Where);
+struct Span {
+    const void* data;
+    size_t bytes;
+};
+void wgmma_fence(std::initializer_list<Span> registers, Where);
 // a_registers: null if `a` describes shared memory.
 void wgmma(Element, float* d, int n, const uint32_t* a_registers, uint64_t a, uint64_t b, bool b_rows_are_k, bool accumulate,
            Where);

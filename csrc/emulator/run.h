@@ -98,7 +98,13 @@ struct Registers {
     int count;
     bool is_operand;
     int accumulator = -1, uses = 0;  // in flight
-    std::vector<uint32_t> seen;      // when last fenced or finished
+    std::vector<uint32_t> seen;      // of an operand, when it was given
+};
+
+// What a wgmma.fence has named since a product had it last, as it was then.
+struct Fenced {
+    const char* begin;
+    std::vector<char> seen;
 };
 
 enum class Wait { none, mbarrier, named, warp, product, registers, store };
@@ -110,9 +116,10 @@ struct Fiber {
     Wait wait = Wait::none;
     uint64_t wait_key = 0;
     Where where;
-    int products = 0, accumulators = 0, fences = 0, retired = 0;
+    int products = 0, accumulators = 0, retired = 0;
     std::vector<int> groups;  // of products: how many there were at each commit
     std::vector<Registers> registers;
+    std::vector<Fenced> fenced;
     std::vector<std::pair<int, int>> uses;  // (product, place in registers) in flight
     std::vector<int> open_stores;
     std::vector<std::vector<int>> store_groups;

@@ -129,11 +129,18 @@ void see(Registers& registers) {
     memcpy(registers.seen.data(), registers.data, registers.count * 4);
 }
 bool is_as_seen(const Registers& registers) { return !memcmp(registers.seen.data(), registers.data, registers.count * 4); }
-void check_fenced(Registers& registers, const Where& where) {
-    if (!me().fences) die(where, "wgmma before any wgmma.fence");
-    if (registers.seen.empty()) return see(registers);
-    if (!is_as_seen(registers))
-        die(where, text("%s registers of a wgmma were written after the last wgmma.fence", registers.is_operand ? "A" : "accumulator"));
+bool holds(const Fenced& fenced, const Registers& registers) {
+    auto first = static_cast<const char*>(registers.data);
+    return first >= fenced.begin && first + 4 * registers.count <= fenced.begin + fenced.seen.size();
+}
+void check_fenced(const Registers& registers, const Where& where) {
+    const char* kind = registers.is_operand ? "A" : "accumulator";
+    auto& all = me().fenced;
+    auto mine = std::find_if(all.begin(), all.end(), [&](const Fenced& fenced) { return holds(fenced, registers); });
+    if (mine == all.end()) die(where, text("no wgmma.fence has named the %s registers of a wgmma since one had them last", kind));
+    auto first = static_cast<const char*>(registers.data);
+    if (memcmp(first, mine->seen.data() + (first - mine->begin), 4 * registers.count))
+        die(where, text("%s registers of a wgmma were written after the last wgmma.fence", kind));
 }
 void check_owned(const float* d, int count, const Where& where) {
     for (int i = 0; i < count; i++)
@@ -174,6 +181,7 @@ void give_operand(Product& product, int number, const uint32_t* a) {
 
 void take_back(Products& products, Registers& registers, const Where& where) {
     if (--registers.uses && !registers.is_operand) return;
+    std::erase_if(me().fenced, [&](const Fenced& fenced) { return holds(fenced, registers); });
     if (registers.is_operand) {
         if (!is_as_seen(registers)) die(where, "A registers written while a wgmma reads them");
         return;
@@ -183,7 +191,6 @@ void take_back(Products& products, Registers& registers, const Where& where) {
     int thread = run->current % 128;
     check_owned(d, registers.count, where);
     for (int i = 0; i < registers.count; i++) d[i] = accumulator.values[row_of(thread, i) * accumulator.n + column_of(thread, i)];
-    see(registers);
     if (++accumulator.taken_back == 128) products.accumulators.erase(registers.accumulator);
 }
 
@@ -202,11 +209,13 @@ void product_happens(int group) {
     wake(Wait::product, group, group * 128, group * 128 + 128);
 }
 
-void wgmma_fence(Where) {
+void wgmma_fence(std::initializer_list<Span> registers, Where) {
     breathe();
-    me().fences++;
-    for (Registers& registers : me().registers)
-        if (!registers.uses) see(registers);
+    for (const Span& span : registers) {
+        auto begin = static_cast<const char*>(span.data);
+        std::erase_if(me().fenced, [&](const Fenced& fenced) { return fenced.begin == begin; });
+        me().fenced.push_back({begin, {begin, begin + span.bytes}});
+    }
 }
 
 void wgmma(Element element, float* d, int n, const uint32_t* a_registers, uint64_t a, uint64_t b, bool b_rows_are_k, bool accumulate,

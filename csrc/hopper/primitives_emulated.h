@@ -57,12 +57,12 @@ DEVICE void tma_wait_read(WHERE) {
 
 // --- wgmma ---
 template <class A>
-DEVICE void wgmma_fence(A&, WHERE) {
-    emulator::wgmma_fence(where);
+DEVICE void wgmma_fence(A& a, WHERE) {
+    emulator::wgmma_fence({{&a, sizeof a}}, where);
 }
 template <class A, class B>
-DEVICE void wgmma_fence(A&, B&, WHERE) {
-    emulator::wgmma_fence(where);
+DEVICE void wgmma_fence(A& a, B& b, WHERE) {
+    emulator::wgmma_fence({{&a, sizeof a}, {&b, sizeof b}}, where);
 }
 DEVICE void wgmma_commit(WHERE) { emulator::wgmma_commit(where); }
 template <int PENDING, class A>

@@ -15,7 +15,7 @@ constexpr int kRows = 64, kColumns = 64, kTile = kRows * 128;  // bytes
 alignas(128) uint16_t source[2 * kRows * kColumns];
 alignas(128) float sums[kRows * 32];
 float result[128 * 64];  // what a thread keeps
-volatile int64_t far = int64_t(1) << 33, before = -1;  // the compiler would see the crime otherwise
+volatile int64_t far = int64_t(1) << 33, before = -1, past = 9;  // the compiler would see the crime otherwise
 
 TensorMap source_map() { return {source, emulator::Element::bf16, {kColumns, 1, 2 * kRows}, {1, kColumns, kColumns}, {64, 1, kRows}}; }
 TensorMap sums_map() { return {sums, emulator::Element::f32, {32, 1, kRows}, {1, 32, 32}, {32, 1, kRows}}; }
@@ -217,9 +217,18 @@ const std::map<std::string, Kernel> kernels = {
     {"wgmma before any fence", {[] { multiply([](Product& x) { x.issue(); }); }}},
     {"accumulator written after the fence", {[] {
         multiply([](Product& x) {
-            wgmma_fence(x.d), x.issue(), wgmma_commit(), wgmma_wait<0>(x.d);
+            wgmma_fence(x.d);
             x.d[3] = 1;
             x.issue();
+        });
+    }}},
+    {"fence of other registers", {[] {
+        multiply([](Product& x) { wgmma_fence(x.a), x.issue(), wgmma_commit(), wgmma_wait<0>(x.d); });
+    }}},
+    {"fence before the last product", {[] {
+        multiply([](Product& x) {
+            wgmma_fence(x.d), x.issue(), wgmma_commit(), wgmma_wait<0>(x.d);
+            wgmma_fence(x.a), x.issue(), wgmma_commit(), wgmma_wait<0>(x.d);
         });
     }}},
     {"accumulator written in flight", {[] {
@@ -246,7 +255,7 @@ const std::map<std::string, Kernel> kernels = {
     {"operand written after the fence", {[] {
         multiply([](Product& x) {
             wgmma_fence(x.d, x.a), x.issue_rs(), wgmma_commit(), wgmma_wait<0>(x.d, x.a);
-            wgmma_fence(x.d);
+            wgmma_fence(x.d, x.a);
             x.a[0] = 1;
             x.issue_rs();
         });
@@ -333,7 +342,7 @@ const std::map<std::string, Kernel> kernels = {
     {"global chunk misaligned", {[] { store_global(Global<float>{sums, 64}, 2, Chunk{}); }}},
     // What only a sanitizer sees: the first says that there is more than there is.
     {"memory that is not there", {[] {
-        if (first()) load_global(Global<const float>{new float[8], 100}, 60);
+        if (first()) load_global(Global<const float>{new float[8], 100}, past);
     }}},
     {"a sum that is too large", {[] {
         int most = 0x7FFFFFFF - int(far >> 40);
@@ -405,6 +414,7 @@ float product_error() {
         }
         uint64_t of_b = descriptor(b, B_ROWS_ARE_K ? 16 * 128 : 16, 1024);
         wgmma_fence(d[0], d[1]);
+        wgmma_fence(a);
         wgmma_ss<bf16, B_ROWS_ARE_K>(d[0], rows_of(), of_b, false);
         wgmma_rs<bf16, B_ROWS_ARE_K>(d[1], a, of_b, true);
         wgmma_commit();

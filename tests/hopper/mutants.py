@@ -70,22 +70,27 @@ class Verdict:
 
 
 _WINDOW = SpacetimeMask.window(1, 2, 3)
-_TEXT = PackedLayout.from_grids([(n, 1, 1) for n in (260, 0, 37, 1)], capacity=300)
+_TEXT = PackedLayout.from_grids([(n, 1, 1) for n in (260, 0, 137, 1)], capacity=400)
 CASES = {
     # A last step of 52 keys before NaN, three stages, two heads that share keys.
-    "full": Case(PackedLayout.from_grids([(3, 6, 10), (1, 1, 3), (2, 5, 5)], capacity=240), group=2),
-    # Items without keys between others; the second warpgroup without queries; an item of three steps.
+    "full": Case(PackedLayout.from_grids([(3, 6, 10), (1, 1, 3), (2, 5, 5)], capacity=260), group=2),
+    # Items without keys between others; the second warpgroup without queries, of 64 exactly; an item of three steps.
     "cross": Case(PackedLayout.from_grids([(n, 1, 1) for n in (140, 9, 64, 3)]), kv_layout=_TEXT, heads=2),
     # More tiles than a warp has lanes and than a block takes at a time; fewer than the layout has room for.
     "many": Case(
         PackedLayout.from_grids([(1, 1, 1 + n % 2) for n in range(40)], tile_size=16, capacity=64), head_dim=8
     ),
+    # As many tiles as the layout has room for.
+    "one": Case(PackedLayout.from_grids([(1, 5, 8)]), head_dim=8),
     # Lists of tiles of 64 and fewer, two halves of a row of which one is not full, two stages.
     "boxes": Case(
         PackedLayout.from_grids([(4, 6, 10), (1, 3, 3)], order="tiled", tile_size=64), _WINDOW, head_dim=104, group=2
     ),
-    "large boxes": Case(
-        PackedLayout.from_grids([(4, 8, 12), (2, 3, 3)], order="tiled", capacity=410), _WINDOW, head_dim=128
+    # Coordinates past 256 along each axis; tiles of up to 128.
+    "long": Case(
+        PackedLayout.from_grids([(1, 290, 1), (2, 3, 3), (3, 1, 270)], order="tiled", capacity=1120),
+        SpacetimeMask.window(1, 2, 3),
+        head_dim=128,
     ),
     # Ranges of tokens: steps that are met entirely, and that must be asked.
     "tokens": Case(

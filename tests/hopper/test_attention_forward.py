@@ -66,7 +66,7 @@ def cross_cases(draw: st.DrawFn) -> Case:
     return Case(layouts[0], kv_layout=layouts[1], **draw(FORMS))
 
 
-@examples(30)
+@examples(60)
 @given(case=cases() | cross_cases(), seed=st.integers(0, 2**32), blocks=st.integers(1, 7))
 def test_random_cases_match_the_oracle(case: Case, seed: int, blocks: int) -> None:
     case.check(library(), seed=seed, blocks=blocks)
@@ -91,6 +91,13 @@ def test_masks_match_the_oracle(mask: SpacetimeMask, order: str) -> None:
 @pytest.mark.parametrize("strides", STRIDES)
 def test_strides_match_the_oracle(strides: str) -> None:
     Case(several_tiles(), heads=2, group=2, head_dim=72, strides=strides).check(library(), blocks=3)
+
+
+@pytest.mark.parametrize("grid", [(1022, 1, 1), (1, 510, 1), (1, 1, 510)])
+def test_the_longest_axes_match_the_oracle(grid: tuple[int, int, int]) -> None:
+    """The coordinates that use the last bit of each packed field."""
+    for mask in (SpacetimeMask.window(2, 3, 4), SpacetimeMask(t=(None, 0), h=(-300, 0), w=(0, 300))):
+        Case(PackedLayout.from_grids([grid], order="tiled"), mask, head_dim=32).check(library())
 
 
 @pytest.mark.parametrize("tile_size", [16, 32, 64])

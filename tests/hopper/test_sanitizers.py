@@ -38,12 +38,20 @@ for name in sys.argv[2:]:
 
 @cache
 def runtime() -> str:
-    """Of the sanitizers: it must be there before Python's own allocations are."""
-    command = [compiler(), "-print-file-name=libasan.so"]
-    file = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    if not Path(file).is_absolute():
+    """Of the sanitizers, which must be there before Python's own allocations are, and what they look up in C++'s."""
+    files = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        command = [compiler(), f"-print-file-name={name}"]
+        files.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    if not all(Path(file).is_absolute() for file in files):
         pytest.skip(f"{compiler()} has no AddressSanitizer as a shared library")
-    return file
+    return " ".join(files)
+
+
+@pytest.fixture(autouse=True)
+def _runtime() -> None:
+    """Skips before anything is built, where it cannot be."""
+    runtime()
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
