@@ -171,7 +171,7 @@ def emulator_objects() -> list[Path]:
 @cache
 def library() -> "Library":
     """The kernels as they are."""
-    return Library(_built("kernels", sorted((SOURCES / "emulated").glob("*.cpp"))))
+    return Library(_built("kernels", sorted((SOURCES / "emulated").glob("attention_*.cpp"))))
 
 
 def shared_library(name: str, sources: list[Path]) -> ctypes.CDLL:
