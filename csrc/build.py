@@ -134,7 +134,8 @@ def _run_unless_fresh(command: Sequence[str], output: Path, record: Path, inputs
         made = output.stat().st_mtime_ns
         if all(file.exists() and file.stat().st_mtime_ns <= made for file in inputs):
             return
-    print(text, flush=True)
+    sys.stdout.write(f"{text}\n")  # at once: others of the pool write too
+    sys.stdout.flush()
     record.unlink(missing_ok=True)
     if subprocess.run(command).returncode:
         raise Unavailable(f"{Path(command[0]).name} failed on {output.name}, see above (pip install --verbose)")
