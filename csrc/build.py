@@ -134,7 +134,7 @@ def _run_unless_fresh(command: Sequence[str], output: Path, record: Path, inputs
         made = output.stat().st_mtime_ns
         if all(file.exists() and file.stat().st_mtime_ns <= made for file in inputs):
             return
-    print(text, flush=True)
+    print(f"{text}\n", end="", flush=True)  # in one piece, beside those of other threads
     record.unlink(missing_ok=True)
     if subprocess.run(command).returncode:
         raise Unavailable(f"{Path(command[0]).name} failed on {output.name}, see above (pip install --verbose)")
