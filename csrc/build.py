@@ -120,11 +120,16 @@ def _compile(file: Path, command: Sequence[str], folder: Path) -> Path:
     name = "-".join(file.relative_to(ROOT).parts)
     output, depends = folder / f"{name}.o", folder / f"{name}.d"
     command = [*command, "-MMD", "-MF", str(depends), "-c", str(file), "-o", str(output)]
-    # One line, with spaces in names escaped, of the target and what it is made of.
-    read = depends.read_text().replace("\\\n", " ") if depends.exists() else ""
-    inputs = [Path(name) for name in shlex.split(read)[1:]]
-    _run_unless_fresh(command, output, folder / f"{name}.command", inputs)
+    _run_unless_fresh(command, output, folder / f"{name}.command", _inputs(depends))
     return output
+
+
+def _inputs(depends: Path) -> list[Path]:
+    """What a file is made of, as its compiler wrote it down: "target: file file", with spaces in names escaped."""
+    if not depends.exists():
+        return []
+    _, _, names = depends.read_text().replace("\\\n", " ").partition(":")
+    return [Path(name) for name in shlex.split(names)]
 
 
 def _run_unless_fresh(command: Sequence[str], output: Path, record: Path, inputs: Sequence[Path]) -> None:
