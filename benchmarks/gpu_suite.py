@@ -8,6 +8,7 @@ which may crash or hang and is then replaced by one that goes on with the next i
 The phases, each with its hard end (benchmarks/timetable.py; nine minutes by default):
 
     versions    what runs here, and what the device reaches at best
+    build       the compiled libraries, in the checkout, for this GPU: CUDA C++ where nvcc is
     smoke       every kernel in bf16 on a small ragged pack against fp64; the compilers' caches are filled meanwhile
     headline    our ops beside their peers, the most telling first
     tuning      attention's launch configurations; the winners go to kernels/_attention_measured.py and are used at once

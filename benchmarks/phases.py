@@ -65,6 +65,19 @@ def _take_cache(session: Session, cache: Path, device_class: str) -> str:
     return f"{count} compiled kernels of {cache}; what is not among them is compiled here"
 
 
+def build(session: Session, until: float) -> None:
+    """The compiled libraries, in the checkout: CUDA C++ is built where it runs. Without them Triton's remain."""
+    if session.dry:
+        return
+    tasks = [session.task("building", [name], until) for name in ("cpu", "cuda")]
+    for verdict in session.verdicts("build", tasks, until, item=until - time.monotonic(), workers=2):
+        passed = verdict.verdict == "passed"
+        said = verdict.found if passed else f"not built: {verdict.reason}"
+        session.suite.libraries[verdict.plan] = said
+        session.suite.built |= {verdict.plan} if passed else set()
+        print(f"{verdict.plan}: {said}", flush=True)
+
+
 def _planned(session: Session) -> list[tuple[str, str]]:
     plans = _headline(session) if "headline" in session.phases else []
     calls = _calls(session).items() if "model" in session.phases else []
@@ -85,7 +98,9 @@ def _headline(session: Session) -> list[grid.Plan]:
 
 def smoke_test(session: Session, until: float) -> None:
     """Every kernel against fp64; behind it, the caches of the compilers are filled with what will be timed."""
-    plans = smoke.plans(session.ops, session.device, dry=session.dry)
+    # The libraries hold attention for Hopper.
+    built = session.suite.machine.device_class == "sm_90" and "cuda" in session.suite.built
+    plans = smoke.plans(session.ops, session.device, dry=session.dry, compiled=built)
     session.suite.smoke = smoke.entries(plans)
     _judge(session, "smoke", plans, until, [] if session.dry else _warming(session, until))
 
@@ -210,6 +225,7 @@ def sanitizer(session: Session, until: float) -> None:
 # In the order, and within the times, of benchmarks/timetable.py.
 PHASES: Mapping[str, Callable[[Session, float], None]] = {
     "versions": versions,
+    "build": build,
     "smoke": smoke_test,
     "headline": headline,
     "tuning": tuning,

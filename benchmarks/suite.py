@@ -27,9 +27,9 @@ class Suite:
     """Everything that one call finds out, and where it is written, after every step.
 
     machine: that validated.json gets records of; of the device class `DRY` it touches nothing outside `folder`.
-    planned: the rows (op, case) that a call should reach; of others only those that it did are told. trials: of launch
-    configurations. earlier: records of kernels that were changed since. unreached: what else there was no time for.
-    seconds: that each phase took.
+    planned: the rows (op, case) that a call should reach; of others only those that it did are told. libraries: what
+    built each of the compiled ones, or why it is not there; built: those that are. trials: of launch configurations. earlier: records of
+    kernels that were changed since. unreached: what else there was no time for. seconds: that each phase took.
     """
 
     folder: Path
@@ -37,6 +37,8 @@ class Suite:
     record: Mapping[str, Any]
     ceilings: Ceilings
     planned: list[Name] = field(default_factory=list)
+    libraries: dict[str, str] = field(default_factory=dict)
+    built: set[str] = field(default_factory=set)
     smoke: dict[str, Smoke] = field(default_factory=dict)
     compared: list[Row] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
@@ -60,6 +62,7 @@ class Suite:
             "environment": self.record,
             "ceilings": asdict(self.ceilings),
             "seconds": self.seconds,
+            "libraries": self.libraries,
             "smoke": [asdict(smoke) for smoke in self.smoke.values()],
             "tests": {name: asdict(counts) for name, counts in self.tests.items()},
             "sanitizer": self.sanitizer,
@@ -76,20 +79,24 @@ class Suite:
         """Replace the records of this kind of device, of the ops that more is known of now, and keep all others."""
         settled, earlier = self._settled(), [] if self.sanitizer["errors"] else self.earlier
         known = _records.read_list(VALIDATED)
-        kept = [r for r in known if r.machine.device_class != self.machine.device_class or r.op not in settled]
+        kept = [
+            r for r in known if r.machine.device_class != self.machine.device_class or (r.op, r.backend) not in settled
+        ]
         text = _records.written(list(dict.fromkeys([*kept, *earlier, *self.validated()])))
         write_text(self.folder / "validated.json", text)
         if self.machine.device_class != DRY and self.smoke:
             write_text(VALIDATED, text)
 
-    def _settled(self) -> set[str]:
-        """The ops that all smoke is known of, or something that is wrong: a look that was cut short says nothing."""
-        ops = {smoke.op for smoke in self.smoke.values()}
+    def _settled(self) -> set[Name]:
+        """The ops, each with a backend, that all smoke is known of, or something that is wrong: a look that was cut
+        short says nothing."""
+        smoke = self.smoke.values()
+        known = {(one.op, one.backend) for one in smoke}
         if self.sanitizer["errors"]:
-            return ops
-        wrong = {smoke.op for smoke in self.smoke.values() if smoke.status in (FAIL, CRASH)}
-        wrong |= {row.op for row in self.compared if is_wrong(row)} & ops
-        return wrong | (ops - {smoke.op for smoke in self.smoke.values() if smoke.status == OPEN})
+            return known
+        slow = {row.op for row in self.compared if is_wrong(row)}
+        wrong = {(one.op, one.backend) for one in smoke if one.status in (FAIL, CRASH) or one.op in slow}
+        return wrong | (known - {(one.op, one.backend) for one in smoke if one.status == OPEN})
 
     def validated(self) -> list[Record]:
         """Nothing, if memcheck found anything: it does not say in which op. Nothing of a dry walk either."""

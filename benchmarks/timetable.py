@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 # and is worth the most; what tests there is time for, and the sanitizer, come last.
 SECONDS: Mapping[str, float] = {
     "versions": 20,
+    "build": 25,
     "smoke": 60,
     "headline": 115,
-    "tuning": 110,
+    "tuning": 95,
     "model": 125,
     "again": 30,
-    "tests": 45,
+    "tests": 35,
     "sanitizer": 25,
 }
 # Kept for the end: to end processes and to write.

@@ -23,22 +23,29 @@ class Evidence:
     machine: Machine
 
     def records(self) -> list[Record]:
-        """Of every op and dtype that passed all of its smoke; of all dtypes where every test marked `gpu` passed too.
+        """Of every op and dtype that passed all of its smoke; of all dtypes where every test marked `gpu` passed too,
+        of Triton's kernels (others are few, and proved where they are built).
 
-        Nothing of an op of which anything is wrong, wherever it was seen.
+        Nothing of kernels of which anything is wrong, wherever it was seen.
         """
-        ops = dict.fromkeys(smoke.op for smoke in self.smoke)
-        return [record for op in ops if not self._is_wrong(op) for record in self._of(op)]
+        kernels = dict.fromkeys((smoke.op, smoke.backend) for smoke in self.smoke)
+        return [
+            record for op, backend in kernels if not self._is_wrong(op, backend) for record in self._of(op, backend)
+        ]
 
-    def _is_wrong(self, op: str) -> bool:
-        counts = self.tests.get(op, Counts())
-        larger = [row for row in self.rows if row.op == op and "triton" not in row.absent]
-        return bool(counts.failed) or any(row.failure or not row.agrees("triton") for row in larger)
+    def _counts(self, op: str, backend: str) -> Counts:
+        return self.tests.get(op, Counts()) if backend == "triton" else Counts()
 
-    def _of(self, op: str) -> Iterator[Record]:
-        smoke, counts = [smoke for smoke in self.smoke if smoke.op == op], self.tests.get(op, Counts())
+    def _is_wrong(self, op: str, backend: str) -> bool:
+        larger = [row for row in self.rows if row.op == op and backend not in row.absent]
+        wrong = any(row.failure or not row.agrees(backend) for row in larger)
+        return bool(self._counts(op, backend).failed) or wrong
+
+    def _of(self, op: str, backend: str) -> Iterator[Record]:
+        smoke = [smoke for smoke in self.smoke if (smoke.op, smoke.backend) == (op, backend)]
         if any(one.status != PASS for one in smoke):
             return
+        counts = self._counts(op, backend)
         all_tests = counts.complete and counts.passed > 0
         dtypes = list(dict.fromkeys(one.dtype for one in smoke))
         if all_tests and dtypes != [ANY_DTYPE]:
@@ -48,10 +55,10 @@ class Evidence:
         for dtype in dtypes:
             yield Record(
                 op=op,
-                backend="triton",
+                backend=backend,
                 dtype=dtype,
                 machine=self.machine,
-                source=source_hash(op),
+                source=source_hash(op) if backend == "triton" else source_hash(op, backend),
                 passed=True,
                 cases=len(smoke) + larger,
                 device=self.environment["device"],

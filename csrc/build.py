@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,13 +32,15 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Library:
-    """sources: patterns in csrc/. cost: what is not there without it. flags: of its compiler, beside those of all."""
+    """sources: patterns in csrc/. cost: what is not there without it. flags: of its compiler, beside those of all.
+    hopper: patterns of what is written for sm_90a alone, and left out where that is not among the architectures."""
 
     name: str
     sources: tuple[str, ...]
     cost: str
     cuda: bool = False
     flags: tuple[str, ...] = ()
+    hopper: tuple[str, ...] = ()
 
     @property
     def files(self) -> list[Path]:
@@ -47,24 +49,27 @@ class Library:
 
 
 CPU = Library("_cpu", ("cpu/*.cpp",), "on a CPU patches are moved in plain PyTorch, at a third of the speed")
-CUDA = Library("_cuda", ("cuda/*.cu",), "there are no kernels in CUDA C++, while Triton's are there", cuda=True)
-# Hopper's kernels under an emulator: for tests alone, never installed.
-EMULATED = Library(
-    "_emulated",
-    ("bindings_emulated.cpp", "emulator/*.cpp"),
-    "the kernels for Hopper are not tested",
-    flags=("-std=c++20", "-O2", "-Wno-unknown-pragmas"),
+CUDA = Library(
+    "_cuda",
+    ("cuda/*.cu",),
+    "there are no kernels in CUDA C++, while Triton's are there",
+    cuda=True,
+    hopper=("cuda/attention*.cu",),
 )
+# The CUDA kernels of patches on a host: for tests alone, never installed.
+EMULATED = Library("_emulated", ("emulated/patches.cpp",), "they are not tested")
 INSTALLED = (CPU, CUDA)
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What compiles a library here. name: for users. link: what follows the objects."""
+    """What compiles a library here. name: for users. link: what follows the objects. architectures: of GPUs, as
+    TORCH_CUDA_ARCH_LIST has them."""
 
     name: str
     compile: tuple[str, ...]
     link: tuple[str, ...]
+    architectures: str = ""
 
     @staticmethod
     def of(library: Library, environment: Mapping[str, str] = os.environ) -> "Toolchain":
@@ -77,6 +82,14 @@ class Toolchain:
         if not _is_set(environment, "SORA_FAST_SKIP_CUDA"):
             return _nvcc(library, torch, environment)
         raise Unavailable("SORA_FAST_SKIP_CUDA is set")
+
+    def command(self, library: Library, file: Path) -> tuple[str, ...] | None:
+        """To compile one of the library's files; None: there is no GPU to compile it for."""
+        if not library.cuda:
+            return self.compile
+        if not any(file.match(pattern) for pattern in library.hopper):
+            return *self.compile, *gencode(self.architectures)
+        return (*self.compile, *gencode("9.0a")) if "9.0" in self.architectures else None
 
 
 def is_required(library: Library, environment: Mapping[str, str] = os.environ) -> bool:
@@ -95,17 +108,18 @@ def build(library: Library, target: Path, objects: Path, environment: Mapping[st
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     jobs = int(environment.get("MAX_JOBS") or os.cpu_count() or 1)
+    commands = {file: command for file in library.files if (command := toolchain.command(library, file))}
     with ThreadPoolExecutor(jobs) as pool:
-        outputs = list(pool.map(lambda file: _compile(file, folder, toolchain), library.files))
+        outputs = list(pool.map(lambda file: _compile(file, commands[file], folder), commands))
     command = [toolchain.compile[0], "-shared", "-o", str(target), *map(str, outputs), *toolchain.link]
     _run_unless_fresh(command, target, folder / "link.command", outputs)
     return toolchain.name
 
 
-def _compile(file: Path, folder: Path, toolchain: Toolchain) -> Path:
+def _compile(file: Path, command: Sequence[str], folder: Path) -> Path:
     name = "-".join(file.relative_to(ROOT).parts)
     output, depends = folder / f"{name}.o", folder / f"{name}.d"
-    command = [*toolchain.compile, "-MMD", "-MF", str(depends), "-c", str(file), "-o", str(output)]
+    command = [*command, "-MMD", "-MF", str(depends), "-c", str(file), "-o", str(output)]
     # One line, with spaces in names escaped, of the target and what it is made of.
     read = depends.read_text().replace("\\\n", " ") if depends.exists() else ""
     inputs = [Path(name) for name in shlex.split(read)[1:]]
@@ -136,7 +150,7 @@ class _Torch:
 
     @property
     def include(self) -> tuple[str, ...]:
-        return tuple(f"-isystem{self.folder / 'include' / part}" for part in ("", "torch/csrc/api/include"))
+        return ("-isystem", str(self.folder / "include"))
 
 
 def _torch() -> _Torch:
@@ -150,15 +164,9 @@ def _torch() -> _Torch:
 
 
 def _host_compiler(library: Library, torch: _Torch, environment: Mapping[str, str]) -> Toolchain:
-    found = shlex.split(environment.get("CXX", "")) or [*filter(None, map(shutil.which, ("g++", "c++", "clang++")))][:1]
-    if not found or shutil.which(found[0]) is None:
-        raise Unavailable(f"there is no C++ compiler ({found[0] if found else 'g++'})")
-    flags = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-D{TORCH_TARGET}")
-    return Toolchain(
-        _version(found),
-        (*found, *flags, *torch.include, f"-I{ROOT}", *library.flags),
-        (f"-L{torch.folder / 'lib'}", "-ltorch_cpu"),
-    )
+    found = _found_compiler(environment)
+    link = (f"-L{torch.folder / 'lib'}", "-ltorch_cpu")
+    return Toolchain(_version(found), (*found, *_flags(torch), *_OF_HOST, *library.flags), link)
 
 
 def _nvcc(library: Library, torch: _Torch, environment: Mapping[str, str]) -> Toolchain:
@@ -166,23 +174,35 @@ def _nvcc(library: Library, torch: _Torch, environment: Mapping[str, str]) -> To
     path = shutil.which("nvcc", path=str(Path(home, "bin")) if home else environment.get("PATH"))
     if path is None:
         raise Unavailable(f"there is no nvcc {f'in {home}/bin' if home else 'on PATH, and CUDA_HOME is not set'}")
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
-    version = tuple(map(int, re.search(r"release (\d+)\.(\d+)", said).groups()))
+    release = re.search(r"release (\d+)\.(\d+)", _said((path, "--version")))
+    version = (int(release[1]), int(release[2])) if release else (0, 0)
     if version < _MIN_NVCC:
         raise Unavailable(f"nvcc is {version[0]}.{version[1]}; it must be {_MIN_NVCC[0]}.{_MIN_NVCC[1]} or newer")
     if torch.cuda is not None and int(torch.cuda.split(".")[0]) != version[0]:
         raise Unavailable(f"nvcc is {version[0]}.{version[1]}, but torch was built with CUDA {torch.cuda}")
-    host = _host_compiler(replace(library, flags=()), torch, environment)
-    # What the host compiler is told, nvcc passes on, but for what it knows itself.
-    own = [flag for flag in host.compile[1:] if flag.startswith(("-std", "-O", "-D", "-I", "-isystem"))]
-    passed = ",".join(["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"])
-    # USE_CUDA: what the stable headers hide the parts for CUDA behind.
-    command = (path, f"-ccbin={host.compile[0]}", *own, f"-Xcompiler={passed}", "-DUSE_CUDA", "-Xptxas=-v,-warn-spills")
-    architectures = gencode(environment.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
+    host = (f"-ccbin={_found_compiler(environment)[0]}", f"-Xcompiler={','.join(_OF_HOST)}")
+    # USE_CUDA: the stable headers hide what is for CUDA behind it.
+    command = (path, *host, *_flags(torch), "-DUSE_CUDA", "-Xptxas=-warn-spills", *library.flags)
+    architectures = environment.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    targets = ", ".join(flag.split("=")[-1] for flag in gencode(architectures))
     # A torch for CUDA has its CUDA parts behind libtorch; one for CPUs has none, and builds all the same.
     link = (f"-L{torch.folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu")
-    name = f"nvcc {version[0]}.{version[1]} for {', '.join(flag.split('=')[-1] for flag in architectures)}"
-    return Toolchain(name, (*command, *architectures, *library.flags), link)
+    return Toolchain(f"nvcc {version[0]}.{version[1]} for {targets}", command, link, architectures)
+
+
+# What g++ and clang++ know, and nvcc passes on.
+_OF_HOST = ("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+
+
+def _flags(torch: _Torch) -> tuple[str, ...]:
+    return ("-std=c++17", "-O3", f"-D{TORCH_TARGET}", f"-I{ROOT}", *torch.include)
+
+
+def _found_compiler(environment: Mapping[str, str]) -> list[str]:
+    found = shlex.split(environment.get("CXX", "")) or [*filter(None, map(shutil.which, ("g++", "c++", "clang++")))][:1]
+    if not found or shutil.which(found[0]) is None:
+        raise Unavailable(f"there is no C++ compiler ({found[0] if found else 'g++'})")
+    return found
 
 
 def gencode(architectures: str) -> tuple[str, ...]:
@@ -201,8 +221,11 @@ def gencode(architectures: str) -> tuple[str, ...]:
 
 
 def _version(command: Sequence[str]) -> str:
-    said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
-    return said.splitlines()[0]
+    return _said((*command, "--version")).splitlines()[0]
+
+
+def _said(command: Sequence[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _is_set(environment: Mapping[str, str], name: str) -> bool:

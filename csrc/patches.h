@@ -63,6 +63,26 @@ HOST_DEVICE Patch patch_of(const Batch& batch, int64_t token) {
             columns - w};
 }
 
+// Whether a video lies within `capacity` elements.
+HOST_DEVICE bool fits(const Batch& batch, int64_t segment, int64_t capacity) {
+    const int32_t* sizes = batch.shapes + 4 * segment + 1;
+    if (sizes[0] < 0 || sizes[1] < 0 || sizes[2] < 0) return false;
+    if (sizes[0] == 0 || sizes[1] == 0 || sizes[2] == 0) return true;
+    int64_t elements = batch.channels;
+    for (int axis = 0; axis < 3; axis++) {
+        if (elements > capacity / sizes[axis]) return false;  // before the product overflows
+        elements *= sizes[axis];
+    }
+    const int64_t first = batch.offsets[segment];
+    return first >= 0 && first <= capacity - elements;
+}
+
+// `patch_of`, and nothing is left of one whose video does not fit.
+HOST_DEVICE Patch patch_within(const Batch& batch, int64_t token, int64_t capacity) {
+    const Patch patch = patch_of(batch, token);
+    return patch.frames_left > 0 && fits(batch, batch.segment_ids[token], capacity) ? patch : Patch{};
+}
+
 // How the numbers of a patch stand in its row: (C, pt, ph, pw), or with the channels last.
 struct RowOrder {
     int64_t channels;

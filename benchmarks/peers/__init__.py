@@ -6,9 +6,12 @@ one, write it into the op's module and list it here.
 
 from collections.abc import Mapping
 
+from benchmarks.cases import Case
+from benchmarks.entrants import Entrant
 from benchmarks.peers import activation, attention, block, modulation, patches, rope, segments
 from benchmarks.peers.compiling import ours_compiled
-from benchmarks.rows import Maker, ours
+from benchmarks.rows import OURS, Maker, ours
+from sora_fast.ops import _library
 
 PEERS: Mapping[str, Mapping[str, Maker]] = {
     "adaln": {**modulation.PEERS, "Liger": modulation.liger},
@@ -48,7 +51,14 @@ PEERS: Mapping[str, Mapping[str, Maker]] = {
 
 def everyone(op: str) -> Mapping[str, Maker]:
     """Ours on every backend, our own op inside a compiled graph, and all peers of `op`."""
-    return {**ours(op), **({"torch, compiled": ours_compiled} if op in _FUSED else {}), **PEERS[op]}
+    compiled = {"torch, compiled": ours_compiled} if op in _FUSED else {}
+    compiled |= {"cpu, compiled": _compiled_on_cpu} if op in _library.OPS else {}
+    return {**ours(op), **compiled, **PEERS[op]}
+
+
+def _compiled_on_cpu(case: Case) -> Entrant:
+    OURS["cpu"](case)  # Absent, where it is
+    return ours_compiled(case, "cpu")
 
 
 # Ops whose torch backend is written for Inductor to fuse.

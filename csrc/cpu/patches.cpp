@@ -126,24 +126,12 @@ void move(const Moved& moved, void* flat, void* rows) {
     }
 }
 
-// Whether a video (T, H, W) of so many channels lies within `capacity` elements from `first` on.
-bool fits(const int32_t* sizes, int64_t channels, int64_t first, int64_t capacity) {
-    if (sizes[0] < 0 || sizes[1] < 0 || sizes[2] < 0) return false;
-    if (sizes[0] == 0 || sizes[1] == 0 || sizes[2] == 0) return true;
-    int64_t elements = channels;
-    for (int axis = 0; axis < 3; axis++) {
-        if (elements > capacity / sizes[axis]) return false;  // before the product overflows
-        elements *= sizes[axis];
-    }
-    return first >= 0 && first <= capacity - elements;
-}
-
 // (On a GPU that would wait for the device: the kernels look themselves.)
 void check_videos(const Moved& moved) {
     for (int64_t segment = 0; segment < moved.batch.num_segments; segment++) {
         const int32_t* sizes = moved.batch.shapes + 4 * segment + 1;
         const int64_t first = moved.batch.offsets[segment];
-        STD_TORCH_CHECK(fits(sizes, moved.order.channels, first, moved.capacity), "flat: ", moved.capacity,
+        STD_TORCH_CHECK(fits(moved.batch, segment, moved.capacity), "flat: ", moved.capacity,
                         " elements; video ", segment, " (", moved.order.channels, ", ", sizes[0], ", ", sizes[1], ", ",
                         sizes[2], ") from ", first, " on does not fit");
     }

@@ -181,6 +181,8 @@ def _unproved(op: str, backend: str, device: torch.device, dtype: torch.dtype | 
         return None
     if record is not None:
         return f"wrong on this machine ({record.reason}); `{PROVE}` looks again"
+    if backend == "cuda" and op in _library.OPS:
+        return f"{UNPROVED}, and nothing makes one yet: ask for it by name"
     where = f"{_records.dtype_name(dtype)} on {_records.device_class(device)}"
     return f"{UNPROVED} of {where}: `{PROVE}` proves it here"
 

@@ -354,23 +354,28 @@ _FAMILIES: Mapping[str, Callable[[Sizes], Family]] = {
     "unpatchify": _unpatchify,
 }
 OPS = tuple(_FAMILIES)
+# Those that have kernels in CUDA C++, too, and in which dtypes.
+COMPILED_OPS, COMPILED_DTYPES = ("packed_attention",), (torch.bfloat16, torch.float16)
 
 
-def offered(op: str, device: str) -> list[Plan]:
-    """All plans of an op for a device ("cuda:0"), those of bf16 first: the interpreter multiplies bf16 wrongly."""
+def offered(op: str, device: str, *, compiled: bool | None = None) -> list[Plan]:
+    """All plans of an op for a device ("cuda:0"), those of bf16 first: the interpreter multiplies bf16 wrongly.
+
+    compiled: whether the kernels in CUDA C++ are tried too; None: where they can run, for which the GPU is asked.
+    """
     on_gpu = device.startswith("cuda")
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if on_gpu else (torch.float16, torch.float32)
     sizes = COMPILED if on_gpu else INTERPRETED
     found = [plan for dtype in dtypes for plan in plans(op, dtype, sizes)]
-    for dtype in dtypes if on_gpu else ():
-        if "cuda" in backends(op, torch.device(device), dtype):
+    for dtype in COMPILED_DTYPES if on_gpu and op in COMPILED_OPS else ():
+        if compiled or (compiled is None and "cuda" in backends(op, torch.device(device), dtype)):
             found += [replace(plan, backend="cuda") for plan in plans(op, dtype, HOPPER)]
     return list({plan.name: plan for plan in found}.values())
 
 
 def backends(op: str, device: torch.device, dtype: torch.dtype | None) -> tuple[str, ...]:
     """Whose kernels can be proved on a GPU."""
-    if op != "packed_attention" or dtype is None or not torch.cuda.is_available():
+    if op not in COMPILED_OPS or dtype not in COMPILED_DTYPES or not torch.cuda.is_available():
         return ("triton",)
     lacking = refusal_here(device, dtype) or _library.missing("cuda")
     return ("triton",) if lacking else ("triton", "cuda")

@@ -75,6 +75,9 @@ class Children:
         ceilings = {"gigabytes_per_second": 4300.0, "teraflops": 790.0}
         return {"device": "cuda:0", "environment": ENVIRONMENT, "machine": asdict(MACHINE), "ceilings": ceilings}
 
+    def _building(self, name: str, task: Any) -> str:
+        return f"a compiler of {name}"
+
     def _prover(self, name: str, task: Any) -> None:
         assert task.device == "cuda:0"
 
@@ -131,7 +134,8 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr(suite, "VALIDATED", checkout / "validated.json")
     table = checkout / "kernels" / tune.TABLE
     monkeypatch.setattr(
-        "benchmarks.validation.source_hash", lambda op: f"{op} {'one' if '(9,' in table.read_text() else 'no'} winner"
+        "benchmarks.validation.source_hash",
+        lambda op, *_: f"{op} {'one' if '(9,' in table.read_text() else 'no'} winner",
     )
     monkeypatch.setattr(session.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(phases, "run_jobs", lambda jobs, **_: {})
@@ -160,6 +164,7 @@ def test_the_whole_call_as_on_a_gpu(call: Caller) -> None:
     steps = [sorted({*of_call}) for of_call in names]
     assert steps == [
         ["versions"],
+        ["building"],
         ["comparing", "model", "prover", "sampling"],  # smoke, and the caches filled behind it
         ["comparing"],
         ["tuning"],  # compiling
@@ -167,19 +172,27 @@ def test_the_whole_call_as_on_a_gpu(call: Caller) -> None:
         ["model", "sampling", "training"],
         ["prover"],  # again
     ]
-    assert names[1][0] == "prover", "the kernels are judged first"
+    assert names[2][0] == "prover", "the kernels are judged first"
     assert all(row["failure"] == "" for row in done.suite["rows"])
     assert {smoke["status"] for smoke in done.suite["smoke"]} == {"PASS"}
     assert {smoke["op"] for smoke in done.suite["smoke"]} == KERNELS
+    assert {smoke["op"] for smoke in done.suite["smoke"] if smoke["backend"] == "cuda"} == {"packed_attention"}
+    assert done.suite["libraries"] == {"cpu": "a compiler of cpu", "cuda": "a compiler of cuda"}
+
+
+def test_without_the_compiled_library_the_others_are_judged(call: Caller) -> None:
+    done = call(Children({"cuda": Verdict("cuda", "failed", "there is no nvcc")}))
+    assert done.code == 0 and done.suite["libraries"]["cuda"] == "not built: there is no nvcc"
+    assert {smoke["backend"] for smoke in done.suite["smoke"]} == {"triton"}
 
 
 def test_one_process_at_a_time_is_timed_and_all_have_a_hard_end(call: Caller) -> None:
     children = Children()
     call(children)
     limits = [tasks[0][2] for tasks in children.calls]
-    assert [limit.workers for limit in limits] == [1, 14, 1, 14, 1, 1, 14]
+    assert [limit.workers for limit in limits] == [1, 2, 14, 1, 14, 1, 1, 14]
     # Nothing took any time here, so that each had all up to its own end. Versions may take longer than planned.
-    assert [round(limit.total, -1) for limit in limits] == [60, 80, 200, 120, 300, 430, 460]
+    assert [round(limit.total, -1) for limit in limits] == [60, 40, 100, 220, 130, 310, 440, 470]
     # What a whole model does compiles first.
     plans = [limit.plan for limit in limits if limit.workers == 1]
     assert max(plans[:-1]) < 60 < plans[-1] < 100
@@ -227,7 +240,7 @@ def test_winners_are_used_and_proved_before_they_are_validated(call: Caller) -> 
 def test_without_their_proof_only_those_before_are_validated(call: Caller) -> None:
     class OutOfTime(Children):
         def _prover(self, name: str, task: Any) -> None:
-            if len(self.calls) == 7:
+            if len(self.calls) == 8:
                 self.spoiled = {name: Verdict(name, "unjudged", NO_TIME) for name in task.names}
 
     done = call(OutOfTime())
