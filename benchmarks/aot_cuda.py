@@ -13,7 +13,6 @@ than the file's it says so and compares nothing. --update rewrites the file, or 
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -109,7 +108,8 @@ def compile_form(form: Form, sources: Path = ROOT / "csrc") -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "form.cu"), Path(folder, "form.cubin")
         source.write_text(form.source)
-        command = [*_nvcc(), f"-I{sources}", "--cubin", "-o", str(target), str(source)]
+        nvcc, *flags = _nvcc()
+        command = [nvcc, f"-I{sources}", *flags, "--cubin", "-o", str(target), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{form.name} does not compile:\n{done.stderr[:2000]}")
@@ -118,11 +118,10 @@ def compile_form(form: Form, sources: Path = ROOT / "csrc") -> Compiled:
 
 
 def _nvcc() -> tuple[str, ...]:
-    """As the package is built, but for the folders of headers: the kernels do without torch's."""
+    """As the package is built."""
     from csrc import build
 
-    command = build.Toolchain.of(build.CUDA, {**os.environ, "TORCH_CUDA_ARCH_LIST": "9.0a"}).compile
-    return tuple(flag for flag in command if not flag.startswith(("-isystem/", "-I")))
+    return *build.Toolchain.of(build.CUDA).compile, *build.gencode("9.0a"), "-Xptxas=-v"
 
 
 def version() -> str:

@@ -2,27 +2,53 @@
 
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from benchmarks.aot_cuda import FILE, FORMS, Compiled, beside_triton, compile_form, differences, load, read, save
+from benchmarks.aot_cuda import (
+    FILE,
+    FORMS,
+    Compiled,
+    beside_triton,
+    compile_form,
+    differences,
+    load,
+    read,
+    save,
+    version,
+)
 from csrc.build import ROOT, Unavailable
+from tests.helpers import examples
 from tests.hopper.mutants import MUTANTS
 
-FULL = next(form for form in FORMS if form.name == "attention_forward[full,D64]")
+BY_NAME = {form.name: form for form in FORMS}
+FULL, LARGEST = "attention_forward[full,D64]", "attention_forward[causal_boxes,D128]"
+# EXAMPLES=2: all of them, some four minutes on one core.
+NAMES = list(BY_NAME) if examples(1).max_examples > 1 else [FULL, LARGEST]
 
 
-def compiled(sources: Path = ROOT) -> Compiled:
+@cache
+def compiled(name: str, sources: Path = ROOT) -> Compiled:
     try:
-        return compile_form(FULL, sources)
+        return compile_form(BY_NAME[name], sources)
     except Unavailable as reason:
         pytest.skip(str(reason))
 
 
-def test_a_kernel_is_as_it_should_be() -> None:
-    row = compiled()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_is_what_the_snapshot_says(name: str) -> None:
+    row = compiled(name)
     assert not row.problem
+    nvcc, rows = load(FILE)
+    if nvcc != version():
+        pytest.skip(f"the snapshot is of nvcc {nvcc}, this is {version()}")
+    assert list(differences([known for known in rows if known.name == name], [row])) == []
+
+
+def test_the_loop_of_a_kernel_is_read() -> None:
+    row = compiled(FULL)
     # 168 a thread at launch is what the block divides anew among its warps.
     assert row.registers == 168 and row.budgets.keys() == {"40", "232"}
     # Four steps for the scores of 128 keys, eight for the output; the first and the last stand outside of the loop.
@@ -38,7 +64,7 @@ def test_ptxas_tells_of_a_wait_that_is_missing(tmp_path: Path) -> None:
     shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns("__pycache__"))
     file = sources / "hopper" / mutant.file
     file.write_text(mutant.edit(file.read_text()))
-    assert any(warning.startswith("C75") for warning in compiled(sources).warnings)
+    assert any(warning.startswith("C75") for warning in compiled(FULL, sources).warnings)
 
 
 def test_spills_and_stack_are_problems() -> None:

@@ -19,8 +19,8 @@ STRIDES = ("plain", "fused", "heads", "padded")
 class Case:
     """Random q, k, v of ordinary size, NaN in the padding.
 
-    heads: of k and v; q has `group` times as many. strides: how they lie in memory (see `random_rows`). max_pairs: room
-    of the tile lists; None: enough. scale: None is the usual one.
+    heads: of k and v; q has `group` times as many. strides: how they lie in memory (see `random_rows`).
+    max_pairs: room of the tile lists; None: enough. scale: None is the usual one.
     """
 
     layout: PackedLayout

@@ -188,8 +188,9 @@ def sanitized(name: str, sources: list[Path], *flags: str) -> Path:
 
 def _built(name: str, sources: list[Path], *flags: str, linked: Sequence[str] | None = None) -> Path:
     """linked: what the linker is told where the emulator is among the sources; None: it is not."""
-    headers = [path for path in sorted(SOURCES.rglob("*")) if path.suffix in (".h", ".cpp")]
-    folder = _folder(name, [*headers, *sources], *flags)
+    parts = ("hopper", "emulator", "emulated")
+    read = [path for part in parts for path in sorted((SOURCES / part).rglob("*")) if path.suffix in (".h", ".cpp")]
+    folder = _folder(name, [*read, *sources], *flags)
     target = folder / f"lib{name}.so"
 
     def build() -> None:
