@@ -7,9 +7,11 @@ stands in shared memory too, for it to be known of what it died: that is left ou
 the place, and the pack is made anew.
 """
 
+import contextlib
 import ctypes
 import logging
 import multiprocessing as mp
+import os
 import signal
 import traceback
 from collections import deque
@@ -30,8 +32,11 @@ log = logging.getLogger(__name__)
 
 # Packs that each worker has, the one in the making included: it need not wait while the main process is busy.
 _AHEAD = 2
-# Deaths in a row, without a batch in between, of which nothing can be blamed.
+# Deaths in a row of each worker, without a batch in between, of which nothing can be blamed: all may end at once, as
+# schedulers end them.
 _MOST_DEATHS = 3
+# The exit code of a process of which nobody knows: the server that it was forked from, and that would know, is dead.
+_UNKNOWN = 255
 _NOWHERE = -1
 
 
@@ -137,16 +142,19 @@ class MakerPool:
         worker, index = self._workers[rank], self._reading[rank]
         worker.process.join()
         worker.pipe.close()
+        if worker.process.exitcode == _UNKNOWN:  # it may be alive, and must not write any more
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.process.pid, signal.SIGKILL)
         for task in worker.tasks:
             task.given = False
         how = _ending(worker.process.exitcode)
         # SIGTERM is sent by people and schedulers, never by a decoder.
-        if index != _NOWHERE and worker.process.exitcode != -signal.SIGTERM:
+        if index != _NOWHERE and worker.process.exitcode not in (-signal.SIGTERM, _UNKNOWN):
             self._lose(sample_name(self._maker.source, index), f"a data worker that was reading it {how}")
         else:
             self._deaths += 1
             log.warning("a data worker %s, by no fault of a file; another one takes its place", how)
-        if self._deaths >= _MOST_DEATHS:
+        if self._deaths >= _MOST_DEATHS * len(self._workers):
             raise RuntimeError(f"{self._deaths} data workers died one after the other; the last {how}")
         self._workers[rank] = self._started(rank)
 

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,14 @@ from sora_fast.training.data import Sample, UnusableSample
 class Clips:
     """Clips of many shapes, each its own number; `broken` cannot be read, and `deadly` kills whoever reads it.
 
-    deaths: a folder; a killer in it kills once, by the signal `by`.
+    deaths: a folder; a killer in it kills once, by the signal `by`. slow: seconds that it takes to read one.
     """
 
     size: int = 60
     broken: int | None = None
     deadly: int | None = None
     deaths: Path | None = None
+    slow: float = 0.0
     by: int = signal.SIGSEGV
 
     def __len__(self) -> int:
@@ -44,6 +46,7 @@ class Clips:
     def __getitem__(self, index: int) -> Sample:
         if index == self.broken:
             raise UnusableSample("no decoder knows it")
+        time.sleep(self.slow)
         if index == self.deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.deaths is not None and (self.deaths / str(index)).exists():
@@ -152,6 +155,37 @@ def test_a_killed_worker_that_was_reading_nothing_costs_nothing(caplog: pytest.L
     items.close()
     assert all(map(_same, taken, _take(_batches(Clips()), 9)))
     assert caplog.messages == ["a data worker was killed (SIGKILL), by no fault of a file; another one takes its place"]
+
+
+def test_workers_that_end_all_at_once_are_one_event(caplog: pytest.LogCaptureFixture) -> None:
+    """As a scheduler ends them; not three deaths, one after the other, for which there must be a reason."""
+    batches = _batches(Clips(), workers=3)
+    items = iter(batches)
+    taken = [next(items)]
+    for worker in items.gi_frame.f_locals["pool"]._workers:
+        os.kill(worker.process.pid, signal.SIGTERM)
+    taken += itertools.islice(items, 8)
+    items.close()
+    assert all(map(_same, taken, _take(_batches(Clips()), 9))) and not batches.lost
+    assert len(caplog.messages) == 3
+
+
+@pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason="there is no server of forks here"
+)
+def test_of_a_dead_server_no_file_is_guilty(caplog: pytest.LogCaptureFixture) -> None:
+    """What its workers died of, or whether, is not known then."""
+    batches = _batches(Clips(slow=0.02), workers=2)
+    items = iter(batches)
+    taken = [next(items)]
+    reading = items.gi_frame.f_locals["pool"]._reading
+    while -1 in set(reading):
+        time.sleep(0.001)
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    taken += itertools.islice(items, 8)
+    items.close()
+    assert all(map(_same, taken, _take(_batches(Clips()), 9))) and not batches.lost
+    assert caplog.text.count("ended with exit code 255, by no fault of a file") == 2
 
 
 def test_errors_of_a_worker_are_told_where_it_was_started() -> None:
