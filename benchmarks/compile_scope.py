@@ -56,7 +56,8 @@ def measure(scope: str) -> dict[str, object]:
     for step in range(1 + STEPS):
         began = time.perf_counter()
         loss = take_gradients(loss_of, [packs[step % len(packs)]], list(parameters.values()))
-        update(parameters, optimizers, average, loss, step=step, clip_norm=1.0)
+        average.set_step(step)
+        update(parameters, optimizers, average, loss, clip_norm=1.0)
         seconds.append(time.perf_counter() - began)
     steps = seconds[1:]
     return {"scope": scope, "first": seconds[0], "step": statistics.median(steps), "steps": steps, "loss": loss.item()}

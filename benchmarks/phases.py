@@ -20,6 +20,7 @@ from benchmarks.suite import DRY, Suite
 from benchmarks.tasks import Task
 from sora_fast.files import write_text
 from sora_fast.ops._records import Machine
+from sora_fast.proof.cases import COMPILED_OPS
 
 # Seconds of rounds: of a plan's direction, of a tuning item, of what a whole model does.
 _ROUNDS, _TRIALS, _CALLS = 1.0, 0.5, 2.0
@@ -98,11 +99,15 @@ def _headline(session: Session) -> list[grid.Plan]:
 
 def smoke_test(session: Session, until: float) -> None:
     """Every kernel against fp64; behind it, the caches of the compilers are filled with what will be timed."""
-    # The libraries hold attention for Hopper.
-    built = session.suite.machine.device_class == "sm_90" and "cuda" in session.suite.built
-    plans = smoke.plans(session.ops, session.device, dry=session.dry, compiled=built)
+    plans = smoke.plans(session.ops, session.device, dry=session.dry, compiled=_compiled(session.suite))
     session.suite.smoke = smoke.entries(plans)
     _judge(session, "smoke", plans, until, [] if session.dry else _warming(session, until))
+
+
+def _compiled(suite: Suite) -> list[str]:
+    """Ops that the CUDA library has for this GPU: attention is for Hopper alone."""
+    on_hopper = suite.machine.device_class == "sm_90"
+    return [op for op in COMPILED_OPS if "cuda" in suite.built and (on_hopper or op != _ATTENTION)]
 
 
 def _judge(session: Session, phase: str, plans: Sequence[smoke.Plan], until: float, behind: Sequence[Task]) -> None:

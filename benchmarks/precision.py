@@ -1,7 +1,8 @@
 """The demo trained in float32, twice, and in bfloat16: `python -m benchmarks.precision FOLDER --out FILE --steps 300`.
 
 Whether bfloat16 costs quality is a matter of what two seeds of float32 differ by. All runs take so many steps, on one
-worker; FOLDER gets a run of each.
+worker; FOLDER gets a run of each. Scores say something from a thousand steps or so on. With `--sampled RUN` nothing
+is trained: a run in float32 is sampled in both precisions, and that is added to FILE.
 """
 
 import argparse
@@ -49,9 +50,9 @@ def trained(folder: Path, steps: int, options: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def scores(run: Path, groups: dict[str, Sequence[tuple[int, int, int]]]) -> dict[str, Any]:
+def scores(engine: Engine, groups: dict[str, Sequence[tuple[int, int, int]]]) -> dict[str, Any]:
     """As the demo takes them; sampling computes in the precision that the run was trained in."""
-    engine, detector = Engine.load(run), DigitDetector()
+    detector = DigitDetector()
     with tqdm(disable=True) as bar:
         made = {name: _from_prompts(engine, detector, shapes, FULL, bar)[0] for name, shapes in groups.items()}
     return {
@@ -60,16 +61,32 @@ def scores(run: Path, groups: dict[str, Sequence[tuple[int, int, int]]]) -> dict
     }
 
 
+def sampled(run: Path, groups: dict[str, Sequence[tuple[int, int, int]]]) -> dict[str, Any]:
+    """The scores of one run in both precisions, of the same noise."""
+    made = {}
+    for precision in ("float32", "bfloat16"):
+        engine = Engine.load(run)
+        config = engine.networks.config
+        engine.networks.config = replace(config, train=replace(config.train, precision=precision))
+        made[precision] = scores(engine, groups)
+    return made
+
+
 def main() -> None:
     """Write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--sampled", type=Path, metavar="RUN")
     arguments = parser.parse_args()
     keep_freed_memory()
     config = DigitsConfig()
     groups = {"seen": config.seen, "unseen": config.unseen}
+    if arguments.sampled is not None:
+        record = json.loads(arguments.out.read_text()) | {"sampled": sampled(arguments.sampled, groups)}
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        return
     record: dict[str, Any] = {
         "command": f"python -m benchmarks.precision FOLDER --out FILE --steps {arguments.steps}",
         "threads": torch.get_num_threads(),
@@ -81,7 +98,7 @@ def main() -> None:
     }
     for name, options in VARIANTS.items():
         run = arguments.folder / name.replace(", ", "-").replace(" ", "-")
-        record["runs"][name] = trained(run, arguments.steps, options) | {"scores": scores(run, groups)}
+        record["runs"][name] = trained(run, arguments.steps, options) | {"scores": scores(Engine.load(run), groups)}
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
 

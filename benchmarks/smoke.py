@@ -1,6 +1,6 @@
 """Smoke: every kernel on a small ragged pack against fp64, in processes of their own, as `sora_fast.prove` does it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,9 +34,10 @@ class Smoke:
         return f"{self.status:9} {self.name}{f': {self.reason}' if self.reason else ''}"
 
 
-def plans(ops: Sequence[str], device: str, *, dry: bool = False, compiled: bool = False) -> list[Plan]:
+def plans(ops: Sequence[str], device: str, *, dry: bool = False, compiled: Collection[str] = ()) -> list[Plan]:
     """All of bf16, or of fp32 where they are interpreted. dry: the first of every op, which shows that everything
-    runs. compiled: those in CUDA C++ too."""
+    runs. compiled: ops whose kernels in CUDA C++ are tried
+    too."""
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     found = [
         [plan for plan in offered(op, device, compiled=compiled) if plan.dtype in (dtype, None)]

@@ -28,8 +28,9 @@ class Suite:
 
     machine: that validated.json gets records of; of the device class `DRY` it touches nothing outside `folder`.
     planned: the rows (op, case) that a call should reach; of others only those that it did are told. libraries: what
-    built each of the compiled ones, or why it is not there; built: those that are. trials: of launch configurations. earlier: records of
-    kernels that were changed since. unreached: what else there was no time for. seconds: that each phase took.
+    built each of the compiled ones, or why it is not there; built: those that are. trials: of launch configurations.
+    earlier: records of kernels that were changed since. unreached: what else there was no time for. seconds: that each
+    phase took.
     """
 
     folder: Path

@@ -120,11 +120,16 @@ def _compile(file: Path, command: Sequence[str], folder: Path) -> Path:
     name = "-".join(file.relative_to(ROOT).parts)
     output, depends = folder / f"{name}.o", folder / f"{name}.d"
     command = [*command, "-MMD", "-MF", str(depends), "-c", str(file), "-o", str(output)]
-    # One line, with spaces in names escaped, of the target and what it is made of.
-    read = depends.read_text().replace("\\\n", " ") if depends.exists() else ""
-    inputs = [Path(name) for name in shlex.split(read)[1:]]
-    _run_unless_fresh(command, output, folder / f"{name}.command", inputs)
+    _run_unless_fresh(command, output, folder / f"{name}.command", _inputs(depends))
     return output
+
+
+def _inputs(depends: Path) -> list[Path]:
+    """What a file is made of, as its compiler wrote it down: "target: file file", with spaces in names escaped."""
+    if not depends.exists():
+        return []
+    _, _, names = depends.read_text().replace("\\\n", " ").partition(":")
+    return [Path(name) for name in shlex.split(names)]
 
 
 def _run_unless_fresh(command: Sequence[str], output: Path, record: Path, inputs: Sequence[Path]) -> None:
@@ -134,7 +139,7 @@ def _run_unless_fresh(command: Sequence[str], output: Path, record: Path, inputs
         made = output.stat().st_mtime_ns
         if all(file.exists() and file.stat().st_mtime_ns <= made for file in inputs):
             return
-    print(text, flush=True)
+    print(f"{text}\n", end="", flush=True)  # in one piece, beside those of other threads
     record.unlink(missing_ok=True)
     if subprocess.run(command).returncode:
         raise Unavailable(f"{Path(command[0]).name} failed on {output.name}, see above (pip install --verbose)")

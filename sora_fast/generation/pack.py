@@ -86,37 +86,37 @@ class Pack:
     ) -> "Pack":
         """packed: the requests, the guided ones first; text: theirs, then that without a prompt of the guided ones.
         guidance: of the guided ones. room: sizes for all that is seen; None: those that are needed."""
-        guided, device = len(guidance), packed.layout.device
-        videos = packed.data.to_list()
-        grids = packed.layout.grids.tolist()
+        guided, state = len(guidance), packed.data
+        videos, grids = state.to_list(), packed.layout.grids.tolist()
         grids += grids[:guided]
         # One segment would be a size of its own to torch.compile.
         places = max(2, len(grids)) if room is None else room.segments
-        size = None if room is None else room.elements(model)
-        order = "raster" if packed.layout.is_raster else "tiled"
-        capacity = None if room is None else room.tokens
-        layout = PackedLayout.from_grids(grids, order=order, capacity=capacity, max_segments=places).to(device)
-        joined = RaggedLatents.from_list([*videos, *videos[:guided]], capacity=size, max_segments=places)
-        state = packed.data
+        elements = None if room is None else room.elements(model)
+        joined = RaggedLatents.from_list([*videos, *videos[:guided]], capacity=elements, max_segments=places)
         if room is not None:
-            state = RaggedLatents.from_list(videos, capacity=size, max_segments=places)
-        clean = None
-        if packed.given or room is not None:
-            ends = (torch.cat([counts, counts[:guided]]) for counts in (packed.heads, packed.tails))
-            clean = clean_frames(layout, *(pad(counts, (0, places - len(grids))) for counts in ends))
+            state = RaggedLatents.from_list(videos, capacity=elements, max_segments=places)
+        layout = PackedLayout.from_grids(
+            grids,
+            order="raster" if packed.layout.is_raster else "tiled",
+            capacity=None if room is None else room.tokens,
+            max_segments=places,
+        ).to(packed.layout.device)
+        clean = _given(packed, layout, guided) if packed.given or room is not None else None
         conditioning = _conditioning(layout, clean)
         prepared = model.prepare(layout, conditioning, text)
         if model.config.text_dim is not None:
             prepared = replace(prepared, texts=model.read(text))
-        counts = tuple(map(len, prepared.modulations))
-        prepared = replace(prepared, modulations=())
         sizes = [video.numel() for video in videos]
         source, without = _copies(sizes, guided, state.flat.shape[0], joined.flat.shape[0])
         strength = _strength(sizes, guidance, state.flat.shape[0], always=room is not None)
-        parts = (source, None, None) if strength is None else (source, without, strength)
-        parts = (None if part is None else part.to(device) for part in parts)
-        tokens = sum(t * h * w for t, h, w in grids)
-        return Pack(model, state, Seen(joined, prepared, *parts, counts), conditioning, text, tokens, room)
+        parts = (source, None if strength is None else without, strength)
+        seen = Seen(
+            joined,
+            replace(prepared, modulations=()),
+            *(None if part is None else part.to(layout.device) for part in parts),
+            counts=tuple(map(len, prepared.modulations)),
+        )
+        return Pack(model, state, seen, conditioning, text, sum(t * h * w for t, h, w in grids), room)
 
     def modulations(self, sigmas: Tensor, guided: int, ends: Tensor | None = None) -> "Modulations":
         """For noise levels [K, S] of the requests, of which so many are guided, and of a flow map those that its steps
@@ -157,6 +157,12 @@ class Modulations:
             sigmas.flatten(), conditioning.segment.repeat(steps), self._pack.text, None, sigma_end=ends
         )
         return torch.stack([table.view(steps, rows, -1) for layer in layers for table in layer], dim=1)
+
+
+def _given(packed: PackedRequests, layout: PackedLayout, guided: int) -> Tensor:
+    """[N] bool: the tokens that are given, of the requests and of the copies of the guided ones."""
+    ends = (torch.cat([counts, counts[:guided]]) for counts in (packed.heads, packed.tails))
+    return clean_frames(layout, *(pad(counts, (0, layout.max_segments - counts.shape[0])) for counts in ends))
 
 
 def _conditioning(layout: PackedLayout, clean: Tensor | None) -> Conditioning:

@@ -45,7 +45,8 @@ class SampleStrips(Watcher):
         with torch.random.fork_rng(devices=[]):
             networks = Networks(config).to(device)
         self._weights = networks.trained()
-        self._engine = Engine(networks, device=device, compile=False)
+        # What a graph keeps between two sheets would be the training's memory.
+        self._engine = Engine(networks, device=device, compile=False, graph=False)
 
     @staticmethod
     def of_source(source: FolderSource, strips: StripsConfig) -> list[Request]:

@@ -5,7 +5,7 @@ padding that holds NaN, strides of a fused projection, gradients in a fixed orde
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +30,7 @@ from sora_fast.ops import (
     unpatchify,
 )
 from sora_fast.ops._attention_cuda import refusal_here
+from sora_fast.ops._checks import KERNEL_DTYPES
 from sora_fast.ops._dispatch import use_backend
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
 from sora_fast.proof.calls import Call
@@ -355,27 +356,31 @@ _FAMILIES: Mapping[str, Callable[[Sizes], Family]] = {
 }
 OPS = tuple(_FAMILIES)
 # Those that have kernels in CUDA C++, too, and in which dtypes.
-COMPILED_OPS, COMPILED_DTYPES = ("packed_attention",), (torch.bfloat16, torch.float16)
+COMPILED_OPS: Mapping[str, tuple[torch.dtype, ...]] = {
+    "packed_attention": (torch.bfloat16, torch.float16),
+    **dict.fromkeys(_library.OPS, KERNEL_DTYPES),
+}
 
 
-def offered(op: str, device: str, *, compiled: bool | None = None) -> list[Plan]:
+def offered(op: str, device: str, *, compiled: Collection[str] | None = None) -> list[Plan]:
     """All plans of an op for a device ("cuda:0"), those of bf16 first: the interpreter multiplies bf16 wrongly.
 
-    compiled: whether the kernels in CUDA C++ are tried too; None: where they can run, for which the GPU is asked.
+    compiled: ops whose kernels in CUDA C++ are tried too; None: those that can run, for which the GPU is asked.
     """
     on_gpu = device.startswith("cuda")
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if on_gpu else (torch.float16, torch.float32)
     sizes = COMPILED if on_gpu else INTERPRETED
     found = [plan for dtype in dtypes for plan in plans(op, dtype, sizes)]
-    for dtype in COMPILED_DTYPES if on_gpu and op in COMPILED_OPS else ():
-        if compiled or (compiled is None and "cuda" in backends(op, torch.device(device), dtype)):
+    for dtype in dtypes if on_gpu else ():
+        tried = "cuda" in backends(op, torch.device(device), dtype) if compiled is None else op in compiled
+        if tried and dtype in COMPILED_OPS[op]:
             found += [replace(plan, backend="cuda") for plan in plans(op, dtype, HOPPER)]
     return list({plan.name: plan for plan in found}.values())
 
 
 def backends(op: str, device: torch.device, dtype: torch.dtype | None) -> tuple[str, ...]:
     """Whose kernels can be proved on a GPU."""
-    if op not in COMPILED_OPS or dtype not in COMPILED_DTYPES or not torch.cuda.is_available():
+    if dtype not in COMPILED_OPS.get(op, ()) or not torch.cuda.is_available():
         return ("triton",)
-    lacking = refusal_here(device, dtype) or _library.missing("cuda")
+    lacking = _library.missing("cuda") or (op == "packed_attention" and refusal_here(device, dtype))
     return ("triton",) if lacking else ("triton", "cuda")

@@ -17,8 +17,9 @@ import torch
 from sora_fast.training.ceiling import measured_ceiling
 
 PRECISIONS = ("float32", "bfloat16")
-# Casts and what stays in float32 take their share: on two cores of an AMD EPYC (AVX512-BF16, no AMX) products
-# are 2.1 times as fast in bfloat16 and a step 1.5 times. Below this a step would gain next to nothing.
+# Casts and what stays in float32 take their share: on an AMD EPYC (AVX512-BF16, no AMX) products are 2.1 times as fast
+# in bfloat16 and a step 1.5 times at width 384, and no faster at the demo's 128. Below this a step would gain next to
+# nothing. What it costs is less than what two seeds differ by: benchmarks/results/cpu/precision.json.
 _WORTH_IT = 1.5
 
 

@@ -21,6 +21,7 @@ from benchmarks.rows import Row
 from benchmarks.suite import DRY
 from benchmarks.timing import Timing
 from sora_fast.ops._records import BY_CASES, Machine, read_list
+from sora_fast.proof.cases import COMPILED_OPS
 from sora_fast.proof.children import NO_TIME, Limits, Verdict
 from tests.benchmarks.triton_cache import keep
 
@@ -176,7 +177,7 @@ def test_the_whole_call_as_on_a_gpu(call: Caller) -> None:
     assert all(row["failure"] == "" for row in done.suite["rows"])
     assert {smoke["status"] for smoke in done.suite["smoke"]} == {"PASS"}
     assert {smoke["op"] for smoke in done.suite["smoke"]} == KERNELS
-    assert {smoke["op"] for smoke in done.suite["smoke"] if smoke["backend"] == "cuda"} == {"packed_attention"}
+    assert {smoke["op"] for smoke in done.suite["smoke"] if smoke["backend"] == "cuda"} == {*COMPILED_OPS}
     assert done.suite["libraries"] == {"cpu": "a compiler of cpu", "cuda": "a compiler of cuda"}
 
 

@@ -51,6 +51,14 @@ def test_only_what_changed_is_built_again(sources: Path, tmp_path: Path, capfd: 
     assert built(Library("_two", ("*.cpp",), "", flags=("-DOTHER",))) >= {"one.cpp.o", "two.cpp.o"}
 
 
+def test_what_a_file_is_made_of(tmp_path: Path) -> None:
+    """As g++ writes it, and as nvcc does."""
+    depends = tmp_path / "one.d"
+    for text in ("one.o: /a\\ b/one.cpp \\\n /a\\ b/one.h\n", "one.o : /a\\ b/one.cpp \\\n    /a\\ b/one.h \n"):
+        depends.write_text(text)
+        assert build._inputs(depends) == [Path("/a b/one.cpp"), Path("/a b/one.h")]
+
+
 @needs_compiler
 def test_a_file_that_does_not_compile_is_named(sources: Path, tmp_path: Path) -> None:
     (sources / "two.cpp").write_text("int two() { return }\n")

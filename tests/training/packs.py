@@ -9,7 +9,7 @@ from sora_fast.diffusion.clean import clean_frames, random_clean_ends
 from sora_fast.diffusion.join import join_latents, join_layouts, join_tokens
 from sora_fast.diffusion.noise import noise_like
 from sora_fast.packing import PackedLayout, RaggedLatents, token_grid
-from sora_fast.training.batches import Prompts
+from sora_fast.training.batches import BatchConfig, Prompts
 from sora_fast.training.run import Networks, RunConfig
 from sora_fast.training.step import NoisyPack
 from tests.training.test_trainer import tiny
@@ -45,7 +45,10 @@ def pack(of: Networks, seed: int) -> NoisyPack:
     )
     latents = RaggedLatents.from_list(videos, capacity=PIXELS, max_segments=SEGMENTS)
     captions = ["up" if random.random() < 0.6 and seed % 3 else "" for _ in videos]
-    prompts = Prompts(*of.text.tokenize(captions, capacity=TEXT, max_segments=SEGMENTS))
+    if seed % 7 == 6:
+        prompts = of.no_prompts(BatchConfig(text_capacity=TEXT, max_segments=SEGMENTS))
+    else:
+        prompts = Prompts(*of.text.tokenize(captions, capacity=TEXT, max_segments=SEGMENTS))
     sigma = of.path.sample_sigma(layout, generator)
     clean = clean_frames(layout, *random_clean_ends(layout, generator, share=0.5))
     return NoisyPack(latents, layout, prompts, sigma, noise_like(latents, generator), clean)

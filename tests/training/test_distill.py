@@ -68,6 +68,8 @@ def test_the_trajectory_is_the_guided_teacher_s(teacher: Path, tmp_path: Path) -
     scales = replace(config.distilled, guidance=3.0, guidance_given=1.0)
     distiller = Distiller(replace(config, distilled=scales), Gradients(), tmp_path / "run")
     for shown in distiller._taken(iter(distiller.batches)):
+        # Twice for each step of the teacher's, which the log's MFU is to know of.
+        assert distiller._meter._sums.flops == 2 * 8 * distiller._flops.batch(shown).forward
         networks, states = distiller._teacher.networks, shown.trajectory.states
         flow = FlowPack(shown.latents, shown.layout, networks.path, clean=shown.clean, patch_size=networks.patch_size)
         assert flow.given.any() and not flow.given.all()
@@ -124,6 +126,8 @@ def test_what_cannot_be_distilled_is_named(teacher: Path, tmp_path: Path) -> Non
     ddpm = replace(config, path=DDPM(), model=replace(config.model, discrete_time=True))
     with pytest.raises(ValueError, match="rectified flow"):
         distilled_config(ddpm, ddpm.train, Distilled())
+    with pytest.raises(ValueError, match="spacing: 'even'; it must be one of trailing, late"):
+        Distilled(spacing="even")
     with pytest.raises(ValueError, match="distilled already"):
         distilled_config(student(teacher), config.train, Distilled())
     with pytest.raises(ValueError, match="holds no run"):
