@@ -98,6 +98,18 @@ def test_patches_of_all_sizes(
         check(Moved(case, channel_last=True), emulated, backwards=True)
 
 
+@pytest.mark.parametrize("channel_last", [False, True])
+def test_a_video_that_starts_between_two_runs_of_pixels(channel_last: bool, emulated: Callable[[str], Op]) -> None:
+    case = RaggedCase(shapes=((1, 1, 3, 3), (1, 2, 4, 4)), patch_size=(1, 2, 2))
+    check(Moved(case, channel_last), emulated, backwards=False)
+
+
+def test_a_tile_that_starts_between_two_vectors(emulated: Callable[[str], Op]) -> None:
+    """507 of 513 columns of 8 bytes fit into a tile, and the other six are three vectors, none of them aligned."""
+    case = RaggedCase(shapes=((171, 1, 2, 9),), patch_size=(1, 1, 3), dtype=torch.float64)
+    check(Moved(case, channel_last=False, padded=1), emulated, backwards=False)
+
+
 def test_what_shared_memory_does_not_take_is_refused(emulated: Callable[[str], Op]) -> None:
     case = RaggedCase(shapes=((257, 1, 4, 4),), patch_size=(1, 2, 2))
     with pytest.raises(RuntimeError, match=r"rows: 2 pixels of 257 channels .* use the backend triton or torch"):

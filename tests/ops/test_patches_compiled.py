@@ -117,10 +117,11 @@ class Given:
         def ints(*values: Any) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
 
-        self.flat = torch.arange(1.0, 17.0, device=device)
+        # Beyond the end of each lies what another video would have.
+        self.flat = torch.arange(1.0, 33.0, device=device)[:16]
         self.rows = torch.full((4, 4), float("nan"), device=device)
         self.offsets = torch.tensor([0, 16], device=device)
-        self.shapes = ints([1, 1, 4, 4])
+        self.shapes = ints([1, 1, 4, 4], [1, 1, 4, 4])[:1]
         self.segment_ids = ints(0, 0, 0, 0)
         self.coords = ints([0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1])
 
@@ -158,6 +159,7 @@ def test_a_segment_that_is_not_there_is_padding(segment: int, device: torch.devi
         ("shapes", [[1, 1, 4, 5]]),
         ("shapes", [[1, -1, 4, -4]]),
         ("shapes", [[1, 2**31 - 1, 2**31 - 1, 2**31 - 1]]),
+        ("shapes", [[1, 2**21, 2**21, 2**22]]),  # 0 elements, to those who compute in 64 bits
         ("offsets", [1, 17]),
         ("offsets", [-1, 15]),
         ("offsets", [2**62, 2**62]),
