@@ -19,9 +19,9 @@ def compile_loss(
     """Compile in place, without breaks, for static shapes: one compilation a run. Returns a line that says what.
 
     loss_of: the loss of a pack. blocks: of the model in it; they are alike, so the depth costs no compilation.
-    scope: one of `SCOPES`. On 2 cores, the demo's model starts in 32 s by block, with steps of 0.20 s, and in 55 s as one
-        graph, with steps of 0.15 s: worth it from some 500 steps on (benchmarks/results/cpu/compile_scope.json; in
-        another run beside other work, steps took 0.22 and 0.25 s). Uncompiled they take 0.23 s.
+    scope: one of `SCOPES`. On 2 cores, the demo's model starts in 32 s by block, with steps of 0.20 s, and in 55 s as
+        one graph, with steps of 0.15 s: worth it from some 500 steps on (benchmarks/results/cpu/compile_scope.json; in
+        another run, beside other work, steps took 0.22 and 0.25 s). Uncompiled they take 0.23 s.
     backend: torch.compile's. Where a CPU has no C++ compiler nothing is compiled, with a warning.
     """
     if scope not in SCOPES:
