@@ -38,6 +38,8 @@ class Request:
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            raise TypeError(f'prompt: {self.prompt!r}; it must be a text, "" where there is none')
         for name in ("frames", "height", "width", "steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; it must be at least 1")

@@ -78,3 +78,8 @@ def test_errors() -> None:
         pack_requests([], codec=CODEC, patch_size=(1, 4, 4))
     with pytest.raises(ValueError, match="must be"):
         pack_requests([extend(_clip(1).expand(3, -1, -1, -1), "", 5)], codec=CODEC, patch_size=(1, 4, 4))
+
+
+def test_a_prompt_is_a_text() -> None:
+    with pytest.raises(TypeError, match='prompt: None; it must be a text, ""'):
+        text_to_video(None, 4, (8, 8))  # type: ignore[arg-type]
