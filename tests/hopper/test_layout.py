@@ -1,7 +1,10 @@
 """The index facts of csrc/hopper/layout.h against Triton's own: its linear layouts, and the PTX that it makes."""
 
 import ctypes
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -9,12 +12,11 @@ from typing import Any
 
 import pytest
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction
+from triton.compiler import make_backend
 
 from tests.hopper.emulated import shared_library
+from tests.hopper.two_products import KEYS, ROWS
 
 SM_90 = GPUTarget("cuda", 90, 32)
 WARPS, LANES = range(4), range(32)
@@ -93,27 +95,19 @@ def test_swizzle(linear: Callable, halves: int) -> None:
         assert place == 2 * offset
 
 
-def _two_products(q, k, v, out, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr):
-    rows, keys, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, KEYS)[:, None], tl.arange(0, DIM)[None, :]
-    scores = tl.dot(tl.load(q + rows * DIM + columns), tl.load(k + keys * DIM + columns).T)
-    weighted = tl.dot(scores.to(tl.bfloat16), tl.load(v + keys * DIM + columns))
-    tl.store(out + rows * DIM + columns, weighted)
-
-
-def test_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptors(tmp_path: Path) -> None:
     """Those of a small attention that Triton compiles: the same numbers, but for a distance that nobody reads."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    rows, keys, dim = 64, 128, 128
-    types = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "out": "*fp32"}
-    # Whatever TRITON_INTERPRET says: this is compiled.
-    source = ASTSource(JITFunction(_two_products), types, {"ROWS": rows, "KEYS": keys, "DIM": dim})
-    ptx = triton.compile(source, target=SM_90, options={"num_warps": 4}).asm["ptx"]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(Path(__file__).with_name("two_products.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ptx = done.stdout
     constants = {int(x) for x in re.findall(r"\b(\d{19})\b", ptx)}
     if not constants:
         pytest.skip(f"Triton {triton.__version__} does not write descriptors as constants")
 
     make, move = layout().descriptor, layout().moved
     # Rows of k, swizzled: the leading distance is not read; Triton leaves it 0.
-    by_row = {move(make(0, 0, 1024), step // 4 * n * 128 + step % 4 * 32) for n in (rows, keys) for step in range(8)}
-    by_column = {move(make(0, keys * 128, 1024), step * 16 * 128) for step in range(keys // 16)}
+    by_row = {move(make(0, 0, 1024), step // 4 * n * 128 + step % 4 * 32) for n in (ROWS, KEYS) for step in range(8)}
+    by_column = {move(make(0, KEYS * 128, 1024), step * 16 * 128) for step in range(KEYS // 16)}
     assert constants == by_row | by_column

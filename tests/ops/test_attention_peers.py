@@ -181,7 +181,7 @@ def test_absence_is_no_error_and_is_told(backend: str, monkeypatch: pytest.Monke
 def test_the_dispatch_calls_what_was_chosen(monkeypatch: pytest.MonkeyPatch, flash: FlashAttn) -> None:
     module = importlib.import_module("sora_fast.ops.packed_attention")
     monkeypatch.setattr(
-        module, "choose", lambda op, backend, device, offered, dtype: backend if backend in offered else "torch"
+        module, "choose", lambda op, backend, device, offered, dtype, **_: backend if backend in offered else "torch"
     )
     q, k, v = torch.randn(3, 61, 2, 8).bfloat16()
     out = packed_attention(q, k, v, LAYOUT, scale=0.3, deterministic=True, backend="flash_attn")

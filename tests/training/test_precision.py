@@ -26,7 +26,7 @@ def test_bfloat16_is_for_products_and_the_stream_alone() -> None:
     assert {x.dtype for x in stream} == {torch.bfloat16} and set(seen.values()) == {torch.bfloat16}
     assert loss.dtype == torch.float32
     assert {p.grad.dtype for p in parameters.values()} == {torch.float32}
-    norm, _ = update(parameters, optimizers, average, loss, step=0, clip_norm=1.0)
+    norm, _ = update(parameters, optimizers, average, loss, clip_norm=1.0)
     assert norm.dtype == torch.float32
     kept = [*parameters.values(), *average.tensors.values(), *optim.optimizer_tensors(optimizers, parameters).values()]
     assert {x.dtype for x in kept} == {torch.float32}
