@@ -13,6 +13,7 @@ import logging
 import multiprocessing as mp
 import os
 import signal
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +39,8 @@ _MOST_DEATHS = 3
 # The exit code of a process of which nobody knows: the server that it was forked from, and that would know, is dead.
 _UNKNOWN = 255
 _NOWHERE = -1
+# How often, and after how many seconds each, a server of forks that refuses is asked again.
+_MOST_REFUSALS, _PAUSE = 50, 0.1
 
 
 @dataclass(eq=False)
@@ -163,9 +166,19 @@ class MakerPool:
         self._reading[rank] = _NOWHERE
         arguments = (there, self._maker, self._template, self._memory, self._reading, rank)
         process = self._context.Process(target=_work, args=arguments, name=f"batches-{rank}", daemon=True)
-        process.start()
+        _start(process)
         there.close()
         return _Worker(process, here)
+
+
+def _start(process: Any) -> None:
+    """A server of forks that has just died refuses for a moment, until multiprocessing misses it and starts another."""
+    for _ in range(_MOST_REFUSALS):
+        try:
+            return process.start()
+        except ConnectionRefusedError:
+            time.sleep(_PAUSE)
+    process.start()
 
 
 def _work(pipe: connection.Connection, maker: Maker, template: Batch, memory: Any, reading: Any, rank: int) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from sora_fast.models.codecs import IdentityCodec
 from sora_fast.models.text import ByteTextEncoder
-from sora_fast.training import plan
+from sora_fast.training import plan, pool
 from sora_fast.training.batches import Batch, BatchConfig, Batches
 from sora_fast.training.data import Sample, UnusableSample
 
@@ -204,3 +204,19 @@ def test_no_process_outlives_the_batches() -> None:
     _take(_batches(Clips(), workers=2), 3)
     assert not [child for child in multiprocessing.active_children() if child.name.startswith("batches-")]
     assert threading.active_count() == threads
+
+
+def test_a_server_that_refuses_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals = [ConnectionRefusedError(111, "Connection refused")] * 3
+    monkeypatch.setattr(pool, "_PAUSE", 0.001)
+
+    class Process:
+        started = False
+
+        def start(self) -> None:
+            if refusals:
+                raise refusals.pop()
+            self.started = True
+
+    pool._start(process := Process())
+    assert process.started
