@@ -25,8 +25,8 @@ from benchmarks.environment import environment
 from sora_fast.demo.digits import MovingDigits
 from sora_fast.demo.run import FULL, run_config
 from sora_fast.training import optim
-from sora_fast.training.batches import Batches
 from sora_fast.training.compiling import compile_loss
+from sora_fast.training.data.batches import Batches
 from sora_fast.training.run import Networks
 from sora_fast.training.step import PackLoss, drawn, take_gradients, update
 

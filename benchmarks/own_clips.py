@@ -23,7 +23,7 @@ from sora_fast import cli
 from sora_fast.generation.asking import requested
 from sora_fast.generation.engine import Engine
 from sora_fast.generation.options import SampleOptions
-from sora_fast.training.data import FolderSource
+from sora_fast.training.data.sources import FolderSource
 from sora_fast.training.run import LOG, read_run
 from sora_fast.training.runlog import read_log
 

@@ -21,10 +21,10 @@ from sora_fast.demo.digits import MovingDigits
 from sora_fast.demo.run import FULL, run_config
 from sora_fast.models import SoraDiTConfig
 from sora_fast.models.codecs import IdentityCodec
-from sora_fast.training.batches import BatchConfig, Batches
-from sora_fast.training.data import DataConfig, FolderSource, Source
+from sora_fast.training.data.batches import BatchConfig, Batches
+from sora_fast.training.data.prefetch import prefetch
+from sora_fast.training.data.sources import DataConfig, FolderSource, Source
 from sora_fast.training.interruption import Interruption
-from sora_fast.training.prefetch import prefetch
 from sora_fast.training.run import RunConfig, TextConfig, TrainConfig
 from sora_fast.training.trainer import Trainer
 

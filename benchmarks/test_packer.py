@@ -8,7 +8,7 @@ import pytest
 from benchmarks.lengths import Shapes, few_sizes, image_video_mix, log_uniform, uniform
 from sora_fast.models.codecs import IdentityCodec
 from sora_fast.packing.packer import PackRules, StreamingPacker, balance, pack_offline
-from sora_fast.training.batches import BatchConfig, Batches
+from sora_fast.training.data.batches import BatchConfig, Batches
 from sora_fast.training.distributed import World
 
 RULES = PackRules(32_768)

@@ -443,7 +443,7 @@ def _train_together(o: TrainOptions, device: str, world: "World", lines: IO[str]
     """What each of the workers does. lines: where --json goes."""
     from sora_fast.generation.watching import watchers_of
     from sora_fast.training.beginning import fitted, new_config, resumed_config
-    from sora_fast.training.data import FolderSource
+    from sora_fast.training.data.sources import FolderSource
     from sora_fast.training.trainer import Trainer
 
     config = resumed_config(o) if o.resume else new_config(o, device)
@@ -472,7 +472,7 @@ def _train_together(o: TrainOptions, device: str, world: "World", lines: IO[str]
 def _distill_together(o: DistillOptions, device: str, world: "World", lines: IO[str]) -> int:
     """Likewise."""
     from sora_fast.generation.watching import plain_watchers
-    from sora_fast.training.data import FolderSource
+    from sora_fast.training.data.sources import FolderSource
     from sora_fast.training.distill import Distiller, keep_teacher, new_distillation, resumed_distillation
 
     config = resumed_distillation(o) if o.resume else new_distillation(o)

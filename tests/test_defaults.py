@@ -26,7 +26,7 @@ from sora_fast.ops.qk_norm_rope import Rope3D
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
 from sora_fast.packing._bundle import TensorBundle
 from sora_fast.schedule import TileSchedule
-from sora_fast.training.data import Sample
+from sora_fast.training.data.sources import Sample
 from sora_fast.training.run import Networks
 from sora_fast.training.trainer import Trainer
 from tests.training.test_trainer import Gradients, tiny

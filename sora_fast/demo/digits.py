@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from sora_fast.training.data import Sample
+from sora_fast.training.data.sources import Sample
 
 Shape = tuple[int, int, int]  # (T, H, W) in frames and pixels
 Subject = tuple[int, str | None]  # what a caption says of one digit: which, and where it moves (None: a still)

@@ -33,8 +33,8 @@ from sora_fast.generation.tasks import Request, extend, image_to_video, text_to_
 from sora_fast.media import check_output, write_media
 from sora_fast.media.sheet import Strip, contact_sheet
 from sora_fast.models import SoraDiTConfig
-from sora_fast.training.batches import BatchConfig
 from sora_fast.training.curve import loss_curve
+from sora_fast.training.data.batches import BatchConfig
 from sora_fast.training.distributed import joined, launch, launched
 from sora_fast.training.run import LOG, RunConfig, TextConfig, TrainConfig, read_run
 from sora_fast.training.runlog import read_log

@@ -12,7 +12,7 @@ from sora_fast import media
 from sora_fast.generation.options import SampleOptions
 from sora_fast.generation.tasks import Request
 from sora_fast.media import Clip, UnwritableMedia
-from sora_fast.training.rates import same_rate
+from sora_fast.training.data.rates import same_rate
 from sora_fast.training.run import RunConfig
 
 log = logging.getLogger(__name__)

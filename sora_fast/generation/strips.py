@@ -10,7 +10,7 @@ from torch import Tensor
 from sora_fast.generation.engine import Engine, take_weights
 from sora_fast.generation.tasks import Request
 from sora_fast.media.sheet import Strip, contact_sheet
-from sora_fast.training.data import FolderSource
+from sora_fast.training.data.sources import FolderSource
 from sora_fast.training.run import Networks, RunConfig
 from sora_fast.training.watchers import Watcher
 

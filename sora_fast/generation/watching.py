@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import IO
 
 from sora_fast.generation.strips import SampleStrips, StripsConfig
-from sora_fast.training.data import FolderSource
+from sora_fast.training.data.sources import FolderSource
 from sora_fast.training.options import TrainOptions
 from sora_fast.training.run import LOG, RunConfig
 from sora_fast.training.watchers import JsonLines, LossCurve, TensorBoard, Watcher

@@ -13,8 +13,8 @@ from sora_fast.files import check_folder
 from sora_fast.models import SoraDiTConfig
 from sora_fast.models.codecs import IdentityCodec
 from sora_fast.packing import token_grid
-from sora_fast.training.batches import BatchConfig
-from sora_fast.training.data import DataConfig, FolderSource
+from sora_fast.training.data.batches import BatchConfig
+from sora_fast.training.data.sources import DataConfig, FolderSource
 from sora_fast.training.dropping import drop_rule
 from sora_fast.training.options import CHANGEABLE, TrainOptions, spelled
 from sora_fast.training.precision import fitting_precision

@@ -19,9 +19,9 @@ from sora_fast.files import check_folder
 from sora_fast.packing import PackedLayout, RaggedLatents
 from sora_fast.packing._bundle import TensorBundle
 from sora_fast.training import checkpoint
-from sora_fast.training.batches import Batch, Prompts
 from sora_fast.training.compiling import compile_loss
-from sora_fast.training.data import Source
+from sora_fast.training.data.batches import Batch, Prompts
+from sora_fast.training.data.sources import Source
 from sora_fast.training.options import DISTILL_CHANGEABLE, DistillOptions, spelled
 from sora_fast.training.precision import computing
 from sora_fast.training.recompute import recompute

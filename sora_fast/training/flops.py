@@ -10,7 +10,7 @@ import torch
 from sora_fast.masks import SpacetimeMask
 from sora_fast.models import SoraDiT
 from sora_fast.packing import PackedLayout
-from sora_fast.training.batches import Batch
+from sora_fast.training.data.batches import Batch
 
 # What of a SoraDiT runs on the rows of the modulation tables, on segments, on text tokens, on nothing; all else runs on
 # tokens. The first that fits.

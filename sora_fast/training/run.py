@@ -20,10 +20,10 @@ from sora_fast.models import SoraDiT, SoraDiTConfig
 from sora_fast.models.codecs import IdentityCodec
 from sora_fast.models.text import ByteTextEncoder, TransformersTextEncoder
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
-from sora_fast.training.batches import BatchConfig, Prompts
 from sora_fast.training.compiling import SCOPES
 from sora_fast.training.config import read_config, write_config
-from sora_fast.training.data import DataConfig
+from sora_fast.training.data.batches import BatchConfig, Prompts
+from sora_fast.training.data.sources import DataConfig
 from sora_fast.training.precision import PRECISIONS
 from sora_fast.training.recompute import HOW
 

@@ -17,7 +17,7 @@ from sora_fast.diffusion.noise import noise_like
 from sora_fast.diffusion.paths import NoisePath
 from sora_fast.packing import PackedLayout, RaggedLatents
 from sora_fast.packing._bundle import TensorBundle
-from sora_fast.training.batches import Batch, Prompts
+from sora_fast.training.data.batches import Batch, Prompts
 from sora_fast.training.distributed import World
 from sora_fast.training.optim import WeightAverage, skip_where
 from sora_fast.training.precision import computing

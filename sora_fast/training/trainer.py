@@ -16,15 +16,15 @@ from tqdm import tqdm
 from sora_fast.graphs import CudaRecorder, Graph
 from sora_fast.proof import prove_at_start
 from sora_fast.training import checkpoint, optim, replay
-from sora_fast.training.batches import Batch, Batches
 from sora_fast.training.compiling import compile_loss
-from sora_fast.training.data import Source
+from sora_fast.training.data.batches import Batch, Batches
+from sora_fast.training.data.prefetch import prefetch
+from sora_fast.training.data.sources import Source
 from sora_fast.training.distributed import World, local_rank
 from sora_fast.training.flops import FlopCount
 from sora_fast.training.guard import Diverged, Guard
 from sora_fast.training.interruption import Interruption, Stopped
 from sora_fast.training.meter import Meter
-from sora_fast.training.prefetch import prefetch
 from sora_fast.training.recompute import recompute
 from sora_fast.training.run import CHECKPOINTS, LOG, Networks, RunConfig, check_resumable, create_run, update_run
 from sora_fast.training.runlog import RunLog

@@ -9,7 +9,7 @@ from sora_fast.diffusion.clean import clean_frames, random_clean_ends
 from sora_fast.diffusion.join import join_latents, join_layouts, join_tokens
 from sora_fast.diffusion.noise import noise_like
 from sora_fast.packing import PackedLayout, RaggedLatents, token_grid
-from sora_fast.training.batches import BatchConfig, Prompts
+from sora_fast.training.data.batches import BatchConfig, Prompts
 from sora_fast.training.run import Networks, RunConfig
 from sora_fast.training.step import NoisyPack
 from tests.training.test_trainer import tiny

@@ -8,7 +8,7 @@ import torch
 from sora_fast.media import write_media
 from sora_fast.training import beginning
 from sora_fast.training.beginning import fitted, new_config
-from sora_fast.training.data import FolderSource
+from sora_fast.training.data.sources import FolderSource
 from sora_fast.training.options import TrainOptions
 from sora_fast.training.run import Networks, RunConfig
 

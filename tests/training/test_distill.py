@@ -9,7 +9,7 @@ from sora_fast.diffusion.paths import DDPM
 from sora_fast.packing import ConstantDrop
 from sora_fast.training import checkpoint, distill
 from sora_fast.training.config import write_config
-from sora_fast.training.data import DataConfig
+from sora_fast.training.data.sources import DataConfig
 from sora_fast.training.distill import TEACHER, Distiller, distilled_config, keep_teacher, new_distillation
 from sora_fast.training.options import DistillOptions
 from sora_fast.training.run import CHECKPOINTS, CONFIG, Distilled, RunConfig, read_run

@@ -4,8 +4,8 @@ import pytest
 
 from sora_fast.packing import BetaDrop, ConstantDrop, ResolutionDrop, SigmoidDrop
 from sora_fast.packing.dropping import DropRule
-from sora_fast.training.batch import BatchConfig
 from sora_fast.training.config import read_config, write_config
+from sora_fast.training.data.batch import BatchConfig
 from sora_fast.training.dropping import drop_rule
 
 

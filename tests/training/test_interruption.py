@@ -11,7 +11,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from sora_fast.training.data import Sample
+from sora_fast.training.data.sources import Sample
 from sora_fast.training.interruption import Interruption, Stopped
 from sora_fast.training.run import CHECKPOINTS
 from sora_fast.training.trainer import Trainer

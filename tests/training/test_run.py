@@ -11,8 +11,8 @@ from sora_fast.diffusion.paths import DDPM, RectifiedFlow
 from sora_fast.masks import SpacetimeMask
 from sora_fast.models import SoraDiTConfig
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
-from sora_fast.training.batches import BatchConfig, Prompts
-from sora_fast.training.data import DataConfig
+from sora_fast.training.data.batches import BatchConfig, Prompts
+from sora_fast.training.data.sources import DataConfig
 from sora_fast.training.run import (
     CONFIG,
     Networks,

@@ -21,9 +21,9 @@ from sora_fast.diffusion.paths import DDPM
 from sora_fast.models import SoraDiTConfig
 from sora_fast.packing import SigmoidDrop
 from sora_fast.training import checkpoint, replay, trainer
-from sora_fast.training.batch import Batch
-from sora_fast.training.batches import BatchConfig, Batches
-from sora_fast.training.data import Sample, UnusableSample
+from sora_fast.training.data.batch import Batch
+from sora_fast.training.data.batches import BatchConfig, Batches
+from sora_fast.training.data.sources import Sample, UnusableSample
 from sora_fast.training.run import CHECKPOINTS, CONFIG, LOG, RunConfig, TextConfig, TrainConfig, read_run
 from sora_fast.training.runlog import read_log
 from sora_fast.training.trainer import Trainer

@@ -17,9 +17,9 @@ import torch
 
 from sora_fast.models.codecs import IdentityCodec
 from sora_fast.models.text import ByteTextEncoder
-from sora_fast.training import plan, pool
-from sora_fast.training.batches import Batch, BatchConfig, Batches
-from sora_fast.training.data import Sample, UnusableSample
+from sora_fast.training.data import plan, pool
+from sora_fast.training.data.batches import Batch, BatchConfig, Batches
+from sora_fast.training.data.sources import Sample, UnusableSample
 
 
 @dataclass

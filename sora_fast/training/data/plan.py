@@ -12,8 +12,8 @@ from sora_fast.models.codecs import LatentSpec
 from sora_fast.packing import kept_tokens, token_grid
 from sora_fast.packing.order import Grid
 from sora_fast.packing.packer import PackRules, StreamingPacker
-from sora_fast.training.batch import BatchConfig
-from sora_fast.training.data import Source, sample_name
+from sora_fast.training.data.batch import BatchConfig
+from sora_fast.training.data.sources import Source, sample_name
 from sora_fast.training.distributed import World
 
 # What a random draw is for: no two purposes share random numbers.

@@ -13,8 +13,8 @@ from sora_fast.models.text import ByteTextEncoder
 from sora_fast.packing import BetaDrop, ConstantDrop, ResolutionDrop, SigmoidDrop, token_grid
 from sora_fast.packing.dropping import DropRule
 from sora_fast.packing.packer import PackRules
-from sora_fast.training.batches import Batch, BatchConfig, Batches
-from sora_fast.training.data import Sample
+from sora_fast.training.data.batches import Batch, BatchConfig, Batches
+from sora_fast.training.data.sources import Sample
 from sora_fast.training.distributed import World
 
 PATCH = (1, 4, 4)

@@ -1,6 +1,6 @@
 import pytest
 
-from sora_fast.training.rates import common_rates, same_rate
+from sora_fast.training.data.rates import common_rates, same_rate
 
 
 @pytest.mark.parametrize(

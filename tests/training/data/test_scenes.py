@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from sora_fast.media import Timeline
-from sora_fast.training.scenes import CutsError, match_cuts, read_cuts, scenes
+from sora_fast.training.data.scenes import CutsError, match_cuts, read_cuts, scenes
 
 EVEN = Timeline(20, step=0.125, end=2.5)
 UNEVEN = Timeline.of([0.0, 0.5, 0.6, 0.7, 2.0, 2.4], 3.0, 2.0, can_seek=True)

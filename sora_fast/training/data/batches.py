@@ -8,12 +8,12 @@ from typing import Any
 
 from sora_fast.models.codecs import Codec
 from sora_fast.models.text import TextEncoder
-from sora_fast.training.batch import Batch, BatchConfig, Prompts
-from sora_fast.training.data import Source, sample_name
+from sora_fast.training.data.batch import Batch, BatchConfig, Prompts
+from sora_fast.training.data.making import Made, Maker
+from sora_fast.training.data.plan import Plan
+from sora_fast.training.data.pool import MakerPool
+from sora_fast.training.data.sources import Source, sample_name
 from sora_fast.training.distributed import World
-from sora_fast.training.making import Made, Maker
-from sora_fast.training.plan import Plan
-from sora_fast.training.pool import MakerPool
 
 log = logging.getLogger(__name__)
 

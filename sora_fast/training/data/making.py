@@ -11,9 +11,9 @@ from torch import Tensor
 from sora_fast.models.codecs import Codec
 from sora_fast.packing import PackedLayout, RaggedLatents, token_grid
 from sora_fast.packing.order import Grid
-from sora_fast.training.batch import Batch, BatchConfig
-from sora_fast.training.data import Sample, Source, UnusableSample, sample_name
-from sora_fast.training.plan import CAPTION, CLIP, KEEP, Pack
+from sora_fast.training.data.batch import Batch, BatchConfig
+from sora_fast.training.data.plan import CAPTION, CLIP, KEEP, Pack
+from sora_fast.training.data.sources import Sample, Source, UnusableSample, sample_name
 
 
 class Made(NamedTuple):

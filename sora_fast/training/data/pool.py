@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sora_fast.training.batch import Batch
-from sora_fast.training.data import sample_name
-from sora_fast.training.making import Made, Maker
-from sora_fast.training.plan import LAG, Pack
+from sora_fast.training.data.batch import Batch
+from sora_fast.training.data.making import Made, Maker
+from sora_fast.training.data.plan import LAG, Pack
+from sora_fast.training.data.sources import sample_name
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from sora_fast.media import Probe
-from sora_fast.training import index
-from sora_fast.training.index import probed
+from sora_fast.training.data import index
+from sora_fast.training.data.index import probed
 from tests.media.clips import smooth_video
 from tests.media.files import greys, write_video
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_fast.training.captions import CaptionError, is_caption, match, read_caption
+from sora_fast.training.data.captions import CaptionError, is_caption, match, read_caption
 
 TEXT = "ein Ball – 球, é"
 

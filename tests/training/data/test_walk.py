@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_fast.training.walk import each_once, walk
+from sora_fast.training.data.walk import each_once, walk
 
 
 def _tree(root: Path, *names: str) -> None:

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sora_fast.training.captions import CaptionError, Matches, is_caption, match, read_caption
+from sora_fast.training.data.captions import CaptionError, Matches, is_caption, match, read_caption
+from sora_fast.training.data.rates import common_rates
+from sora_fast.training.data.scenes import CutsError, is_cuts, match_cuts, read_cuts, scenes
+from sora_fast.training.data.walk import each_once, walk
 from sora_fast.training.distributed import World
-from sora_fast.training.rates import common_rates
-from sora_fast.training.scenes import CutsError, is_cuts, match_cuts, read_cuts, scenes
-from sora_fast.training.walk import each_once, walk
 
 if TYPE_CHECKING:
     from sora_fast.media import Clip, Probe, Timeline
@@ -278,7 +278,7 @@ class FolderSource:
         if self.config.clips == "first":
             found = map(self._decoded_entry, bar(mine))
         else:
-            from sora_fast.training.index import probed
+            from sora_fast.training.data.index import probed
 
             found = map(self._probed_entry, probed(Path(self.config.folder), mine, tell=bar))
         read = [_with_texts(path, entry, beside) for path, entry in zip(mine, found, strict=True)]

@@ -8,7 +8,7 @@ import torch
 
 from sora_fast import media
 from sora_fast.media import write_media
-from sora_fast.training.data import DataConfig, FolderSource, UnusableSample
+from sora_fast.training.data.sources import DataConfig, FolderSource, UnusableSample
 from tests.media.files import greys, write_video
 from tests.media.test_read import absurd_png
 

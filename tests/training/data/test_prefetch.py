@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sora_fast.training.prefetch import prefetch
+from sora_fast.training.data.prefetch import prefetch
 
 
 def test_prefetch_keeps_order_and_ends_its_thread() -> None:

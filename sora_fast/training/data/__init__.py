@@ -1,0 +1,1 @@
+"""What a training step takes: samples from a source, planned into packs, made by processes, one after the other."""
