@@ -68,7 +68,7 @@ def past_blocks(offsets: Tensor, tiles: Tensor, masking: Masking) -> Iterator[Bl
     block, tested, if that is cheaper than a call for each. offsets, tiles: bounds of segments and of tiles.
     """
     segments, by_tokens = set(offsets.tolist()), masking.raster is not None
-    bounds = tiles.unique().tolist() if by_tokens else _frame_bounds(offsets, masking)
+    bounds = tiles.unique().tolist() if by_tokens else frame_bounds(offsets, masking.high).tolist()
     first = start = 0
     tested = by_tokens
     for stop, following in zip_longest(bounds[1:], bounds[2:]):  # a pack without tokens has one bound
@@ -82,10 +82,11 @@ def past_blocks(offsets: Tensor, tiles: Tensor, masking: Masking) -> Iterator[Bl
         first = stop if stop in segments else first
 
 
-def _frame_bounds(offsets: Tensor, masking: Masking) -> list[int]:
-    frames = masking.high[: offsets[-1]] >> 20
+def frame_bounds(offsets: Tensor, high: Tensor) -> Tensor:
+    """Where frames and segments begin, and the last one ends. high: of the boxes, whose upper bits are frames."""
+    frames = high[: offsets[-1]] >> 20
     changes = (frames[1:] != frames[:-1]).nonzero().squeeze(1) + 1
-    return torch.cat([changes, offsets]).unique().tolist()
+    return torch.cat([changes, offsets]).unique()
 
 
 def tile_blocks(

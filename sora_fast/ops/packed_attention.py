@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sora_fast.masks import SpacetimeMask
+from sora_fast.ops import _attention_cpu as on_cpu
 from sora_fast.ops import _attention_cuda as compiled
 from sora_fast.ops import _attention_device as on_device
 from sora_fast.ops import _attention_peers as peers
@@ -60,13 +61,13 @@ def packed_attention(
     schedule = mask if isinstance(mask, TileSchedule) else TileSchedule.build(layout, mask, kv_layout=kv_layout)
     cross = kv_layout is not None
     others = peers.offered(q, k, schedule, cross=cross, lse=return_lse, deterministic=deterministic)
-    offered, unsuited = _offered(q, k, v)
+    offered, unsuited = _offered(q, k, v, _kind(schedule))
     chosen = choose("packed_attention", backend, q.device, (*offered, *others), q.dtype, unsuited=unsuited)
     if chosen in others:
         return getattr(peers, chosen)(q, k, v, schedule, scale=scale, deterministic=deterministic)
     if chosen == "torch" and on_device.fits(q, k):
         return on_device.attention(q, k, v, schedule, scale=scale, lse=return_lse, deterministic=deterministic)
-    attend = {"torch": _plain_attention, "cuda": _cuda_attention}.get(chosen, _triton_attention)
+    attend = {"torch": _plain_attention, "cpu": _cpu_attention, "cuda": _cuda_attention}.get(chosen, _triton_attention)
     tile_sizes = [schedule.layout.tile_size, schedule.kv_layout.tile_size]
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
     out, lse = attend(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule), scale, deterministic)
@@ -150,6 +151,44 @@ def _blocks(schedule: list[Tensor], kind: int, *, join: bool) -> Iterator[plain.
     if kind in (_PAST_FRAMES, _PAST_TOKENS):
         return plain.past_blocks(query_offsets, query_tiles, masking)
     return plain.tile_blocks(query_tiles, key_tiles, *schedule[8:11], schedule[12], masking)
+
+
+@op("sora_fast::packed_attention_cpu")
+def _cpu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    schedule: list[Tensor],
+    tile_sizes: list[int],
+    kind: int,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    return on_cpu.forward(q, k, v, _meetings(schedule, kind), scale)
+
+
+@op("sora_fast::packed_attention_cpu_backward")
+def _cpu_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    schedule: list[Tensor],
+    tile_sizes: list[int],
+    kind: int,
+    scale: float,
+    deterministic: bool,
+    keys: bool,  # whether anybody asks for the gradients of k and v
+) -> list[Tensor]:
+    grads = on_cpu.backward(grad_out, grad_lse, q, k, v, out, lse, _meetings(schedule, kind), scale)
+    return grads if keys else grads[:1]
+
+
+def _meetings(schedule: list[Tensor], kind: int) -> Tensor:
+    return on_cpu.full_meetings(*schedule[:2]) if kind == _FULL else on_cpu.past_meetings(schedule[0], schedule[5])
 
 
 @op("sora_fast::packed_attention")
@@ -274,6 +313,7 @@ def _backward_with(own: Any) -> Any:
 
 for _op, _op_backward in (
     (_plain_attention, _plain_attention_backward),
+    (_cpu_attention, _cpu_attention_backward),
     (_triton_attention, _triton_attention_backward),
     (_cuda_attention, _cuda_attention_backward),
 ):
@@ -282,12 +322,15 @@ for _op, _op_backward in (
     _op.register_autograd(_backward_with(_op_backward), setup_context=_save)
 
 
-def _offered(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+def _offered(q: Tensor, k: Tensor, v: Tensor, kind: int) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """Backends that take such tensors, and why not the others, where that can be said."""
     fits = q.dtype in KERNEL_DTYPES and q.shape[2] <= MAX_KERNEL_HEAD_DIM
     offered = ("torch", "triton") if fits else ("torch",)
-    reason = compiled.refusal(q, k, v) if q.device.type == "cuda" else None
-    return (*offered, "cuda"), () if reason is None else (("cuda", reason),)
+    if q.device.type == "cuda":
+        reasons = {"cuda": compiled.refusal(q, k, v)}
+    else:
+        reasons = {"cpu": on_cpu.refusal(q.dtype, whole=kind in (_FULL, _PAST_FRAMES))}
+    return (*offered, "cpu", "cuda"), tuple((name, reason) for name, reason in reasons.items() if reason is not None)
 
 
 @once
