@@ -180,7 +180,7 @@ def add(sums, pairs):
 
 
 @triton.jit
-def norm(pairs, real, weight, vectors, channels, SHAPE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr):
+def norm_pairs(pairs, real, weight, vectors, channels, SHAPE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr):
     """Normed pairs, or as they are where there is no `weight`.
 
     vectors: the weights of both channels, and for LayerNorm the biases. channels: how many are normed together.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sora_fast.kernels import qk_norm_rope_together
 from sora_fast.kernels._fold import fold
-from sora_fast.kernels._heads import Heads, Shape, add, load, norm, norm_gradient, pair_channels, store, zeros
+from sora_fast.kernels._heads import Heads, Shape, add, load, norm_gradient, norm_pairs, pair_channels, store, zeros
 from sora_fast.kernels._launch import launch
 from sora_fast.kernels._rotation import Turning, back, back_of, rotate, shared_turn, store_turn, turn_gradient, turn_of
 
@@ -92,9 +92,9 @@ def qk_norm_rope_forward_kernel(
         # Both before either is stored: the compiler must not move a load past a store.
         q_pairs = load(q, n, head, used, SHAPE, ROTATION)
         k_pairs = load(k, n, head, used & (head < k_heads), SHAPE, ROTATION)
-        q_pairs = rotate(norm(q_pairs, used, q_weight, q_vectors, SHAPE.dim, SHAPE, NORM, EPS), turn, ROTATION)
+        q_pairs = rotate(norm_pairs(q_pairs, used, q_weight, q_vectors, SHAPE.dim, SHAPE, NORM, EPS), turn, ROTATION)
         store(q_out, n, head, exists, q_pairs, SHAPE, ROTATION)
-        k_pairs = rotate(norm(k_pairs, used, k_weight, k_vectors, SHAPE.dim, SHAPE, NORM, EPS), turn, ROTATION)
+        k_pairs = rotate(norm_pairs(k_pairs, used, k_weight, k_vectors, SHAPE.dim, SHAPE, NORM, EPS), turn, ROTATION)
         store(k_out, n, head, exists & (head < k_heads), k_pairs, SHAPE, ROTATION)
 
 
@@ -125,8 +125,8 @@ def qk_norm_rope_backward_kernel(
         q_pairs = q_grads if q_weight is None and d_cos is None else load(q, n, head, used, SHAPE, ROTATION)
         k_pairs = k_grads if k_weight is None and d_cos is None else load(k, n, head, k_used, SHAPE, ROTATION)
         if d_cos is not None:
-            q_normed = norm(q_pairs, used, q_weight, q_vectors, SHAPE.dim, SHAPE, NORM, EPS)
-            k_normed = norm(k_pairs, used, k_weight, k_vectors, SHAPE.dim, SHAPE, NORM, EPS)
+            q_normed = norm_pairs(q_pairs, used, q_weight, q_vectors, SHAPE.dim, SHAPE, NORM, EPS)
+            k_normed = norm_pairs(k_pairs, used, k_weight, k_vectors, SHAPE.dim, SHAPE, NORM, EPS)
             d_turn = add(turn_gradient(q_grads, q_normed), turn_gradient(k_grads, k_normed))
             if ROTATION.by_head:
                 store_turn(d_cos, d_sin, n, head, exists, d_turn, SHAPE, ROTATION)

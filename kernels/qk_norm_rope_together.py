@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._fold import fold
-from sora_fast.kernels._heads import Heads, Shape, add, load, norm, norm_gradient, store, zeros
+from sora_fast.kernels._heads import Heads, Shape, add, load, norm_gradient, norm_pairs, store, zeros
 from sora_fast.kernels._launch import cdiv, launch
 from sora_fast.kernels._rotation import Turning, back, rotate, shared_turn, store_turn, turn_gradient, turn_of
 
@@ -69,8 +69,8 @@ def backward(
 
 def _weights(heads: Heads) -> list[Tensor | None]:
     """[1, H, D] and [1, Hk, D]: of a token that all tokens share."""
-    dim = heads.q.shape[2]
-    return [None if x is None else x.unflatten(0, (-1, dim))[None] for x in (heads.q_weight, heads.k_weight)]
+    sides = ((heads.q_weight, heads.q), (heads.k_weight, heads.k))
+    return [None if weight is None else weight.unflatten(0, x.shape[1:])[None] for weight, x in sides]
 
 
 def _num_warps(shape: Shape) -> int:
@@ -97,9 +97,9 @@ def qk_norm_rope_together_forward_kernel(
         turn = turn_of(shared, cos, sin, n, head, used & in_q, SHAPE, ROTATION)
         q_pairs = load(q, n, head, used & in_q, SHAPE, ROTATION)
         k_pairs = load(k, n, head, used & in_k, SHAPE, ROTATION)
-        q_pairs = norm(q_pairs, used, q_weight, q_vectors, q_heads * SHAPE.dim, SHAPE, "rms", EPS)
+        q_pairs = norm_pairs(q_pairs, used, q_weight, q_vectors, q_heads * SHAPE.dim, SHAPE, "rms", EPS)
         store(q_out, n, head, in_q, rotate(q_pairs, turn, ROTATION), SHAPE, ROTATION)
-        k_pairs = norm(k_pairs, used, k_weight, k_vectors, k_heads * SHAPE.dim, SHAPE, "rms", EPS)
+        k_pairs = norm_pairs(k_pairs, used, k_weight, k_vectors, k_heads * SHAPE.dim, SHAPE, "rms", EPS)
         store(k_out, n, head, in_k, rotate(k_pairs, turn, ROTATION), SHAPE, ROTATION)
 
 
@@ -125,7 +125,7 @@ def qk_norm_rope_together_backward_kernel(
         q_grads = load(dq, n, head, used & in_q, SHAPE, ROTATION)
         q_pairs = q_grads if q_weight is None and d_cos is None else load(q, n, head, used & in_q, SHAPE, ROTATION)
         if d_cos is not None:
-            normed = norm(q_pairs, used, q_weight, q_vectors, q_channels, SHAPE, "rms", EPS)
+            normed = norm_pairs(q_pairs, used, q_weight, q_vectors, q_channels, SHAPE, "rms", EPS)
             d_turn = turn_gradient(q_grads, normed)
         q_grads = rotate(q_grads, turn, ROTATION)
         q_grads, q_sums = norm_gradient(q_grads, q_pairs, q_sums, q_weight, q_vectors, q_channels, SHAPE, "rms", EPS)
@@ -134,7 +134,7 @@ def qk_norm_rope_together_backward_kernel(
         k_grads = load(dk, n, head, used & in_k, SHAPE, ROTATION)
         k_pairs = k_grads if k_weight is None and d_cos is None else load(k, n, head, used & in_k, SHAPE, ROTATION)
         if d_cos is not None:
-            normed = norm(k_pairs, used, k_weight, k_vectors, k_channels, SHAPE, "rms", EPS)
+            normed = norm_pairs(k_pairs, used, k_weight, k_vectors, k_channels, SHAPE, "rms", EPS)
             d_turn = add(d_turn, turn_gradient(k_grads, normed))
         k_grads = rotate(k_grads, turn, ROTATION)
         k_grads, k_sums = norm_gradient(k_grads, k_pairs, k_sums, k_weight, k_vectors, k_channels, SHAPE, "rms", EPS)

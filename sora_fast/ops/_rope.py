@@ -104,9 +104,9 @@ class Rope3D:
 class RopeTable:
     """Rotary positions from given tables, in place of a `Rope3D`: learned ones, or those of a model that makes its own.
 
-    cos, sin: [N, D/2] that all heads turn by, or [N, H, D/2] for each its own; fp32 (fp64 for queries and keys of
-        fp64), of any strides: pair p of a head becomes (a·cos − b·sin, a·sin + b·cos). They may want gradients, which
-        are sums in a fixed order, over the queries, the keys and, in the first form, the heads.
+    cos, sin: [N, D/2] that all heads turn by, or [N, H, D/2] for each its own; fp32 (or fp64 where queries and
+        keys are), of any strides. Pair p of a head becomes (a·cos − b·sin, a·sin + b·cos). They may want gradients,
+        which are sums in a fixed order, over the queries, the keys and, in the first form, the heads.
     interleaved: a pair is the channels (2p, 2p+1), or else (p, p + D/2).
 
     Where others turn all H·D channels before they are split into heads, `cos.unflatten(1, (H, −1))` of each pair's

@@ -55,37 +55,33 @@ def qk_norm_rope(
     Returns (q', k'), of the same shapes, in the dtype of q; computed in fp32; zeros for padding; None for None.
     Differentiable in q, k, both weights and biases, and the tables of a `RopeTable`.
     """
-    if q is None:  # keys alone are queries alone by another name
-        _check_alone(k, q_weight, q_bias)
-        alone = qk_norm_rope(
-            *(k, None, k_weight, None, layout, rope),
-            **{"norm": norm, "q_bias": k_bias, "positions": positions, "segment_scale": segment_scale},
-            **{"eps": eps, "backend": backend},
-        )
-        return None, alone[0]
     table, rope = (rope, None) if isinstance(rope, RopeTable) else (None, rope)
     _check(q, k, q_weight, k_weight, q_bias, k_bias, layout, rope, norm, eps)
-    if table is not None:
-        _check_table(q, k, table.cos, table.sin)
-    if segment_scale is not None:
-        _check_segment_scale(segment_scale, layout, rope)
     if positions is not None:
         _check_positions(positions, layout, rope)
+    if segment_scale is not None:
+        _check_segment_scale(segment_scale, layout, rope)
+    keys_alone = q is None
+    if keys_alone:  # are queries alone by another name
+        q, k, q_weight, k_weight, q_bias, k_bias = k, None, k_weight, None, k_bias, None
+    if table is not None:
+        _check_table(q, k, table.cos, table.sin)
     rotation = (encoded if torch.compiler.is_compiling() else encoded_once)(rope, q.shape[2])
     coords = layout.coords if positions is None else positions
     if choose("qk_norm_rope", backend, q.device, offered(q), q.dtype) == "torch":
         turn = _turn(table, (layout.segment_ids, coords, layout.grids, segment_scale, *rotation))
         shared = (layout.segment_ids, *turn, norm, eps)
-        q = NormRope.apply(q, q_weight, q_bias, *shared)
-        return q, None if k is None else NormRope.apply(k, k_weight, k_bias, *shared)
-    grids = layout.grids if rotation.has_extent else None
-    places = layout.segment_ids.contiguous(), coords.contiguous(), contiguous(grids), contiguous(segment_scale)
-    tables = (None, None)
-    if table is not None:
-        tables, rotation = (table.cos, table.sin), rotation._replace(interleaved=table.interleaved)
-    biases = contiguous(q_bias), contiguous(k_bias)
-    q, keys = _qk_norm_rope(q, k, q_weight, k_weight, *biases, *tables, *places, *rotation, norm, eps)
-    return q, None if k is None else keys
+        q_out = NormRope.apply(q, q_weight, q_bias, *shared)
+        k_out = None if k is None else NormRope.apply(k, k_weight, k_bias, *shared)
+    else:
+        grids = layout.grids if rotation.has_extent else None
+        places = layout.segment_ids.contiguous(), coords.contiguous(), contiguous(grids), contiguous(segment_scale)
+        tables = (None, None)
+        if table is not None:
+            tables, rotation = (table.cos, table.sin), rotation._replace(interleaved=table.interleaved)
+        biases = contiguous(q_bias), contiguous(k_bias)
+        q_out, k_out = _qk_norm_rope(q, k, q_weight, k_weight, *biases, *tables, *places, *rotation, norm, eps)
+    return (None, q_out) if keys_alone else (q_out, None if k is None else k_out)
 
 
 def _turn(table: RopeTable | None, angles: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None, bool]:
@@ -241,14 +237,6 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
 _qk_norm_rope.register_autograd(_backward, setup_context=_save)
 
 
-def _check_alone(k: Tensor | None, q_weight: Tensor | None, q_bias: Tensor | None) -> None:
-    if k is None:
-        raise ValueError("q, k: both None; at least one must be given")
-    for name, vector in (("q_weight", q_weight), ("q_bias", q_bias)):
-        if vector is not None:
-            raise ValueError(f"{name}: given without q; it must be None")
-
-
 @once
 def _check(
     q: Tensor,
@@ -267,17 +255,7 @@ def _check(
         raise TypeError(f"rope: {type(rope).__name__}; it must be a Rope3D, a RopeTable or None")
     if norm not in NORMS:
         raise ValueError(f'norm: {norm!r}; it must be "rms", "rms_across_heads" or "layer"')
-    check_shape("q", q, [layout.capacity, "H", "D"])
-    if q.shape[2] % 2 or q.shape[2] == 0:
-        raise ValueError(f"q: head dim {q.shape[2]}; it must be even")
-    check_dtype("q", q, FLOAT_DTYPES)
-    check_device("q", q, "the layout", layout.device)
-    if k is not None:
-        check_shape("k", k, [layout.capacity, "Hk", q.shape[2]])
-        if q.shape[1] != k.shape[1] and (0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]):
-            raise ValueError(f"k: {k.shape[1]} heads; they must divide the {q.shape[1]} of q")
-        check_dtype("k", k, [q.dtype])
-        check_device("k", k, "q", q.device)
+    _check_heads(q, k, layout)
     for name, heads, weight, bias in (("q", q, q_weight, q_bias), ("k", k, k_weight, k_bias)):
         if heads is None and (weight is not None or bias is not None):
             raise ValueError(f"{name}_weight, {name}_bias: given without {name}; they must be None")
@@ -289,10 +267,27 @@ def _check(
                 channels = heads.shape[1] * heads.shape[2] if norm == "rms_across_heads" else heads.shape[2]
                 check_shape(f"{name}_{part}", vector, [channels])
                 check_dtype(f"{name}_{part}", vector, FLOAT_DTYPES)
-                check_device(f"{name}_{part}", vector, "q", q.device)
+                check_device(f"{name}_{part}", vector, name, heads.device)
     if rope is not None:
-        rope.split_for(q.shape[2])
+        rope.split_for((k if q is None else q).shape[2])
     check_eps(eps)
+
+
+def _check_heads(q: Tensor | None, k: Tensor | None, layout: PackedLayout) -> None:
+    if q is None and k is None:
+        raise ValueError("q, k: both None; at least one must be given")
+    first, heads = ("k", k) if q is None else ("q", q)
+    check_shape(first, heads, [layout.capacity, "H", "D"])
+    if heads.shape[2] % 2 or heads.shape[2] == 0:
+        raise ValueError(f"{first}: head dim {heads.shape[2]}; it must be even")
+    check_dtype(first, heads, FLOAT_DTYPES)
+    check_device(first, heads, "the layout", layout.device)
+    if q is not None and k is not None:
+        check_shape("k", k, [layout.capacity, "Hk", q.shape[2]])
+        if q.shape[1] != k.shape[1] and (0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]):
+            raise ValueError(f"k: {k.shape[1]} heads; they must divide the {q.shape[1]} of q")
+        check_dtype("k", k, [q.dtype])
+        check_device("k", k, "q", q.device)
 
 
 @once
@@ -300,8 +295,8 @@ def _check_table(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> None:
     for name, table in (("rope.cos", cos), ("rope.sin", sin)):
         by_head = isinstance(table, Tensor) and table.ndim == 3
         check_shape(name, table, [q.shape[0], *([q.shape[1]] if by_head else []), q.shape[2] // 2])
-        check_dtype(name, table, [torch.promote_types(q.dtype, torch.float32)])
-        check_device(name, table, "q", q.device)
+        check_dtype(name, table, [torch.float32, torch.promote_types(q.dtype, torch.float32)])
+        check_device(name, table, "q and k", q.device)
         if by_head and k is not None and k.shape[1] != q.shape[1]:
             raise ValueError(f"{name}: {q.shape[1]} heads; k has {k.shape[1]}, and must have as many")
     if cos.shape != sin.shape:

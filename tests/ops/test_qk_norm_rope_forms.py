@@ -25,7 +25,10 @@ BACKENDS = ("torch", "triton")
 NORMS = ("rms", "rms_across_heads", "layer")
 EPS = 3e-3  # large enough to be felt
 LAYOUT = PackedLayout.from_grids([(2, 3, 2), (1, 1, 4)], order="tiled", capacity=19, max_segments=3)
+# Interpreted, a norm over all heads takes 30 ms a token.
+SMALL = PackedLayout.from_grids([(1, 2, 2)], capacity=5)
 THETAS = (50.0, 300.0, 2000.0)
+ROPES = {interleaved: Rope3D(theta=THETAS, interleaved=interleaved) for interleaved in (True, False)}
 Leaves = dict[str, Tensor]
 
 
@@ -43,10 +46,6 @@ class Form:
     heads: int = 3
     group: int = 1
     dtype: torch.dtype = torch.float32
-
-    @property
-    def rope(self) -> Rope3D:
-        return Rope3D(theta=THETAS, interleaved=self.interleaved)
 
     def leaves(self, tokens: int) -> tuple[Leaves, Leaves]:
         """What wants a gradient, by name, and the gradients that arrive at q' and k'."""
@@ -114,7 +113,7 @@ class Form:
             return tuple(leaves[x] if self.turn == "heads" else leaves[x][:, None] for x in ("cos", "sin"))
         places, angles = self.positions(layout.capacity), []
         places = layout.coords if places is None else places
-        for axis, size in enumerate(self.rope.split_for(self.head_dim)):
+        for axis, size in enumerate(ROPES[True].split_for(self.head_dim)):
             speeds = THETAS[axis] ** (-torch.arange(0, size, 2, dtype=real) / max(size, 1))
             angles.append(places[:, axis, None].to(real) * speeds)
         angles = torch.cat(angles, dim=1)[:, None]
@@ -137,7 +136,7 @@ class Form:
 
     def op(self, q: Tensor | None, k: Tensor | None, leaves: Leaves, layout: PackedLayout, **options: Any) -> Any:
         weights = leaves.get("q_weight"), leaves.get("k_weight")
-        rope = RopeTable(leaves["cos"], leaves["sin"], self.interleaved) if "cos" in leaves else self.rope
+        rope = RopeTable(leaves["cos"], leaves["sin"], self.interleaved) if "cos" in leaves else ROPES[self.interleaved]
         biases = {"q_bias": leaves.get("q_bias"), "k_bias": leaves.get("k_bias")}
         return qk_norm_rope(q, k, *weights, layout, rope, norm=self.norm, eps=EPS, **biases, **options)
 
@@ -166,7 +165,7 @@ FORMS = st.builds(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@examples(25)
+@examples(14)
 @given(pack=packs(), form=FORMS)
 def test_random_forms_match_the_oracle(pack: Pack, form: Form, backend: str, device: torch.device) -> None:
     form.check(pack.layout, device, backend)
@@ -179,33 +178,32 @@ def test_grouped_queries(norm: str, turn: str, backend: str, device: torch.devic
     Form(norm, turn, heads=6, group=3).check(LAYOUT, device, backend)
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(("interleaved", "turn"), [(True, ""), (False, "heads")])
 @pytest.mark.parametrize("norm", NORMS[1:])
-def test_wide_heads(norm: str, interleaved: bool, device: torch.device) -> None:
+def test_wide_heads(norm: str, turn: str, interleaved: bool, device: torch.device) -> None:
     # 72 channels a head; 5 heads of them: neither is a power of two, nor is their product.
-    for turn in ("", "heads"):
-        Form(norm, turn, interleaved=interleaved, head_dim=72, heads=5).check(LAYOUT, device, "triton")
+    Form(norm, turn, interleaved=interleaved, head_dim=72, heads=5).check(SMALL, device, "triton")
 
 
 def test_many_tokens_over_all_heads(device: torch.device) -> None:
     # Several programs, the last with a part of its tokens; sums folded once.
-    layout = PackedLayout.from_grids([(1, 7, 15)], capacity=109)
+    layout = PackedLayout.from_grids([(1, 5, 7)], capacity=37)
     Form("rms_across_heads", "tokens", heads=2).check(layout, device, "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeats_to_the_bit(backend: str, device: torch.device) -> None:
     for form in (Form("rms_across_heads", "heads"), Form("layer", "tokens")):
-        first, second = (form.run_op(LAYOUT, device, backend) for _ in range(2))
+        first, second = (form.run_op(SMALL, device, backend) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_alone_as_together(backend: str, device: torch.device) -> None:
     for form in (Form(), Form("rms_across_heads"), Form("layer", "heads")):
-        both = form.run_op(LAYOUT, device, backend)
+        both = form.run_op(SMALL, device, backend)
         for name in "qk":
-            alone = replace(form, given=name).run_op(LAYOUT, device, backend)
+            alone = replace(form, given=name).run_op(SMALL, device, backend)
             for same in {name, f"d {name}_weight", f"d {name}_bias"} & both.keys():
                 assert torch.equal(alone[same], both[same]), same
 
@@ -225,29 +223,29 @@ def test_tables_and_positions_of_the_layout_change_nothing(backend: str, device:
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_strides_of_tables_and_weights(interleaved: bool, device: torch.device) -> None:
-    # Tables of D columns, each twice, as a view; rows and heads that lie anyhow; every other weight of a vector.
-    layout, repeated = LAYOUT.to(device), torch.randn(2, 19, 3, 24, device=device).repeat_interleave(2, dim=-1)
-    x, weights = torch.randn(19, 3, 48, device=device), torch.randn(2, 288, device=device)[:, ::2]
-    tables = [repeated[..., ::2], repeated[..., ::2].permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)]
-    tables += [repeated[..., ::2].contiguous(), torch.stack([far_apart(t, 0) for t in repeated[:, :, :1, ::2]])]
-    q = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    layout, x = SMALL.to(device), torch.randn(5, 3, 48, device=device)
+    q, weights = x.permute(2, 1, 0).contiguous().permute(2, 1, 0), torch.randn(2, 288, device=device)[:, ::2].unbind()
+    table = torch.randn(2, 5, 3, 24, device=device)
+    dense = table.unbind(), weights
+    # Columns that are there twice; rows and heads the other way round; all past 32 bits.
+    twice = table.repeat_interleave(2, dim=-1)[..., ::2].unbind(), weights
+    turned = table.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1).unbind(), weights
+    far = [far_apart(t, 0) for t in dense[0]], [far_apart(w, 0) for w in weights]
     results = []
-    for both in tables:
-        both = both.expand(2, 19, 3, 24) if both.shape[2] == 1 else both
-        leaves = [t.detach().requires_grad_() for t in both]
-        outputs = qk_norm_rope(
-            q, x, *weights, layout, RopeTable(*leaves, interleaved), norm="rms_across_heads", backend="triton"
-        )
-        results.append([*outputs, *torch.autograd.grad(outputs, leaves, (q, x))])
-    for other in results[1:3]:
+    for (cos, sin), (q_weight, k_weight) in (dense, twice, turned, far):
+        leaves = [t.detach().requires_grad_() for t in (q, x, cos, sin, q_weight, k_weight)]
+        rope = RopeTable(*leaves[2:4], interleaved)
+        options = {"norm": "rms_across_heads", "backend": "triton"}
+        outputs = qk_norm_rope(*leaves[:2], *leaves[4:], layout, rope, **options)
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, (x, q))])
+    for other in results[1:]:
         torch.testing.assert_close(other, results[0])
-    torch.testing.assert_close(results[3][0][:, 0], results[0][0][:, 0])
 
 
 def test_weights_and_tables_that_want_no_gradient_cost_nothing(device: torch.device) -> None:
-    layout = LAYOUT.to(device)
+    layout = SMALL.to(device)
     for form in (Form("rms_across_heads"), Form("layer")):
-        leaves, _ = form.leaves(19)
+        leaves, _ = form.leaves(5)
         names, tensors = zip(*leaves.items(), strict=True)
 
         def op(qkv: Tensor, *vectors: Tensor, form: Form = form, names: tuple[str, ...] = names) -> Any:
@@ -255,8 +253,8 @@ def test_weights_and_tables_that_want_no_gradient_cost_nothing(device: torch.dev
             return form.op(q, k, dict(zip(names[1:], vectors, strict=True)), layout, backend="triton")
 
         check_unasked(op, [x.to(device) for x in tensors], asked=1, spared="fold_kernel")
-    q = torch.randn(19, 3, 8, device=device, requires_grad=True)
-    cos, sin = torch.randn(2, 19, 4, device=device)
+    q = torch.randn(5, 3, 8, device=device, requires_grad=True)
+    cos, sin = torch.randn(2, 5, 4, device=device)
     gradients = []
     for wanted in (False, True):
         table = RopeTable(cos.clone().requires_grad_(wanted), sin)
@@ -282,23 +280,23 @@ def test_gradcheck() -> None:
         assert torch.autograd.gradgradcheck(op, inputs)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", NORMS[1:])
 def test_opcheck(norm: str, device: torch.device) -> None:
-    layout = LAYOUT.to(device)
-    q, k, dq, dk = (torch.randn(3, 19, 8, device=device).transpose(0, 1) for _ in range(4))
-    channels = 24 if norm == "rms_across_heads" else 8
-    weights, biases = torch.randn(2, 2, channels, device=device)
+    layout = SMALL.to(device)
+    q, k, dq, dk = (torch.randn(3, 5, 8, device=device).transpose(0, 1) for _ in range(4))
+    weights, biases = torch.randn(2, 2, 24 if norm == "rms_across_heads" else 8, device=device)
     biases = [*biases] if norm == "layer" else [None, None]
-    table = torch.randn(2, 19, *([3] if norm == "layer" else []), 4, device=device)
+    table = torch.randn(2, 5, *([3] if norm == "layer" else []), 4, device=device)
     rest = (layout.segment_ids, layout.coords, None, None, *encoded(None, 8), norm, 1e-6)
-    leaves = [None if x is None else x.detach().requires_grad_() for x in (q, k, *weights, *biases, *table)]
-    torch.library.opcheck(_qk_norm_rope.registered, (*leaves, *rest))
-    alone = [leaves[0], None, leaves[2], None, leaves[4], None, *leaves[6:]]
-    torch.library.opcheck(_qk_norm_rope.registered, (*alone, *rest))
-    detached = [None if x is None else x.detach() for x in leaves]
-    torch.library.opcheck(_qk_norm_rope_backward.registered, (dq, dk, *detached, *rest, True, True))
-    alone = [None if x is None else x.detach() for x in alone]
-    torch.library.opcheck(_qk_norm_rope_backward.registered, (dq, None, *alone, *rest, True, False))
+    both = [q, k, *weights, *biases, *table]
+    alone = [q, None, weights[0], None, biases[0], None, *table]
+    # The rest of what it looks at takes ten seconds, and is looked at in the form that models here have.
+    check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    for tensors in (both, alone):
+        leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
+        check(_qk_norm_rope.registered, (*leaves, *rest))
+        grads = dq, None if tensors is alone else dk
+        check(_qk_norm_rope_backward.registered, (*grads, *tensors, *rest, True, tensors is both))
 
 
 @pytest.mark.parametrize("form", [Form("rms_across_heads", "heads"), Form("layer", "positions", given="k")])
@@ -336,8 +334,10 @@ ACROSS, LAYER = {"norm": "rms_across_heads"}, {"norm": "layer"}
     ("arguments", "options", "error", "message"),
     [
         ((None, None, None, None), {}, ValueError, "q, k: both None"),
-        ((None, Q, W, W), {}, ValueError, "q_weight: given without q"),
-        ((None, Q, None, W), LAYER | {"q_bias": W, "k_bias": W}, ValueError, "q_bias: given without q"),
+        ((None, Q, W, W), {}, ValueError, "q_weight, q_bias: given without q"),
+        ((None, Q, None, W), LAYER | {"q_bias": W, "k_bias": W}, ValueError, "q_weight, q_bias: given without q"),
+        ((None, Q, None, W), LAYER, ValueError, "k_bias: None; with a weight"),
+        ((None, Q[1:], None, W), {}, ValueError, r"k: shape .* it must be \[19, H, D\]"),
         ((Q, None, W, W), {}, ValueError, "k_weight, k_bias: given without k"),
         ((Q, Q, W, W), {"norm": "batch"}, ValueError, 'norm: .batch.; it must be "rms", "rms_across_heads" or "layer"'),
         ((Q, Q, W, W), ACROSS, ValueError, r"q_weight: shape \(64,\); it must be \[128\]"),

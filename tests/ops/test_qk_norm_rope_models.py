@@ -15,6 +15,7 @@ from torch import Tensor
 from sora_fast.ops import Rope3D, RopeTable, qk_norm_rope
 from sora_fast.packing import PackedLayout
 from tests.helpers import assert_within_rule
+from tests.ragged import DTYPES
 
 BACKENDS = ("torch", "triton")
 GRID, TOKENS = (3, 4, 5), 60
@@ -182,7 +183,7 @@ def real(x: Tensor) -> torch.dtype:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_queries_and_keys_of(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     definition, ours, shapes = MODELS[name]
