@@ -1,7 +1,7 @@
 """Blocks of heads' channels, pair by pair: loads, stores, and the norms of what is in them."""
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import astuple, dataclass
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import triton
@@ -80,6 +80,14 @@ class Shape:
     def of_heads(heads: int, *tensors: Tensor | None) -> tuple["Shape", list[Rows | None]]:
         """Blocks of all heads of one token."""
         return _of(0, heads, tensors)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Kept: every launch asks for it."""
+        return hash(astuple(self))
 
     def programs(self, x: Tensor) -> int:
         """How many blocks cover the tokens of x [N, H, D]."""

@@ -1,7 +1,8 @@
 """How pairs of channels turn: by angles computed from a token's place, or by given cosines and sines."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import triton
@@ -66,6 +67,14 @@ class Rotation:
     def turns(self) -> bool:
         """Whether anything does."""
         return len(self.ends) > 0 or self.table > 0
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Kept: every launch asks for it, and it takes longer than the rest of a launch's key."""
+        return hash(astuple(self))
 
 
 class Places(NamedTuple):

@@ -1,5 +1,6 @@
 """qk_norm_rope with one norm over all heads of a token: a block is a token, its rows are the heads."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sora_fast.kernels._attention_operands import Rows
 from sora_fast.kernels._fold import fold
 from sora_fast.kernels._heads import Heads, Shape, add, load, norm_gradient, norm_pairs, store, zeros
 from sora_fast.kernels._launch import cdiv, launch
@@ -18,10 +20,13 @@ class TogetherConfig:
     """Not measured yet. A program owns some tokens and walks over them; what is read once stays on chip, where a walk
     over heads would read them twice, for the norm and for the rest."""
 
-    # Of a block. 8 a thread, as in `QkNormRopeConfig`: 4 warps for 12 heads of 128 channels or 32 of 64, 16 for 40 of
-    # 128. More than 64 heads of 256 channels spill.
-    pairs_a_warp: int = 256
-    most_warps: int = 32
+    # Of a block. 4 a thread: 16-byte loads of interleaved heads in bf16 and of tables, and backward no spills; 8 warps
+    # for 12 heads of 128 channels or 32 of 64, 16 for 24 of 128.
+    pairs_a_warp: int = 128
+    most_warps: int = 16
+    # From 40 heads of 128 channels on, it is 8 a thread and more. Backward, queries and keys then have a launch each:
+    # together they would spill, as they do where a table that both share wants a gradient.
+    pairs_apart: int = 4096
     # A program's. Backward each program writes sums as wide as a token: of 32 tokens they are 1/48 of what they are
     # made from in bf16.
     forward_tokens: int = 4
@@ -59,12 +64,21 @@ def backward(
     by_side = [*partials.unbind(1), None][:2] if sums else [None, None]
     tensors = (*grads, heads.q, heads.k, *outputs, *_weights(heads), *by_side)
     shape, rows = Shape.of_heads(heads.q.shape[1], *tensors)
-    launch(
-        *(qk_norm_rope_together_backward_kernel, (programs,), *rows),
-        *(segment_ids, turning.places, turning.cos, turning.sin, *turning.gradients(d_tables), *heads.counts),
-        **{"SHAPE": shape, "ROTATION": turning.rotation, "EPS": eps, "TOKENS": tokens, "num_warps": _num_warps(shape)},
-    )
+    rest = (segment_ids, turning.places, turning.cos, turning.sin, *turning.gradients(d_tables), *heads.counts)
+    options = {"SHAPE": shape, "ROTATION": turning.rotation, "EPS": eps, "TOKENS": tokens}
+    wide = shape.rows * shape.pairs >= TogetherConfig.pairs_apart
+    # The gradients of tables are sums over both.
+    apart = wide and heads.k is not None and d_tables is None
+    for sides in _apart(rows) if apart else [rows]:
+        args = (*sides, *rest)
+        launch(qk_norm_rope_together_backward_kernel, (programs,), *args, **options, num_warps=_num_warps(shape))
     return *outputs, fold(partials) if sums else partials
+
+
+def _apart(rows: list[Rows | None]) -> Iterator[list[Rows | None]]:
+    """Of arguments for queries and keys in turns: those for queries alone, then those for keys."""
+    for side in range(2):
+        yield [x if place % 2 == side else None for place, x in enumerate(rows)]
 
 
 def _weights(heads: Heads) -> list[Tensor | None]:

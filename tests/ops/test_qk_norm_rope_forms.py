@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sora_fast.kernels._launch import recording
 from sora_fast.ops._rope import encoded
 from sora_fast.ops.qk_norm_rope import Rope3D, RopeTable, _qk_norm_rope, _qk_norm_rope_backward, qk_norm_rope
 from sora_fast.packing import PackedLayout
@@ -191,6 +192,17 @@ def test_many_tokens_over_all_heads(device: torch.device) -> None:
     Form("rms_across_heads", "tokens", heads=2).check(layout, device, "triton")
 
 
+@pytest.mark.parametrize(("turn", "launches"), [("", 2), ("tokens", 1)])
+def test_the_widest_have_a_launch_each_for_queries_and_keys(turn: str, launches: int, device: torch.device) -> None:
+    form, layout = Form("rms_across_heads", turn, heads=66, group=2, head_dim=128), SMALL.to(device)
+    form.check(SMALL, device, "triton")
+    leaves, grads = ({name: x.to(device) for name, x in part.items()} for part in form.leaves(5))
+    with recording((9, 0)) as recorder:
+        form.run(partial(form.op, layout=layout, backend="triton"), leaves, grads)
+    names = [kernel.fn.__name__ for kernel, *_ in recorder.launches]
+    assert names.count("qk_norm_rope_together_backward_kernel") == launches
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeats_to_the_bit(backend: str, device: torch.device) -> None:
     for form in (Form("rms_across_heads", "heads"), Form("layer", "tokens")):
@@ -299,18 +311,16 @@ def test_opcheck(norm: str, device: torch.device) -> None:
         check(_qk_norm_rope_backward.registered, (*grads, *tensors, *rest, True, tensors is both))
 
 
-@pytest.mark.parametrize("form", [Form("rms_across_heads", "heads"), Form("layer", "positions", given="k")])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_once_for_ragged_batches(form: Form, backend: str, device: torch.device) -> None:
+def test_compiles_once_for_ragged_batches(backend: str, device: torch.device) -> None:
+    form = Form("layer", "heads", given="k")
     leaves, grads = ({name: x.to(device) for name, x in part.items()} for part in form.leaves(14))
-    places = form.positions(14)
-    options = {"positions": None if places is None else places.to(device), "backend": backend}
     compiled = torch.compile(form.op, fullgraph=True, backend="aot_eager")
     with no_recompilation():
         for grids in ([(2, 3, 2)], [(1, 2, 2), (1, 1, 5)]):
             layout = PackedLayout.from_grids(grids, capacity=14, max_segments=3, device=device)
             expected, actual = (
-                form.run(partial(op, layout=layout, **options), leaves, grads) for op in (form.op, compiled)
+                form.run(partial(op, layout=layout, backend=backend), leaves, grads) for op in (form.op, compiled)
             )
             for name in expected:
                 torch.testing.assert_close(actual[name], expected[name])

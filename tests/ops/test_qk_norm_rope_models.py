@@ -18,7 +18,7 @@ from tests.helpers import assert_within_rule
 from tests.ragged import DTYPES
 
 BACKENDS = ("torch", "triton")
-GRID, TOKENS = (3, 4, 5), 60
+GRID, TOKENS = (2, 3, 3), 18
 LAYOUT = PackedLayout.from_grids([GRID])
 HEADS, DIM = 4, 16
 Definition = Callable[..., tuple[Tensor, Tensor]]
