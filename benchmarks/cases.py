@@ -220,7 +220,7 @@ NORM_ROPE_FORMS = (
     NormRopeForm("LTX", 32, 64, "rms_across_heads", "heads"),
     NormRopeForm("CogVideoX", 30, 64, "layer", "tokens"),
     NormRopeForm("Mochi", 24, 128, "rms", "heads", learned=True),
-    NormRopeForm("half-split, learned", 24, 72, "rms_across_heads", "tokens", learned=True),
+    NormRopeForm("half-split, learned", 16, 72, "rms", "tokens", learned=True),
 )
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sora_fast.kernels import qk_norm_rope_together
+from sora_fast.kernels import _qk_norm_rope_together as together
 from sora_fast.kernels._fold import fold
 from sora_fast.kernels._heads import Heads, Shape, add, load, norm_gradient, norm_pairs, pair_channels, store, zeros
 from sora_fast.kernels._launch import launch
@@ -29,7 +29,7 @@ def forward(heads: Heads, segment_ids: Tensor, turning: Turning, norm: str, eps:
     """Normed and rotated q and k, contiguous; zeros for padding. segment_ids: [N], −1 for padding. norm: as the op
     takes it."""
     if norm == "rms_across_heads" and heads.is_normed:
-        return qk_norm_rope_together.forward(heads, segment_ids, turning, eps)
+        return together.forward(heads, segment_ids, turning, eps)
     outputs = heads.empty()
     shape, rows = Shape.of_tokens(QkNormRopeConfig.pairs, heads.q, heads.k, *outputs)
     launch(
@@ -60,7 +60,7 @@ def backward(
     """
     if norm == "rms_across_heads" and heads.is_normed:
         options = {"sums": sums, "d_tables": d_tables}
-        return qk_norm_rope_together.backward(grads, heads, segment_ids, turning, eps, **options)
+        return together.backward(grads, heads, segment_ids, turning, eps, **options)
     outputs = heads.empty()
     shape, rows = Shape.of_tokens(QkNormRopeConfig.pairs, *grads, heads.q, heads.k, *outputs)
     sizes = (shape.programs(heads.q), heads.sums, shape.dim) if sums else (0, shape.dim)
