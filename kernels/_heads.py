@@ -71,15 +71,14 @@ class Shape:
     together: bool = False
 
     @staticmethod
-    def of_tokens(pairs: int, *tensors: Tensor | None) -> tuple["Shape", list[Rows | None]]:
-        """Blocks of so many pairs, of one head of several tokens. For all [N, H, D] that a kernel touches, of any
-        strides; and those as it takes them."""
-        return _of(pairs, 0, tensors)
+    def of(*tensors: Tensor | None, pairs: int = 0, heads: int = 0) -> tuple["Shape", list[Rows | None]]:
+        """For all [N, H, D] that a kernel touches, of any strides; and those as it takes them.
 
-    @staticmethod
-    def of_heads(heads: int, *tensors: Tensor | None) -> tuple["Shape", list[Rows | None]]:
-        """Blocks of all heads of one token."""
-        return _of(0, heads, tensors)
+        Either blocks of so many `pairs`, of one head of several tokens, or of all `heads` of one token.
+        """
+        strides = tuple([None if x is None else x.stride() for x in tensors])
+        shape, steps = _shape(tensors[0].shape[2], pairs, heads, strides)
+        return shape, [None if x is None else Rows(x, *step) for x, step in zip(tensors, steps, strict=True)]
 
     def __hash__(self) -> int:
         return self._hash
@@ -92,12 +91,6 @@ class Shape:
     def programs(self, x: Tensor) -> int:
         """How many blocks cover the tokens of x [N, H, D]."""
         return cdiv(x.shape[0], self.rows)
-
-
-def _of(pairs: int, heads: int, tensors: tuple[Tensor | None, ...]) -> tuple[Shape, list[Rows | None]]:
-    strides = tuple([None if x is None else x.stride() for x in tensors])
-    shape, steps = _shape(tensors[0].shape[2], pairs, heads, strides)
-    return shape, [None if x is None else Rows(x, *step) for x, step in zip(tensors, steps, strict=True)]
 
 
 @lru_cache

@@ -37,7 +37,7 @@ class TogetherConfig:
 def forward(heads: Heads, segment_ids: Tensor, turning: Turning, eps: float) -> tuple[Tensor, Tensor | None]:
     """As in `qk_norm_rope`, with weights [H·D] and [Hk·D]."""
     outputs = heads.empty()
-    shape, rows = Shape.of_heads(heads.q.shape[1], heads.q, heads.k, *outputs, *_weights(heads))
+    shape, rows = Shape.of(heads.q, heads.k, *outputs, *_weights(heads), heads=heads.q.shape[1])
     tokens = TogetherConfig.forward_tokens
     launch(
         *(qk_norm_rope_together_forward_kernel, (cdiv(heads.q.shape[0], tokens),), *rows),
@@ -64,7 +64,7 @@ def backward(
     partials = torch.empty(sizes, dtype=torch.float32, device=heads.q.device)
     by_side = [*partials.unbind(1), None][:2] if sums else [None, None]
     tensors = (*grads, heads.q, heads.k, *outputs, *_weights(heads), *by_side)
-    shape, rows = Shape.of_heads(heads.q.shape[1], *tensors)
+    shape, rows = Shape.of(*tensors, heads=heads.q.shape[1])
     rest = (segment_ids, turning.places, turning.cos, turning.sin, *turning.gradients(d_tables), *heads.counts)
     options = {"SHAPE": shape, "ROTATION": turning.rotation, "EPS": eps, "TOKENS": tokens}
     wide = shape.rows * shape.pairs >= TogetherConfig.pairs_apart

@@ -31,7 +31,7 @@ def forward(heads: Heads, segment_ids: Tensor, turning: Turning, norm: str, eps:
     if norm == "rms_across_heads" and heads.is_normed:
         return together.forward(heads, segment_ids, turning, eps)
     outputs = heads.empty()
-    shape, rows = Shape.of_tokens(QkNormRopeConfig.pairs, heads.q, heads.k, *outputs)
+    shape, rows = Shape.of(heads.q, heads.k, *outputs, pairs=QkNormRopeConfig.pairs)
     launch(
         *(qk_norm_rope_forward_kernel, (shape.programs(heads.q),), *rows, *heads.vectors),
         *(segment_ids, turning.places, turning.cos, turning.sin, *heads.counts),
@@ -62,7 +62,7 @@ def backward(
         options = {"sums": sums, "d_tables": d_tables}
         return together.backward(grads, heads, segment_ids, turning, eps, **options)
     outputs = heads.empty()
-    shape, rows = Shape.of_tokens(QkNormRopeConfig.pairs, *grads, heads.q, heads.k, *outputs)
+    shape, rows = Shape.of(*grads, heads.q, heads.k, *outputs, pairs=QkNormRopeConfig.pairs)
     sizes = (shape.programs(heads.q), heads.sums, shape.dim) if sums else (0, shape.dim)
     partials = torch.empty(sizes, dtype=torch.float32, device=heads.q.device)
     launch(

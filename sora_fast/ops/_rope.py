@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +59,14 @@ class Rope3D:
             len(self.extent) != 3 or not all(side is None or 0 < side < math.inf for side in self.extent)
         ):
             raise ValueError(f"extent: {self.extent}; it must be three finite lengths (t, h, w) above 0, or None")
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Kept: every call asks twice. Of numbers alone, so that it is the same where a pickle is read."""
+        return hash((self.split or (), self.thetas, self.scale, self.scaling == "ntk", self.interleaved))
 
     @property
     def thetas(self) -> tuple[float, float, float]:
@@ -125,36 +133,38 @@ class RopeTable:
 
 
 class Encoded(NamedTuple):
-    """A `Rope3D` as custom ops take it. axes: theta, scale and extent, three each; extent: 0 for an axis without one.
-
-    Empty lists: no angle is computed.
+    """A `Rope3D` as custom ops take it. axes: split, theta, scale and extent, three each (extent: 0 for an axis without
+    one), in one list: lists cost an op 1 µs each. Empty: no angle is computed.
     """
 
-    split: list[int]
     axes: list[float]
     ntk: bool
     interleaved: bool
 
     @property
     def has_extent(self) -> bool:
-        return any(self.axes[6:])
+        return any(self.axes[9:])
 
 
 def encoded(rope: Rope3D | None, head_dim: int) -> Encoded:
     """No rope: no rotation."""
     if rope is None:
-        return Encoded([], [], False, False)
-    axes = [float(x or 0) for values in (rope.thetas, rope.scale, rope.extent or (0, 0, 0)) for x in values]
-    return Encoded(list(rope.split_for(head_dim)), axes, rope.scaling == "ntk", rope.interleaved)
+        return Encoded([], False, False)
+    parts = rope.split_for(head_dim), rope.thetas, rope.scale, rope.extent or (0, 0, 0)
+    return Encoded([float(x or 0) for part in parts for x in part], rope.scaling == "ntk", rope.interleaved)
 
 
 encoded_once = lru_cache(encoded)
 
 
-def decoded(split: Sequence[int], axes: Sequence[float], ntk: bool, interleaved: bool) -> Rope3D:
+def split_of(axes: Sequence[float]) -> tuple[int, ...]:
+    return tuple(int(size) for size in axes[:3])
+
+
+def decoded(axes: Sequence[float], ntk: bool, interleaved: bool) -> Rope3D:
     """The rope that `encoded` made this of."""
-    theta, scale, extent = tuple(axes[:3]), tuple(axes[3:6]), tuple(side or None for side in axes[6:])
-    return Rope3D(tuple(split), theta, interleaved, scale, "ntk" if ntk else "linear", extent)
+    theta, scale, extent = tuple(axes[3:6]), tuple(axes[6:9]), tuple(side or None for side in axes[9:])
+    return Rope3D(split_of(axes), theta, interleaved, scale, "ntk" if ntk else "linear", extent)
 
 
 def _steps(coords: Tensor, split: Sequence[int]) -> Tensor:
@@ -175,15 +185,14 @@ def turns(
     coords: Tensor,
     grids: Tensor,
     segment_scale: Tensor | None,
-    split: list[int],
     axes: list[float],
     ntk: bool,
     interleaved: bool,
 ) -> Tensor:
     """Cosine and sine, [2, N, D/2] fp32. An op of its own, or else Inductor computes them again for every head of the
     queries and the keys, and once more in the backward pass."""
-    rope = decoded(split, axes, ntk, interleaved)
-    if segment_scale is None and not any(axes[6:]) and coords.device.type == "cpu":
+    rope, split = decoded(axes, ntk, interleaved), split_of(axes)
+    if segment_scale is None and rope.extent == (None,) * 3 and coords.device.type == "cpu":
         angles = _steps(coords, split) * _common_frequencies(rope, sum(split))
     else:
         angles = rope.angles(sum(split), segment_ids, coords, grids, segment_scale)
@@ -194,5 +203,5 @@ def turns(
 
 
 @turns.register_fake
-def _(segment_ids: Tensor, coords: Tensor, grids: Tensor, scale: Tensor | None, split: list[int], *_: Any) -> Tensor:
-    return coords.new_empty(2, coords.shape[0], sum(split) // 2, dtype=torch.float32)
+def _(segment_ids: Tensor, coords: Tensor, grids: Tensor, scale: Tensor | None, axes: list[float], *_: Any) -> Tensor:
+    return coords.new_empty(2, coords.shape[0], sum(split_of(axes)) // 2, dtype=torch.float32)

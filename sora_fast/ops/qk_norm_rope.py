@@ -20,7 +20,7 @@ from sora_fast.ops._modulation import offered
 from sora_fast.ops._norm import contiguous
 from sora_fast.ops._op import kernels, op
 from sora_fast.ops._qk_norm_rope_torch import NormRope
-from sora_fast.ops._rope import Rope3D, RopeTable, encoded, encoded_once, turns
+from sora_fast.ops._rope import Rope3D, RopeTable, encoded, encoded_once, split_of, turns
 from sora_fast.packing import PackedLayout
 
 NORMS = ("rms", "rms_across_heads", "layer")
@@ -90,36 +90,32 @@ def _turn(table: RopeTable | None, angles: tuple[Any, ...]) -> tuple[Tensor | No
     if table is not None:
         cos, sin = (x if x.ndim == 3 else x[:, None] for x in (table.cos, table.sin))
         return cos, sin, table.interleaved
-    *_, split, _, _, interleaved = angles
-    cos, sin = turns(*angles)[:, :, None] if split else (None, None)
+    *_, axes, _, interleaved = angles
+    cos, sin = turns(*angles)[:, :, None] if axes else (None, None)
     return cos, sin, interleaved
 
 
 @lru_cache
-def _kernel_rotation(
-    split: tuple[int, ...], axes: tuple[float, ...], ntk: bool, interleaved: bool, scaled: bool
-) -> Any:
+def _kernel_rotation(axes: tuple[float, ...], ntk: bool, interleaved: bool, scaled: bool) -> Any:
     """The kernels' own form: some logarithms, 7 µs."""
     of = kernels("_rotation").Rotation.of
-    return of(split, axes[:3], axes[3:6], axes[6:], ntk, interleaved, scaled=scaled)
+    return of(split_of(axes), axes[3:6], axes[6:9], axes[9:], ntk, interleaved, scaled=scaled)
 
 
 def _turning(
     cos: Tensor | None,
     sin: Tensor | None,
-    coords: Tensor,
-    grids: Tensor | None,
-    segment_scale: Tensor | None,
+    places: tuple[Tensor, Tensor | None, Tensor | None],
     rotation: tuple[Any, ...],
 ) -> Any:
-    """What turns the heads, as the kernels take it. rotation: the fields of an `Encoded` rope."""
+    """What turns the heads, as the kernels take it. places: coords, grids, segment_scale. rotation: the fields of an
+    `Encoded` rope."""
     own = kernels("_rotation")
-    places = own.Places.of(coords, grids, segment_scale)
-    split, axes, ntk, interleaved = rotation
+    axes, ntk, interleaved = rotation
     if cos is not None:
-        return own.Turning.by_tables(places, cos, sin, interleaved=interleaved)
-    scaled = segment_scale is not None
-    return own.Turning(_kernel_rotation(tuple(split), tuple(axes), ntk, interleaved, scaled), places)
+        return own.Turning.by_tables(own.Places.of(*places), cos, sin, interleaved=interleaved)
+    turning = _kernel_rotation(tuple(axes), ntk, interleaved, places[2] is not None)
+    return own.Turning(turning, own.Places.of(*places))
 
 
 @op("sora_fast::qk_norm_rope")
@@ -136,7 +132,6 @@ def _qk_norm_rope(
     coords: Tensor,
     grids: Tensor | None,
     segment_scale: Tensor | None,
-    split: list[int],
     axes: list[float],
     ntk: bool,
     interleaved: bool,
@@ -144,7 +139,7 @@ def _qk_norm_rope(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     own = kernels("qk_norm_rope")
-    turning = _turning(cos, sin, coords, grids, segment_scale, (split, axes, ntk, interleaved))
+    turning = _turning(cos, sin, (coords, grids, segment_scale), (axes, ntk, interleaved))
     q_out, k_out = own.forward(own.Heads(q, k, q_weight, k_weight, q_bias, k_bias), segment_ids, turning, norm, eps)
     return q_out, _no_keys(q) if k_out is None else k_out
 
@@ -165,7 +160,6 @@ def _qk_norm_rope_backward(
     coords: Tensor,
     grids: Tensor | None,
     segment_scale: Tensor | None,
-    split: list[int],
     axes: list[float],
     ntk: bool,
     interleaved: bool,
@@ -177,7 +171,7 @@ def _qk_norm_rope_backward(
     """Gradients of q and of k if it is there, the vectors' in one, and if asked for the tables' in one."""
     own = kernels("qk_norm_rope")
     heads = own.Heads(q, k, q_weight, k_weight, q_bias, k_bias)
-    turning = _turning(cos, sin, coords, grids, segment_scale, (split, axes, ntk, interleaved))
+    turning = _turning(cos, sin, (coords, grids, segment_scale), (axes, ntk, interleaved))
     d_tables = _d_tables(cos) if tables else None
     grads = own.backward((dq, dk), heads, segment_ids, turning, norm, eps, sums=vectors, d_tables=d_tables)
     return [grad for grad in (*grads, d_tables) if grad is not None]
@@ -229,12 +223,13 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     d_turn = (None, None)
     if d_tables:
         d_turn = (x.view(like.shape).to(like.dtype) for x, like in zip(d_tables[0], (cos, sin), strict=True))
-    return grads[0], None if k is None else grads[1], *d_vectors, *d_turn, *[None] * 10
+    return grads[0], None if k is None else grads[1], *d_vectors, *d_turn, *[None] * 9
 
 
 def _of_vector(total: Tensor, vector: Tensor) -> Tensor:
     """The gradient of a weight or bias from its sum: [D], or [H, D], of which keys may have fewer heads."""
-    return (total if total.ndim == 1 else total.flatten()[: len(vector)]).to(vector.dtype)
+    total = total if total.ndim == 1 else total.flatten()[: len(vector)]
+    return total if total.dtype == vector.dtype else total.to(vector.dtype)  # even for nothing, it takes 1 µs
 
 
 _qk_norm_rope.register_autograd(_backward, setup_context=_save)
