@@ -24,6 +24,7 @@ from sora_fast.nn import BlockContext, DiTBlock
 from sora_fast.ops import (
     FactorisedPosition,
     Rope3D,
+    RopeTable,
     adaln,
     gated_residual,
     gated_residual_adaln,
@@ -195,6 +196,60 @@ def qk_norm_rope_cases(s: Setting) -> Iterator[Case]:
         scale = torch.full(layout.grids.shape, 0.5, device=s.device) if rope is _SCALED else None
         args, options = (q, k, *weights, layout, rope), {"segment_scale": scale}
         yield Case(qk_norm_rope, f"{label}D{head_dim}", args, options, bytes_moved=(4 * once, 6 * once))
+    yield from (norm_rope_form(s, layout, form) for form in NORM_ROPE_FORMS)
+
+
+@dataclass(frozen=True)
+class NormRopeForm:
+    """What a model does to its queries and keys. table: by the cosines and sines of "tokens" or of "heads"; learned:
+    they want gradients. alone: queries without keys, as in cross-attention."""
+
+    model: str
+    heads: int
+    head_dim: int
+    norm: str
+    table: str = ""
+    learned: bool = False
+    alone: bool = False
+
+
+# By the models' own widths: the norm over all heads holds a token on chip, and 5,120 channels are the most in use.
+NORM_ROPE_FORMS = (
+    NormRopeForm("Wan 14B", 40, 128, "rms_across_heads"),
+    NormRopeForm("Wan 1.3B, queries alone", 12, 128, "rms_across_heads", alone=True),
+    NormRopeForm("LTX", 32, 64, "rms_across_heads", "heads"),
+    NormRopeForm("CogVideoX", 30, 64, "layer", "tokens"),
+    NormRopeForm("Mochi", 24, 128, "rms", "heads", learned=True),
+    NormRopeForm("half-split, learned", 16, 72, "rms", "tokens", learned=True),
+)
+
+
+def norm_rope_form(s: Setting, layout: PackedLayout, form: NormRopeForm) -> Case:
+    """All tensors that want gradients come first."""
+    q, k, _ = s.random(layout.capacity, 3, form.heads, form.head_dim).unbind(1)
+    sides = 1 if form.alone else 2
+    channels = form.head_dim * (form.heads if form.norm == "rms_across_heads" else 1)
+    vectors = s.random(sides * (2 if form.norm == "layer" else 1), channels).unbind()
+    by_head = [form.heads] if form.table == "heads" else []
+    table = (
+        torch.randn(2, layout.capacity, *by_head, form.head_dim // 2, device=s.device).unbind() if form.table else ()
+    )
+    given = (*(q, k)[:sides], *vectors, *(table if form.learned else ()))
+    interleaved = not form.model.startswith("half-split")
+
+    @wraps(qk_norm_rope)
+    def op(*tensors: Tensor, backend: str | None = None) -> Any:
+        q, k = tensors[0], None if form.alone else tensors[1]
+        *vectors, cos, sin = (*tensors[sides:], *(() if form.learned else table or (None, None)))
+        q_weight, k_weight, q_bias, k_bias = (*vectors, *[None] * 4)[:4]
+        rope = Rope3D() if cos is None else RopeTable(cos, sin, interleaved)
+        options = {"norm": form.norm, "q_bias": q_bias, "k_bias": k_bias, "backend": backend}
+        result = qk_norm_rope(q, k, q_weight, k_weight, layout, rope, **options)
+        return result[0] if form.alone else result
+
+    once, tables = sides * q.numel() * q.element_size(), sum(x.nbytes for x in table)
+    moved = (2 * once + tables, 3 * once + tables * (2 if form.learned else 1))
+    return Case(op, f"{form.model},{form.heads}×D{form.head_dim}", given, bytes_moved=moved)
 
 
 # Causal masks have a way of their own in raster order; a tiled one serves the windows.

@@ -15,6 +15,7 @@ from sora_fast.masks import SpacetimeMask
 from sora_fast.models import SoraDiT, SoraDiTConfig
 from sora_fast.ops import (
     Rope3D,
+    RopeTable,
     adaln,
     gated_residual,
     gated_residual_adaln,
@@ -79,6 +80,14 @@ CALLS: dict[str, Callable[[], Any]] = {
     ),
     "qk_norm_rope, plain": lambda: qk_norm_rope(
         x(64, 4, 16), x(64, 4, 16), None, None, LAYOUT, Rope3D(), backend="torch"
+    ),
+    "qk_norm_rope, keys alone": lambda: qk_norm_rope(
+        *(None, x(64, 4, 16), None, x(16), LAYOUT, Rope3D(theta=(1e4, 1e3, 1e2))),
+        **{"norm": "layer", "k_bias": x(16), "positions": x(64, 3).detach(), "backend": "torch"},
+    )[1],
+    "qk_norm_rope, table": lambda: qk_norm_rope(
+        *(x(64, 4, 16), x(64, 4, 16), x(64), x(64), LAYOUT, RopeTable.of_angles(x(64, 4, 8))),
+        **{"norm": "rms_across_heads", "backend": "torch"},
     ),
     "mlp_activation": lambda: mlp_activation(x(64, 32), x(32), "swiglu", backend="torch"),
     "patch_embed": lambda: patch_embed(
