@@ -117,6 +117,15 @@ def without(op: Op, absent: tuple[str, ...], *, tokens: int, names: tuple[str, .
 NORMS = [Norm(kind, *affine) for kind in ("layer", "rms") for affine in product((False, True), repeat=2)]
 
 
+# For forms that differ in a line or two from what `cases` is searched for: no multiples of anything, half precision
+# beside fp32 tables, any layout, a row with many tokens and rows with none.
+FEW = (
+    Case(width=33, layout="permuted"),
+    Case(tokens=70, width=20, rows=1, dtypes=DTYPES[-1]),
+    Case(tokens=40, width=72, rows=5, pattern="unused rows", layout="contiguous", dtypes=DTYPES[1]),
+)
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Any case; small, since the interpreter is slow, but of more than one chunk of the backward walk."""

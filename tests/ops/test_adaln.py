@@ -14,6 +14,7 @@ from sora_fast.packing import RowIndex
 from tests.helpers import examples
 from tests.modulated import (
     DTYPES,
+    FEW,
     NORMS,
     PATTERNS,
     WIDTHS,
@@ -59,14 +60,14 @@ def test_random_cases_match_the_oracle(case: Case, norm: Norm, backend: str, dev
     check(case, norm, device, backend)
 
 
+@pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS, Norm("layer", weight=True)])
 @pytest.mark.parametrize("absent", ABSENT)
 @pytest.mark.parametrize("backend", BACKENDS)
-@examples(6)
-@given(case=cases(), norm=st.sampled_from(NORMS), csr=st.booleans())
 def test_absent_tables_match_the_oracle(
-    case: Case, norm: Norm, csr: bool, backend: str, absent: tuple[str, ...], device: torch.device
+    backend: str, absent: tuple[str, ...], norm: Norm, device: torch.device
 ) -> None:
-    check(case, norm, device, backend, csr=csr, absent=absent)
+    for place, case in enumerate(FEW):
+        check(case, norm, device, backend, csr=place == 0, absent=absent)
 
 
 @pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
@@ -194,8 +195,9 @@ def test_a_weight_and_a_bias_of_fp32_beside_fp64(norm: str) -> None:
     assert torch.equal(mixed, wide)
 
 
-@pytest.mark.parametrize("absent", [(), *ABSENT])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("norm", "absent"), [*((norm, ()) for norm in NORMS), *((AFFINE_RMS, absent) for absent in ABSENT)]
+)
 def test_gradcheck(norm: Norm, absent: tuple[str, ...]) -> None:
     x, *rest, index = arguments(Case(tokens=6, width=4, rows=3), torch.device("cpu"), norm)
     inputs = [tensor.detach().double().requires_grad_() for tensor in (x, *rest[len(absent) :])]

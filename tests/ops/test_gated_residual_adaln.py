@@ -16,6 +16,7 @@ from sora_fast.packing import RowIndex
 from tests.helpers import examples
 from tests.modulated import (
     DTYPES,
+    FEW,
     NORMS,
     PATTERNS,
     WIDTHS,
@@ -70,14 +71,14 @@ def test_random_cases_match_the_oracle(case: Case, norm: Norm, backend: str, dev
     check(case, norm, device, backend)
 
 
+@pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
 @pytest.mark.parametrize("absent", ABSENT)
 @pytest.mark.parametrize("backend", BACKENDS)
-@examples(4)
-@given(case=cases(), norm=st.sampled_from(NORMS), csr=st.booleans())
 def test_absent_tables_match_the_oracle(
-    case: Case, norm: Norm, csr: bool, backend: str, absent: tuple[str, ...], device: torch.device
+    backend: str, absent: tuple[str, ...], norm: Norm, device: torch.device
 ) -> None:
-    check(case, norm, device, backend, csr=csr, absent=absent)
+    for place, case in enumerate(FEW):
+        check(case, norm, device, backend, csr=place == 0, absent=absent)
 
 
 @pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
@@ -154,8 +155,9 @@ def test_without_a_gate_the_branch_is_not_kept(device: torch.device) -> None:
     assert of_tokens == case.tokens * (case.width * 4 + 8)
 
 
-@pytest.mark.parametrize("absent", [(), *ABSENT])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("norm", "absent"), [*((norm, ()) for norm in NORMS), *((AFFINE_RMS, absent) for absent in ABSENT)]
+)
 def test_gradcheck(norm: Norm, absent: tuple[str, ...]) -> None:
     residual, branch, *rest, index = arguments(Case(tokens=6, width=4, rows=3), torch.device("cpu"), norm)
     given = (residual, branch, *rest[len(absent) :])
