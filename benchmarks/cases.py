@@ -37,7 +37,7 @@ from sora_fast.ops import (
     unpatchify,
 )
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents, RowIndex
-from sora_fast.proof.calls import Call
+from sora_fast.proof.calls import Call, adaln_pair_of, form_of
 from sora_fast.proof.cases import schedule
 from sora_fast.schedule import TileSchedule
 
@@ -172,6 +172,35 @@ def modulation_cases(s: Setting) -> Iterator[Case]:
         yield from cases.values()
         yield _with_affine(cases["adaln"], "layer")
         yield _with_affine(cases["gated_residual_adaln"], "rms")
+        yield from _modulation_variants(s, width)
+    yield from _without_tables(s, s.widths[-1])
+
+
+def _modulation_variants(s: Setting, width: int) -> Iterator[Case]:
+    """Forms that have kernels of their own."""
+    cases = modulation(s, width)
+    x, shift, scale, rows = cases["adaln"].args
+    others = [s.random(*table.shape) for table in (shift, scale)]
+    yield Case(
+        adaln_pair_of, f"pair,C{width}", (x, shift, scale, *others, rows), bytes_moved=(3 * x.nbytes, 4 * x.nbytes)
+    )
+    case = cases["gated_residual"]
+    yield replace(case, op=form_of(gated_residual, branch_norm="rms"), label=f"rms branch,{case.label}")
+
+
+def _without_tables(s: Setting, width: int) -> Iterator[Case]:
+    """Forms that leave a table out."""
+    cases = modulation(s, width)
+    for op, label, absent, moved in (
+        (adaln, "no shift", (1,), (2, 3)),
+        (adaln, "norm alone", (1, 2), (2, 3)),
+        (gated_residual, "no gate", (2,), (3, 2)),
+        (gated_residual_adaln, "no gate", (2,), (4, 4)),
+    ):
+        case = cases[op.__name__]
+        args = tuple(argument for place, argument in enumerate(case.args) if place not in absent)
+        moved = tuple(times * args[0].nbytes for times in moved)
+        yield Case(form_of(op, *absent), f"{label},{case.label}", args, bytes_moved=moved)
 
 
 def _with_affine(case: Case, norm: str) -> Case:
@@ -337,8 +366,11 @@ def patch_cases(s: Setting) -> Iterator[Case]:
     for channels, patch_size in ((CHANNELS, PATCH), *OTHER_PATCHES):
         latents, layout = _latents(s, channels, patch_size)
         tokens = s.random(layout.capacity, channels * math.prod(patch_size))
-        moved = (2 * tokens.nbytes, 2 * tokens.nbytes)
-        yield Case(unpatchify, f"K{tokens.shape[1]}", (tokens, layout, patch_size, latents), bytes_moved=moved)
+        args, moved = (tokens, layout, patch_size, latents), (2 * tokens.nbytes, 2 * tokens.nbytes)
+        case = Case(unpatchify, f"K{tokens.shape[1]}", args, bytes_moved=moved)
+        yield case
+        for order in ("cthw", "hwtc") if patch_size == PATCH else ():
+            yield replace(case, label=f"{order},{case.label}", options={"order": order})
 
 
 def _latents(s: Setting, channels: int, patch_size: Grid) -> tuple[RaggedLatents, PackedLayout]:
@@ -374,6 +406,12 @@ def mlp_activation_cases(s: Setting) -> Iterator[Case]:
             x, bias = s.random(tokens, 4 * width), s.random(4 * width)
             moved = (int((1 + kept) * x.nbytes), int((2 + kept) * x.nbytes))
             yield Case(mlp_activation, f"{activation},H{4 * width}", (x, bias, activation), bytes_moved=moved)
+    x, bias = s.random(tokens, 4 * s.widths[-1]), s.random(4 * s.widths[-1])
+    moved = (2 * x.nbytes, 3 * x.nbytes)
+    yield Case(mlp_activation, f"gelu_erf,H{len(bias)}", (x, bias, "gelu_erf"), bytes_moved=moved)
+    moved = (x.nbytes * 3 // 2, x.nbytes * 5 // 2)
+    args, label = (x, bias, "swiglu"), f"swiglu,second,H{len(bias)}"
+    yield Case(mlp_activation, label, args, {"gate": "second"}, bytes_moved=moved)
 
 
 def dit_block_case(s: Setting) -> Case:

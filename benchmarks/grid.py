@@ -27,6 +27,14 @@ OPS = (
     "segment_mean",
 )
 _OF_PATCHES = ("patch_embed", "unpatchify", "linear_unpatchify")
+# Of the ops that may be given less or more than DiT gives them: the first words of the labels in benchmarks/cases.py.
+FORMS: Mapping[str, tuple[str, ...]] = {
+    "adaln": ("no shift", "norm alone", "pair"),
+    "gated_residual": ("no gate", "rms branch"),
+    "gated_residual_adaln": ("no gate",),
+    "mlp_activation": ("gelu_erf", "swiglu,second"),
+    "unpatchify": ("cthw", "hwtc"),
+}
 # What the ops make together; there are no tests and no kernels of their own to it.
 WHOLES = ("dit_block",)
 
@@ -35,7 +43,8 @@ WHOLES = ("dit_block",)
 class Plan:
     """A case to be. pack, mask: names in benchmarks/shapes.py; mask: of attention and schedules only. clean: the first
     frame of every video is given, which only what is modulated feels. order: "raster" in place of the tiled one, which
-    only patches feel: their peers know no other."""
+    only patches feel: their peers know no other. form: what the label of the case in benchmarks/cases.py begins with,
+    of an op that is given other arguments than usual."""
 
     op: str
     model: Model
@@ -43,6 +52,7 @@ class Plan:
     mask: str = ""
     clean: bool = False
     order: str = "tiled"
+    form: str = ""
 
     @property
     def _parts(self) -> tuple[str, ...]:
@@ -51,6 +61,7 @@ class Plan:
         if self.op in ("packed_attention", "qk_norm_rope"):
             return tuple(filter(None, (self.mask, f"D{self.model.head_dim}×{self.model.heads}")))
         special = (["clean first frames"] if self.clean else []) + ([self.order] if self.order != "tiled" else [])
+        special += [self.form] if self.form else []
         return (f"C{self.model.width}", *special)
 
     @property
@@ -94,7 +105,8 @@ class Plan:
             "mlp_activation": cases.mlp_activation_cases,
         }
         family = families.get(self.op, cases.modulation_cases)
-        return next(case for case in family(setting) if case.op.__name__ == self.op)
+        named = (case for case in family(setting) if case.op.__name__ == self.op)
+        return next(case for case in named if case.label.startswith(self.form))
 
 
 def rounds(ops: Sequence[str]) -> list[Plan]:
@@ -167,6 +179,7 @@ def _on_gpu(op: str) -> Iterator[Plan]:
     if op != "packed_attention":
         for size in ("32k", "8k", "128k"):
             yield from (Plan(op, model, f"{size} ragged") for model in MODELS.values())
+            yield from (Plan(op, MODELS["5B"], f"{size} ragged", form=form) for form in FORMS.get(op, ()))
         return
     yield Plan(op, _heads(128), "32k uniform", "full")
     yield from (Plan(op, _heads(128), "115k video", mask) for mask in ("window", "window strided", "full"))
@@ -190,6 +203,7 @@ def _on_cpu(op: str) -> Iterator[Plan]:
     else:
         yield from (Plan(op, small, pack) for pack in ("2k ragged", "8k ragged"))
         yield Plan(op, MODELS["DiT-XL"], "2k ragged")
+        yield from (Plan(op, MODELS["DiT-XL"], "2k ragged", form=form) for form in FORMS.get(op, ()))
         if op in _OF_PATCHES:
             yield from (Plan(op, small, pack, order="raster") for pack in ("2k ragged", "8k ragged"))
             yield Plan(op, MODELS["DiT-XL"], "2k ragged", order="raster")

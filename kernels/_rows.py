@@ -116,6 +116,11 @@ def _fitting_columns(width: int) -> int:
     )
 
 
+def strides(table: Tensor | None) -> tuple[int, ...] | None:
+    """Of a table that may not be there."""
+    return None if table is None else table.stride()
+
+
 @triton.jit
 def load_fp32(pointer, strides, row, column, mask):
     """Elements (row, column) of a strided matrix; zero where `mask` is false, whatever stands there."""
@@ -136,14 +141,16 @@ def row_columns(MAIN: tl.constexpr, REST: tl.constexpr):
 
 @triton.jit
 def load_row(matrix, strides, row, columns, WIDTH: tl.constexpr, real=None):
-    """A row of a strided matrix as it is stored, or some rows [n, 1]; zeros where not `real` [n, 1]."""
-    pointer = matrix + row.to(tl.int64) * strides[0]
+    """A row of a strided matrix as it is stored, or some rows [n, 1]; zeros where not `real` [n, 1]. Nothing if the
+    matrix is None."""
     parts = ()
-    for i in tl.static_range(len(columns)):
-        mask = columns[i] < WIDTH
-        if real is not None:
-            mask = mask & real
-        parts = parts + (tl.load(pointer + columns[i].to(tl.int64) * strides[1], mask=mask, other=0.0),)
+    if matrix is not None:
+        pointer = matrix + row.to(tl.int64) * strides[0]
+        for i in tl.static_range(len(columns)):
+            mask = columns[i] < WIDTH
+            if real is not None:
+                mask = mask & real
+            parts = parts + (tl.load(pointer + columns[i].to(tl.int64) * strides[1], mask=mask, other=0.0),)
     return parts
 
 
@@ -219,6 +226,15 @@ def norm_rows(
 
 
 @triton.jit
+def widened(rows):
+    """In fp32."""
+    parts = ()
+    for i in tl.static_range(len(rows)):
+        parts = parts + (rows[i].to(tl.float32),)
+    return parts
+
+
+@triton.jit
 def only_used(rows, used):
     """Rows [n, c] in fp32, with zeros for those not `used` [n, 1], whatever they hold."""
     parts = ()
@@ -231,7 +247,7 @@ def only_used(rows, used):
 def modulate(normed, weight, bias, shift, scale, used):
     """(normed · weight + bias) · (1 + scale) + shift; zeros where not `used` [n, 1], if shift is zero there.
 
-    weight, bias: (), if the norm has none.
+    weight, bias, shift, scale: (), where there is none.
     """
     rows = ()
     for i in tl.static_range(len(normed)):
@@ -240,7 +256,11 @@ def modulate(normed, weight, bias, shift, scale, used):
             row *= weight[i].to(tl.float32)
         if len(bias) > 0:
             row += tl.where(used, bias[i].to(tl.float32), 0.0)
-        rows = rows + (row * (1.0 + scale[i].to(tl.float32)) + shift[i].to(tl.float32),)
+        if len(scale) > 0:
+            row *= 1.0 + scale[i].to(tl.float32)
+        if len(shift) > 0:
+            row += shift[i].to(tl.float32)
+        rows = rows + (row,)
     return rows
 
 
@@ -258,29 +278,36 @@ def load_normed(
 
 @triton.jit
 def load_factor(scale, scale_strides, weight, row, columns, WIDTH: tl.constexpr):
-    """What a normed row is multiplied by, (1 + scale) · weight: the same for all tokens of a table's row."""
+    """What a normed row is multiplied by, (1 + scale) · weight: the same for all tokens of a table's row. Nothing if
+    there is neither."""
     scales, weights = load_row(scale, scale_strides, row, columns, WIDTH), load_vector(weight, columns, WIDTH)
     factor = ()
-    for i in tl.static_range(len(columns)):
-        part = 1.0 + scales[i].to(tl.float32)
-        if len(weights) > 0:
-            part *= weights[i].to(tl.float32)
-        factor = factor + (part,)
+    if len(scales) > 0:
+        for i in tl.static_range(len(columns)):
+            part = 1.0 + scales[i].to(tl.float32)
+            if len(weights) > 0:
+                part *= weights[i].to(tl.float32)
+            factor = factor + (part,)
+    elif len(weights) > 0:
+        factor = widened(weights)
     return factor
 
 
 @triton.jit
 def norm_again(dy, x, stats, factor, sums):
     """Of a token, from what `norm_rows` and `modulate` took: its normed row, the gradient of that, and `sums`, of dy
-    and of dy · normed, with its own added. stats: its mean and 1/std."""
+    and of dy · normed, with its own added. stats: its mean and 1/std. factor: of `load_factor`. A sum that is () stays
+    so: nobody asks for it."""
     normed, d_normed, shift, scale = (), (), (), ()
     for i in tl.static_range(len(x)):
         gradient = dy[i].to(tl.float32)
         part = (x[i].to(tl.float32) - stats[0]) * stats[1]
         normed = normed + (part,)
-        d_normed = d_normed + (gradient * factor[i],)
-        shift = shift + (sums[0][i] + gradient,)
-        scale = scale + (sums[1][i] + gradient * part,)
+        d_normed = d_normed + (gradient * factor[i] if len(factor) > 0 else gradient,)
+        if len(sums[0]) > 0:
+            shift = shift + (sums[0][i] + gradient,)
+        if len(sums[1]) > 0:
+            scale = scale + (sums[1][i] + gradient * part,)
     return normed, d_normed, (shift, scale)
 
 
@@ -336,18 +363,20 @@ def store_zeros(matrix, order, begin, end, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def zero_row(columns):
-    """Zeros in fp32."""
+def zero_row(columns, ASKED: tl.constexpr = True):
+    """Zeros in fp32; nothing if nobody asks for what they would add up."""
     parts = ()
-    for i in tl.static_range(len(columns)):
-        parts = parts + (tl.zeros(columns[i].shape, tl.float32),)
+    if ASKED:
+        for i in tl.static_range(len(columns)):
+            parts = parts + (tl.zeros(columns[i].shape, tl.float32),)
     return parts
 
 
 class Sums(NamedTuple):
     """Where the sums over the tokens of a row go.
 
-    tables: [tables, M, C], gradients of the op's tables; if it has a norm, those of its shift and scale come last.
+    tables: [tables, M, C], gradients of the op's tables, of those that are asked for; if it has an affine norm, those
+        of its shift and scale come last, and are both there.
     parts: [2 · chunks, tables, C] fp32, slots of the rows that no single chunk holds.
     terms: [M, 2, C] fp32, of which the gradients of the norm's weight and bias are the sums; [0, 2, C] if it has none.
     """
@@ -357,13 +386,18 @@ class Sums(NamedTuple):
     terms: Tensor
 
     @staticmethod
-    def empty(table: Tensor, count: int, tokens: int, *, affine: bool = False) -> "Sums":
-        """Of `tokens` tokens, for `count` tables like `table` [M, C]. affine: the norm has a weight or a bias."""
-        rows, width = table.shape
+    def empty(
+        x: Tensor, count: int, rows: int, tokens: int, *, dtype: torch.dtype | None = None, affine: bool = False
+    ) -> "Sums | None":
+        """Over so many tokens, for `count` tables of so many rows, as wide as `x` [.., C] and where it is; None for no
+        table. dtype: the tables'; None: that of x. affine: the norm has a weight or a bias."""
+        if not count:
+            return None
+        width = x.shape[1]
         return Sums(
-            table.new_empty(count, rows, width),
-            table.new_empty(2 * cdiv(tokens, CHUNK), count, width, dtype=torch.float32),
-            table.new_empty(rows * affine, 2, width, dtype=torch.float32),
+            x.new_empty(count, rows, width, dtype=dtype),
+            x.new_empty(2 * cdiv(tokens, CHUNK), count, width, dtype=torch.float32),
+            x.new_empty(rows * affine, 2, width, dtype=torch.float32),
         )
 
 
@@ -372,11 +406,13 @@ def store_sums(
     sums, values, scale, scale_strides, weight, bias, offsets, row, rows, columns,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Store what this chunk has added up for a row: `values`, a row a table. sums None: nobody asked for it.
+    """Store what this chunk has added up for a row: `values`, a row a table, () for one that nobody asks for. sums
+    None: for all of them.
 
-    scale, weight, bias: of the norm whose tables come last, if the op has one.
+    scale, weight, bias: of the norm whose tables come last, if the op has one; each may be None.
     """
     if sums is not None:
+        values = _asked(values)
         TABLES: tl.constexpr = len(values)
         chunk = tl.program_id(0)
         begin, end = tl.load(offsets + row), tl.load(offsets + row + 1)
@@ -397,6 +433,16 @@ def store_sums(
 
 
 @triton.jit
+def _asked(rows):
+    """Those of a tuple of rows that are not ()."""
+    found = ()
+    for i in tl.static_range(len(rows)):
+        if len(rows[i]) > 0:
+            found = found + (rows[i],)
+    return found
+
+
+@triton.jit
 def _is_cut(begin, end, CHUNK: tl.constexpr):
     """True if tokens begin … end of a row lie in more chunks than one. (Of no tokens: false.)"""
     return (end > begin) & (begin // CHUNK != (end - 1) // CHUNK)
@@ -406,7 +452,9 @@ def _is_cut(begin, end, CHUNK: tl.constexpr):
 def _scale_sum(sums, shift, total, scale, scale_strides, weight, bias, row, column, WIDTH: tl.constexpr):
     """The gradient of a row's scale from Σ dy, `shift`, and Σ dy · normed, `total`. Stores the row's terms."""
     inside = column < WIDTH
-    factor = 1.0 + load_fp32(scale, scale_strides, row, column, inside)
+    factor = 1.0
+    if scale is not None:
+        factor += load_fp32(scale, scale_strides, row, column, inside)
     place = sums.terms + row.to(tl.int64) * 2 * WIDTH + column
     tl.store(place, factor * total, mask=inside)
     tl.store(place + WIDTH, factor * shift, mask=inside)
@@ -426,19 +474,19 @@ def _store_table(sums, table, row, rows, column, mask, value, WIDTH: tl.constexp
 def fold(
     sums: Sums | None,
     offsets: Tensor,
-    table: Tensor,
+    x: Tensor,
     *,
+    scale: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Finish what the chunks have left: the tables' gradients, [tables, M, C] in the dtype of `table`, zeros for rows
-    without a token.
+    """Finish what the chunks have left: the gradients of the tables, [tables, M, C], zeros for rows without a token.
 
-    weight, bias: of a norm, whose scale `table` must then be. Their gradients, [2, C] fp32, come second; else [0, C].
-    sums None, which nobody asked for: [0, M, C] and [0, C].
+    scale, weight, bias: of a norm. The gradients of the last two, [2, C] fp32, come second; [0, C] if it has neither.
+    sums None, which nobody asked for: [0, M, C] and [0, C], where `x` [N, C] is.
     """
     if sums is None:
-        return table.new_empty(0, *table.shape), table.new_empty(0, table.shape[1], dtype=torch.float32)
+        return x.new_empty(0, offsets.shape[0] - 1, x.shape[1]), x.new_empty(0, x.shape[1], dtype=torch.float32)
     tables, rows, width = sums.tables.shape
     # 256 groups of rows are programs enough. Where rows are many, few of them are cut, and a program that finds none in
     # a group of 128 is soon done.
@@ -447,7 +495,7 @@ def fold(
     # table with few rows are few, so each must keep many bytes in flight.
     grid = (cdiv(rows, group), cdiv(width, 64), tables)
     meta = {"WIDTH": width, "CHUNK": CHUNK, "ROWS": group, "BLOCK_S": 32, "BLOCK_C": 64, "num_warps": 4}
-    launch(fold_rows_kernel, grid, offsets, sums, table, table.stride(), weight, bias, rows, **meta)
+    launch(fold_rows_kernel, grid, offsets, sums, scale, strides(scale), weight, bias, rows, **meta)
     return sums.tables, _fold.fold(sums.terms) if len(sums.terms) else sums.terms[:, 0]
 
 

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sora_fast.kernels._adaln_pair import adaln_pair_backward as adaln_pair_backward
+from sora_fast.kernels._adaln_pair import adaln_pair_forward as adaln_pair_forward
 from sora_fast.kernels._launch import cdiv, launch
 from sora_fast.kernels._rows import (
     CHUNK,
@@ -26,6 +28,7 @@ from sora_fast.kernels._rows import (
     store_row,
     store_sums,
     store_zeros,
+    strides,
     walk,
     zero_row,
 )
@@ -33,8 +36,8 @@ from sora_fast.kernels._rows import (
 
 def adaln_forward(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     index: Tensor,
@@ -53,7 +56,7 @@ def adaln_forward(
         adaln_forward_kernel,
         (tokens,),
         *(x, shift, scale, weight, bias, index, y, stats, tokens),
-        *(x.stride(), shift.stride(), scale.stride()),
+        *(x.stride(), strides(shift), strides(scale)),
         **{"WIDTH": width, "EPS": eps, "CENTRED": centred},
         **RowBlock.forward(width).meta,
     )
@@ -63,7 +66,7 @@ def adaln_forward(
 def adaln_backward(
     dy: Tensor,
     x: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     stats: Tensor,
@@ -72,26 +75,29 @@ def adaln_backward(
     order: Tensor,
     *,
     centred: bool,
-    sums: bool,
+    asked: tuple[bool, bool],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d_x [N, C], d_shift and d_scale as [2, M, C] in the tables' dtype, and d_weight and d_bias as [2, C] fp32.
+    """d_x [N, C], d_shift and d_scale as [2, M, C] in `dtype`, and d_weight and d_bias as [2, C] fp32.
 
-    offsets [M+1], order [N]: the tokens sorted by row, with padding past offsets[M]. Without weight and bias, [0, C] in
-    place of their gradients; sums: False: [0, M, C] and [0, C] in place of all but d_x.
+    offsets [M+1], order [N]: the tokens sorted by row, with padding past offsets[M]. asked: whether anybody wants
+    d_shift, and d_scale; of an affine norm both or none. What is not wanted is not there: [1, M, C] or [0, M, C].
+    Without weight and bias, or if nothing is asked for, [0, C] in place of their gradients.
     """
     tokens, width = x.shape
-    rows = scale.shape[0]
+    rows = offsets.shape[0] - 1
     dx = x.new_empty(tokens, width)
-    asked = Sums.empty(scale, 2, tokens, affine=not (weight is None and bias is None)) if sums else None
+    sums = Sums.empty(x, sum(asked), rows, tokens, dtype=dtype, affine=not (weight is None and bias is None))
     launch(
         adaln_backward_kernel,
         (cdiv(tokens, CHUNK),),
-        *(dy, x, scale, weight, bias, stats, index, offsets, order, dx, asked, tokens, rows),
-        *(dy.stride(), x.stride(), scale.stride()),
+        *(dy, x, scale, weight, bias, stats, index, offsets, order, dx, sums, tokens, rows),
+        *(dy.stride(), x.stride(), strides(scale)),
         **{"WIDTH": width, "CENTRED": centred, "CHUNK": CHUNK, "maxnreg": MOST_REGISTERS},
+        **{"SHIFT": asked[0], "SCALE": asked[1]},
         **RowBlock.backward(width).meta,
     )
-    return dx, *fold(asked, offsets, scale, weight=weight, bias=bias)
+    return dx, *fold(sums, offsets, x, scale=scale, weight=weight, bias=bias)
 
 
 @triton.jit
@@ -118,7 +124,7 @@ def adaln_forward_kernel(
 def adaln_backward_kernel(
     dy, x, scale, weight, bias, stats, index, offsets, order, dx, sums, tokens, rows,
     dy_strides, x_strides, scale_strides,
-    WIDTH: tl.constexpr, CENTRED: tl.constexpr, CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr, CENTRED: tl.constexpr, CHUNK: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     columns = row_columns(MAIN, REST)
@@ -129,7 +135,7 @@ def adaln_backward_kernel(
     while position < middle:
         row, stop = run_of(index, offsets, token, position, middle)
         factor = load_factor(scale, scale_strides, weight, row, columns, WIDTH)
-        totals = zero_row(columns), zero_row(columns)
+        totals = zero_row(columns, SHIFT), zero_row(columns, SCALE)
         while position < stop:
             gradient, values, moments = ahead
             ahead = load_normed(dy, dy_strides, x, x_strides, stats, following, tokens, columns, WIDTH, CENTRED)

@@ -4,11 +4,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sora_fast.kernels._gated_norm import gated_norm_backward as gated_norm_backward
+from sora_fast.kernels._gated_norm import gated_norm_forward as gated_norm_forward
 from sora_fast.kernels._launch import cdiv, launch
-from sora_fast.kernels._rows import CHUNK, RowBlock, Sums, fold, load_fp32, run_of, store_sums, store_zeros, walk
+from sora_fast.kernels._rows import (
+    CHUNK,
+    RowBlock,
+    Sums,
+    fold,
+    load_fp32,
+    run_of,
+    store_sums,
+    store_zeros,
+    strides,
+    walk,
+)
 
 
-def gated_residual_forward(residual: Tensor, branch: Tensor, gate: Tensor, index: Tensor) -> Tensor:
+def gated_residual_forward(residual: Tensor, branch: Tensor, gate: Tensor | None, index: Tensor) -> Tensor:
     """The output [N, C]. Any strides."""
     tokens, width = residual.shape
     out = residual.new_empty(tokens, width)
@@ -17,7 +30,7 @@ def gated_residual_forward(residual: Tensor, branch: Tensor, gate: Tensor, index
         gated_residual_forward_kernel,
         (cdiv(tokens, block.tokens), cdiv(width, block.columns)),
         *(residual, branch, gate, index, out, tokens),
-        *(residual.stride(), branch.stride(), gate.stride()),
+        *(residual.stride(), branch.stride(), strides(gate)),
         **{"WIDTH": width, "BLOCK_N": block.tokens, "BLOCK_C": block.columns},
         num_warps=block.num_warps,
     )
@@ -33,10 +46,10 @@ def gated_residual_backward(
     of d_gate, and the branch is not read.
     """
     tokens, width = branch.shape
-    rows = gate.shape[0]
+    rows = offsets.shape[0] - 1
     # d_residual is d_out but for the padding, which may hold anything there and must be zero here.
     d_residual, d_branch = d_out.new_empty(tokens, width), branch.new_empty(tokens, width)
-    sums = Sums.empty(gate, 1, tokens) if tables else None
+    sums = Sums.empty(gate, int(tables), rows, tokens)
     block = RowBlock.pointwise_backward(width)
     launch(
         gated_residual_backward_kernel,
@@ -71,8 +84,11 @@ def gated_residual_forward_kernel(
     inside = column < WIDTH
     used = inside & (row >= 0)[:, None]
     result = load_fp32(residual, residual_strides, token[:, None], column, used)
-    factor = load_fp32(gate, gate_strides, row[:, None], column, used)
-    result += factor * load_fp32(branch, branch_strides, token[:, None], column, used)
+    if gate is not None:
+        factor = load_fp32(gate, gate_strides, row[:, None], column, used)
+        result += factor * load_fp32(branch, branch_strides, token[:, None], column, used)
+    else:
+        result += load_fp32(branch, branch_strides, token[:, None], column, used)
     tl.store(out + token.to(tl.int64)[:, None] * WIDTH + column, result, mask=inside & exists[:, None])
 
 

@@ -3,6 +3,7 @@
 # ruff: noqa: RUF005 (Triton adds tuples and does not unpack them)
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,23 +39,37 @@ class MlpActivationConfig:
         return self.loads // (1 + gated)
 
 
-def mlp_activation_forward(x: Tensor, bias: Tensor | None, *, gated: bool) -> Tensor:
-    """x [N, H] of any strides, bias [H] → tanh-GELU of x + bias, [N, H]; gated: SwiGLU of its halves, [N, H / 2]."""
+class Form(NamedTuple):
+    """What is computed: SwiGLU (gated) or GELU. erf: by the error function, not tanh. last: the second half is the one
+    that gates, not the first."""
+
+    gated: bool
+    erf: bool = False
+    last: bool = False
+
+    def meta(self, width: int) -> dict[str, Any]:
+        """Constants of a kernel for so many columns of output."""
+        return {"WIDTH": width, "GATED": self.gated, "ERF": self.erf, "GATE": width * self.last}
+
+
+def mlp_activation_forward(x: Tensor, bias: Tensor | None, form: Form) -> Tensor:
+    """x [N, H] of any strides, bias [H] → GELU of x + bias, [N, H], or SwiGLU of its halves, [N, H / 2]."""
     config = MlpActivationConfig()
-    tokens, width = x.shape[0], x.shape[1] // (1 + gated)
+    tokens, width = x.shape[0], x.shape[1] // (1 + form.gated)
     out = x.new_empty(tokens, width)
-    columns, rows = config.columns_for(width), config.rows_for(gated)
+    columns, rows = config.columns_for(width), config.rows_for(form.gated)
     launch(
         *(mlp_activation_forward_kernel, (cdiv(tokens, rows), cdiv(width, columns))),
         *(x, bias, out, tokens, x.stride(), 0 if bias is None else bias.stride(0)),
-        **{"WIDTH": width, "GATED": gated, "ROWS": rows, "BLOCK_C": columns},
+        **form.meta(width),
+        **{"ROWS": rows, "BLOCK_C": columns},
         num_warps=config.num_warps,
     )
     return out
 
 
 def mlp_activation_backward(
-    d_out: Tensor, x: Tensor, bias: Tensor | None, *, gated: bool, bias_gradient: bool
+    d_out: Tensor, x: Tensor, bias: Tensor | None, form: Form, *, bias_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x [N, H], contiguous, and of the bias [H] fp32, or [0] where nobody asks for it."""
     config = MlpActivationConfig()
@@ -62,11 +77,12 @@ def mlp_activation_backward(
     d_x = x.new_empty(x.shape)
     chunks = cdiv(tokens, config.chunk)
     partials = torch.empty(chunks, x.shape[1], dtype=torch.float32, device=x.device) if bias_gradient else None
-    columns, rows = config.columns_for(width), config.rows_for(gated)
+    columns, rows = config.columns_for(width), config.rows_for(form.gated)
     launch(
         *(mlp_activation_backward_kernel, (chunks, cdiv(width, columns)), d_out, x, bias, d_x, partials, tokens),
         *(d_out.stride(), x.stride(), 0 if bias is None else bias.stride(0)),
-        **{"WIDTH": width, "GATED": gated, "ROWS": rows, "BLOCK_C": columns, "CHUNK": config.chunk},
+        **form.meta(width),
+        **{"ROWS": rows, "BLOCK_C": columns, "CHUNK": config.chunk},
         num_warps=config.num_warps,
     )
     return d_x, x.new_empty(0, dtype=torch.float32) if partials is None else fold(partials)
@@ -75,16 +91,17 @@ def mlp_activation_backward(
 @triton.jit
 def mlp_activation_forward_kernel(
     x, bias, out, tokens, x_strides, bias_stride,
-    WIDTH: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr, GATED: tl.constexpr, ERF: tl.constexpr, GATE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * ROWS
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < WIDTH
-    rows = _load(x, x_strides, first, tokens, column, inside, WIDTH, GATED, ROWS)
-    biases = _load_bias(bias, bias_stride, column, inside, WIDTH, GATED)
+    rows = _load(x, x_strides, first, tokens, column, inside, WIDTH, GATED, GATE, ROWS)
+    biases = _load_bias(bias, bias_stride, column, inside, WIDTH, GATED, GATE)
     for i in tl.static_range(ROWS):
         u = rows[i][0].to(tl.float32) + biases[0]
-        result = u * (tl.sigmoid(u) if GATED else _gelu_gate(u)[0])
+        result = u * (tl.sigmoid(u) if GATED else _gelu_gate(u, ERF)[0])
         if GATED:
             result *= rows[i][1].to(tl.float32) + biases[1]
         token = first + i
@@ -94,17 +111,18 @@ def mlp_activation_forward_kernel(
 @triton.jit
 def mlp_activation_backward_kernel(
     d_out, x, bias, d_x, partials, tokens, d_out_strides, x_strides, bias_stride,
-    WIDTH: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr, GATED: tl.constexpr, ERF: tl.constexpr, GATE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     H: tl.constexpr = 2 * WIDTH if GATED else WIDTH
     chunk = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < WIDTH
-    biases = _load_bias(bias, bias_stride, column, inside, WIDTH, GATED)
+    biases = _load_bias(bias, bias_stride, column, inside, WIDTH, GATED, GATE)
     total, total_value = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
     for first in range(chunk * CHUNK, tl.minimum(tokens, (chunk + 1) * CHUNK), ROWS):
-        gradients = _load(d_out, d_out_strides, first, tokens, column, inside, WIDTH, False, ROWS)
-        rows = _load(x, x_strides, first, tokens, column, inside, WIDTH, GATED, ROWS)
+        gradients = _load(d_out, d_out_strides, first, tokens, column, inside, WIDTH, False, 0, ROWS)
+        rows = _load(x, x_strides, first, tokens, column, inside, WIDTH, GATED, GATE, ROWS)
         for i in tl.static_range(ROWS):
             token = first + i
             # A row past the last is read as zeros, and the gradients of zeros are zeros.
@@ -114,58 +132,64 @@ def mlp_activation_backward_kernel(
             if GATED:
                 gate = tl.sigmoid(u)
                 d_value = gradient * u * gate
-                tl.store(written + WIDTH, d_value, mask=exists)
+                tl.store(written + (WIDTH - GATE), d_value, mask=exists)
                 total_value += d_value
                 d_u = gradient * (rows[i][1].to(tl.float32) + biases[1]) * (gate + u * gate * (1.0 - gate))
             else:
-                gate, slope = _gelu_gate(u)
+                gate, slope = _gelu_gate(u, ERF)
                 d_u = gradient * (gate + slope)
-            tl.store(written, d_u, mask=exists)
+            tl.store(written + GATE, d_u, mask=exists)
             total += d_u
     if partials is not None:
         place = partials + chunk.to(tl.int64) * H + column
-        tl.store(place, total, mask=inside)
+        tl.store(place + GATE, total, mask=inside)
         if GATED:
-            tl.store(place + WIDTH, total_value, mask=inside)
+            tl.store(place + (WIDTH - GATE), total_value, mask=inside)
 
 
 @triton.jit
 def _load(
-    x, strides, first, tokens, column, inside, WIDTH: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr
+    x, strides, first, tokens, column, inside,
+    WIDTH: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of each of ROWS tokens from `first` on, as stored: its columns, and (GATED) those of its second half. Zeros for
-    tokens past the last. All are on their way before the first is used."""
+    """Of each of ROWS tokens from `first` on, as stored: its columns from GATE on, and (GATED) those of the other half.
+    Zeros for tokens past the last. All are on their way before the first is used."""
     rows = ()
     for i in tl.static_range(ROWS):
         token = first + i
         place = x + token.to(tl.int64) * strides[0] + column.to(tl.int64) * strides[1]
         exists = inside & (token < tokens)
-        row = (tl.load(place, mask=exists, other=0.0),)
+        row = (tl.load(place + GATE * tl.cast(strides[1], tl.int64), mask=exists, other=0.0),)
         if GATED:
-            row = row + (tl.load(place + WIDTH * tl.cast(strides[1], tl.int64), mask=exists, other=0.0),)
+            row = row + (tl.load(place + (WIDTH - GATE) * tl.cast(strides[1], tl.int64), mask=exists, other=0.0),)
         rows = rows + (row,)
     return rows
 
 
 @triton.jit
-def _load_bias(bias, stride, column, inside, WIDTH: tl.constexpr, GATED: tl.constexpr):
-    """In fp32, of the columns and (GATED) of the second half; zeros without a bias."""
+def _load_bias(bias, stride, column, inside, WIDTH: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr):
+    """In fp32, of the columns from GATE on and (GATED) of the other half; zeros without a bias."""
     if bias is None:
         return tl.zeros(column.shape, tl.float32), tl.zeros(column.shape, tl.float32)
     else:
         place = bias + column.to(tl.int64) * stride
-        first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        first = tl.load(place + GATE * tl.cast(stride, tl.int64), mask=inside, other=0.0).to(tl.float32)
         second = first
         if GATED:
-            second = tl.load(place + WIDTH * tl.cast(stride, tl.int64), mask=inside, other=0.0).to(tl.float32)
+            second = tl.load(place + (WIDTH - GATE) * tl.cast(stride, tl.int64), mask=inside, other=0.0).to(tl.float32)
         return first, second
 
 
 @triton.jit
-def _gelu_gate(u):
-    """g = (1 + tanh v) / 2 = sigmoid 2v with v = √(2/π) (u + 0.044715 u³), and u · g'(u)."""
-    # Past 16, g is 0 or 1 in fp32 and its slope 0; the cube of a larger number might overflow.
-    u = tl.minimum(tl.maximum(u, -16.0), 16.0)
-    square = 0.044715 * u * u
-    gate = tl.sigmoid(1.5957691216057308 * u * (1.0 + square))
-    return gate, 1.5957691216057308 * u * (1.0 + 3.0 * square) * gate * (1.0 - gate)
+def _gelu_gate(u, ERF: tl.constexpr):
+    """g and u · g'(u), where g = Φ(u), of the normal distribution. Not ERF: g = (1 + tanh v) / 2 = sigmoid 2v in its
+    place, with v = √(2/π) (u + 0.044715 u³)."""
+    if ERF:
+        # Of the largest numbers the square is infinite, and its exponential 0.
+        return 0.5 + 0.5 * tl.erf(0.7071067811865476 * u), 0.3989422804014327 * u * tl.exp(-0.5 * u * u)
+    else:
+        # Past 16, g is 0 or 1 in fp32 and its slope 0; the cube of a larger number might overflow.
+        u = tl.minimum(tl.maximum(u, -16.0), 16.0)
+        square = 0.044715 * u * u
+        gate = tl.sigmoid(1.5957691216057308 * u * (1.0 + square))
+        return gate, 1.5957691216057308 * u * (1.0 + 3.0 * square) * gate * (1.0 - gate)

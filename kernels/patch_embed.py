@@ -149,17 +149,17 @@ def table_gradient(grad: Tensor, index: Tensor, offsets: Tensor, order: Tensor) 
     offsets [L+1], order [A·N]: the same, sorted by row.
     """
     num_tokens, width = grad.shape
-    table = grad.new_empty(len(offsets) - 1, width)
-    sums = _rows.Sums.empty(table, 1, len(index))
+    rows = offsets.shape[0] - 1
+    sums = _rows.Sums.empty(grad, 1, rows, len(index))
     block = _rows.RowBlock.pointwise_backward(width)
     launch(
         patch_embed_table_gradient_kernel,
         (cdiv(len(index), _rows.CHUNK), cdiv(width, block.columns)),
-        *(grad, index, offsets, order, sums, num_tokens, len(index), len(table), grad.stride()),
+        *(grad, index, offsets, order, sums, num_tokens, len(index), rows, grad.stride()),
         **{"WIDTH": width, "BLOCK_C": block.columns, "CHUNK": _rows.CHUNK},
         num_warps=block.num_warps,
     )
-    return _rows.fold(sums, offsets, table)[0][0]
+    return _rows.fold(sums, offsets, grad)[0][0]
 
 
 @triton.jit

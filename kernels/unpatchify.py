@@ -28,24 +28,25 @@ class UnpatchifyConfig:
     num_warps: int = 8
 
 
-def scatter(tokens: Tensor, patches: Patches, capacity: int) -> Tensor:
-    """tokens [N, pt·ph·pw·C], rows laid out (pt, ph, pw, C), any strides → flat [capacity]; zeros elsewhere."""
+def scatter(tokens: Tensor, patches: Patches, capacity: int, order: str) -> Tensor:
+    """tokens [N, pt·ph·pw·C], any strides, rows laid out in `order`: "thwc", (pt, ph, pw, C), "cthw" or "hwtc" → flat
+    [capacity]; zeros elsewhere."""
     flat = tokens.new_zeros(capacity)
-    _launch(unpatchify_scatter_kernel, tokens, flat, patches)
+    _launch(unpatchify_scatter_kernel, tokens, flat, patches, order)
     return flat
 
 
-def gather(flat: Tensor, patches: Patches, num_pixels: int) -> Tensor:
+def gather(flat: Tensor, patches: Patches, num_pixels: int, order: str) -> Tensor:
     """The transpose of `scatter`: flat [capacity], any stride → [N, num_pixels]; zeros where there is no pixel."""
     tokens = torch.empty(patches.num_tokens, num_pixels, dtype=flat.dtype, device=flat.device)
-    _launch(unpatchify_gather_kernel, tokens, flat, patches)
+    _launch(unpatchify_gather_kernel, tokens, flat, patches, order)
     return tokens
 
 
-def _launch(kernel: Any, tokens: Tensor, flat: Tensor, patches: Patches) -> None:
+def _launch(kernel: Any, tokens: Tensor, flat: Tensor, patches: Patches, order: str) -> None:
     grid, meta = _planned(patches.form(flat), patches.num_tokens, tokens.shape[1])
     places = (flat, flat.stride(0), flat.numel(), *patches.args)
-    launch(kernel, grid, tokens, *tokens.stride(), *places, **meta)
+    launch(kernel, grid, tokens, *tokens.stride(), *places, ORDER=order, **meta)
 
 
 @lru_cache
@@ -68,10 +69,10 @@ def unpatchify_scatter_kernel(
     tokens, token_stride, pixel_stride, flat, flat_stride, capacity,
     offsets, shapes, segment_ids, coords, num_tokens,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr, ORDER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    n, columns, real, runs = _block(PT, PH, PW, CHANNELS, BLOCK_N, BLOCK_C, BLOCK_Q, BLOCK_W)
+    n, columns, real, runs = _block(PT, PH, PW, CHANNELS, ORDER, BLOCK_N, BLOCK_C, BLOCK_Q, BLOCK_W)
     origins = patch_origins(n, offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE, VECTOR)
     place = tokens + n.to(tl.int64)[:, None, None, None] * token_stride + columns * pixel_stride
     rows = tl.load(place, mask=origins[7][:, None, None, None] & real, other=0.0)
@@ -84,10 +85,10 @@ def unpatchify_gather_kernel(
     tokens, token_stride, pixel_stride, flat, flat_stride, capacity,
     offsets, shapes, segment_ids, coords, num_tokens,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr, ORDER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    n, columns, real, runs = _block(PT, PH, PW, CHANNELS, BLOCK_N, BLOCK_C, BLOCK_Q, BLOCK_W)
+    n, columns, real, runs = _block(PT, PH, PW, CHANNELS, ORDER, BLOCK_N, BLOCK_C, BLOCK_Q, BLOCK_W)
     origins = patch_origins(n, offsets, shapes, segment_ids, coords, num_tokens, PT, PH, PW, WIDE, VECTOR)
     pixels = load_pixels(flat, flat_stride, capacity, origins, runs, PW, VECTOR, BLOCK_W)
     rows = tl.permute(tl.reshape(pixels, [BLOCK_C, BLOCK_Q, BLOCK_N, BLOCK_W]), (2, 1, 3, 0))
@@ -97,7 +98,7 @@ def unpatchify_gather_kernel(
 
 @triton.jit
 def _block(
-    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, CHANNELS: tl.constexpr,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, CHANNELS: tl.constexpr, ORDER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """What this program moves: tokens [n]; columns of their rows [1, q, w, c], and which exist; the same as runs
@@ -112,7 +113,12 @@ def _block(
     q = (first_q + tl.arange(0, BLOCK_Q))[None, :, None, None]
     w = q % PIECES * BLOCK_W + tl.arange(0, BLOCK_W)[None, None, :, None]
     c = (first_c + tl.arange(0, BLOCK_C))[None, None, None, :]
-    columns = (q // PIECES * PW + w) * CHANNELS + c
+    if ORDER == "thwc":
+        columns = (q // PIECES * PW + w) * CHANNELS + c
+    elif ORDER == "cthw":
+        columns = c * (PT * PH * PW) + (q // PIECES * PW + w)
+    else:
+        columns = ((q // PIECES % PH * PW + w) * PT + q // PIECES // PH) * CHANNELS + c
     real = (q < RUNS) & (w < PW) & (c < CHANNELS)
     block = tl.arange(0, BLOCK_C * BLOCK_Q)
     channel, run = first_c + block // BLOCK_Q, first_q + block % BLOCK_Q

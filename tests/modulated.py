@@ -63,7 +63,7 @@ class Case:
     def tensors(self, rows: int, count: int, dtype: torch.dtype) -> list[Tensor]:
         """`count` random [rows, width], laid out as the case says; sliced ones are chunks of one tensor."""
         width = self.width
-        values = torch.randn(rows, count * width, dtype=torch.float64).to(dtype).chunk(count, dim=1)
+        values = torch.randn(rows, count * width, dtype=torch.float64).to(dtype).split(width, dim=1)[:count]
         if self.layout == "permuted":
             return [value.t().contiguous().t() for value in values]
         return [value.contiguous() if self.layout == "contiguous" else value for value in values]
@@ -102,7 +102,28 @@ class Norm:
         return run
 
 
+def without(op: Op, absent: tuple[str, ...], *, tokens: int, names: tuple[str, ...]) -> Op:
+    """`op` that takes no table of `absent`, and is given None for it. names: its tables, which come after so many
+    tensors of tokens; a formula is an op, too."""
+
+    def run(*args: Any, **options: Any) -> Tensor | tuple[Tensor, ...]:
+        rest = iter(args[tokens:])
+        tables = [None if name in absent else next(rest) for name in names]
+        return op(*args[:tokens], *tables, *rest, **options)
+
+    return run
+
+
 NORMS = [Norm(kind, *affine) for kind in ("layer", "rms") for affine in product((False, True), repeat=2)]
+
+
+# For forms that differ in a line or two from what `cases` is searched for: no multiples of anything, half precision
+# beside fp32 tables, any layout, a row with many tokens and rows with none.
+FEW = (
+    Case(width=33, layout="permuted"),
+    Case(tokens=70, width=20, rows=1, dtypes=DTYPES[-1]),
+    Case(tokens=40, width=72, rows=5, pattern="unused rows", layout="contiguous", dtypes=DTYPES[1]),
+)
 
 
 @st.composite

@@ -23,4 +23,13 @@ def _written_out(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
         gate, value = (x + bias).chunk(2, dim=1)
         return F.silu(gate) * value
 
-    return swiglu if case.args[2] == "swiglu" else lambda x, bias: F.gelu(x + bias, approximate="tanh")
+    def swiglu_second(x: Tensor, bias: Tensor) -> Tensor:
+        value, gate = (x + bias).chunk(2, dim=1)
+        return value * F.silu(gate)
+
+    def gelu(x: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(x + bias, approximate="none" if case.args[2] == "gelu_erf" else "tanh")
+
+    if case.args[2] != "swiglu":
+        return gelu
+    return swiglu_second if case.options.get("gate") == "second" else swiglu

@@ -36,17 +36,21 @@ def embed(case: Case, compete: Callable[..., Entrant] = Entrant.peer) -> Entrant
 
 def assemble(case: Case, compete: Callable[..., Entrant] = Entrant.peer) -> Entrant:
     """One permutation a video."""
-    _, layout, (pt, ph, pw), _ = case.args
+    _, layout, patch_size, _ = case.args
     grids = layout.grids.tolist()
     lengths = [t * h * w for t, h, w in grids]
+    sizes = dict(zip("thw", patch_size, strict=True))
+    order = case.options.get("order", "thwc")
+    patch = [sizes.get(axis, -1) for axis in order]
+    c, pt, ph, pw = (3 + order.index(axis) for axis in "cthw")
 
     def run(tokens: Tensor) -> Tensor:
         parts = zip(tokens.split(lengths), grids, strict=True)
-        boxes = (part.view(*grid, pt, ph, pw, -1) for part, grid in parts)
-        return torch.cat([box.permute(6, 0, 3, 1, 4, 2, 5).flatten() for box in boxes])
+        boxes = (part.view(*grid, *patch) for part, grid in parts)
+        return torch.cat([box.permute(c, 0, pt, 1, ph, 2, pw).flatten() for box in boxes])
 
-    order = Raster.of(layout)
-    return compete(case, run, pack=order.pack, unpack=order.unpack)
+    raster = Raster.of(layout)
+    return compete(case, run, pack=raster.pack, unpack=raster.unpack)
 
 
 def product_then_assemble(case: Case, compete: Callable[..., Entrant] = Entrant.peer) -> Entrant:

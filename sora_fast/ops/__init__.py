@@ -2,6 +2,7 @@
 
 from sora_fast.ops._schedule import filler
 from sora_fast.ops.adaln import adaln
+from sora_fast.ops.adaln_pair import adaln_pair
 from sora_fast.ops.gated_residual import gated_residual
 from sora_fast.ops.gated_residual_adaln import gated_residual_adaln
 from sora_fast.ops.linear_unpatchify import linear_unpatchify
@@ -18,6 +19,7 @@ __all__ = [
     "Rope3D",
     "RopeTable",
     "adaln",
+    "adaln_pair",
     "gated_residual",
     "gated_residual_adaln",
     "linear_unpatchify",

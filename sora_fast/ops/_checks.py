@@ -96,10 +96,11 @@ def check_device(name: str, tensor: Tensor, other: str, device: torch.device) ->
         raise ValueError(f"{name}: on {tensor.device}, but {other} is on {device}")
 
 
-def check_index(index: Tensor | RowIndex, tokens: int, rows: int, device: torch.device) -> None:
-    """The row of every token: [N] int32 or a RowIndex of M rows. Its values are not read: that would wait."""
+def check_index(index: Tensor | RowIndex, tokens: int, rows: int | None, device: torch.device) -> None:
+    """The row of every token: [N] int32 or a RowIndex of M rows (None: of any). Its values are not read: that would
+    wait."""
     if isinstance(index, RowIndex):
-        if index.num_rows != rows:
+        if rows is not None and index.num_rows != rows:
             raise ValueError(f"index: a RowIndex of {index.num_rows} rows, but the modulation has {rows}")
         check_shape("index.tokens", index.tokens, [tokens])
         for name, part in (("index.offsets", index.offsets), ("index.tokens", index.tokens)):

@@ -23,8 +23,8 @@ Index = Tensor | RowIndex
 MAX_KERNEL_WIDTH = 8192
 
 
-def check_modulated(tokens: dict[str, Tensor], tables: dict[str, Tensor], index: Index) -> None:
-    """tokens: [N, C], all alike; tables: [M, C] in fp32 or the tokens' dtype, all alike. By their names."""
+def check_modulated(tokens: dict[str, Tensor], tables: dict[str, Tensor | None], index: Index) -> None:
+    """tokens: [N, C], all alike; tables: [M, C] in fp32 or the tokens' dtype, all alike, or None. By their names."""
     (first, x), *others = tokens.items()
     check_shape(first, x, ["N", "C"])
     check_dtype(first, x, FLOAT_DTYPES)
@@ -32,16 +32,20 @@ def check_modulated(tokens: dict[str, Tensor], tables: dict[str, Tensor], index:
         check_shape(name, tensor, x.shape)
         check_dtype(name, tensor, [x.dtype])
         check_device(name, tensor, first, x.device)
-    (leader, table), *_ = tables.items()
-    check_shape(leader, table, ["M", x.shape[1]])
-    check_dtype(leader, table, [x.dtype, torch.float32])
-    if table.shape[0] == 0 or x.shape[1] == 0:
-        raise ValueError(f"{leader}: shape {tuple(table.shape)}; it must have at least one row and one column")
-    for name, tensor in tables.items():
+    if x.shape[1] == 0:
+        raise ValueError(f"{first}: shape {tuple(x.shape)}; it must have at least one column")
+    given = {name: tensor for name, tensor in tables.items() if tensor is not None}
+    leader, table = next(iter(given.items()), ("", None))
+    if table is not None:
+        check_shape(leader, table, ["M", x.shape[1]])
+        check_dtype(leader, table, [x.dtype, torch.float32])
+        if table.shape[0] == 0:
+            raise ValueError(f"{leader}: shape {tuple(table.shape)}; it must have at least one row")
+    for name, tensor in given.items():
         check_shape(name, tensor, table.shape)
         check_dtype(name, tensor, [table.dtype])
         check_device(name, tensor, first, x.device)
-    check_index(index, x.shape[0], table.shape[0], x.device)
+    check_index(index, x.shape[0], None if table is None else table.shape[0], x.device)
 
 
 def offered(x: Tensor) -> tuple[str, ...]:
@@ -62,17 +66,41 @@ def parts(index: Index) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return index.contiguous(), None, None
 
 
-def csr(index: Tensor, offsets: Tensor | None, tokens: Tensor | None, num_rows: int) -> tuple[Tensor, Tensor]:
-    """(offsets, tokens) as given, or built on the device: a backward pass is what needs them."""
+def csr(index: Tensor, offsets: Tensor | None, tokens: Tensor | None, num_rows: int | None) -> tuple[Tensor, Tensor]:
+    """(offsets, tokens) as given, or, of so many rows, built on the device: a backward pass is what needs them."""
     if offsets is None or tokens is None:
         rows = RowIndex.from_index(index, num_rows)
         return rows.offsets, rows.tokens
     return offsets, tokens
 
 
-def table_gradients(grads: Tensor, count: int) -> tuple[Tensor | None, ...]:
-    """[count, M, C] as one gradient a table; None for all if there are none, [0, M, C]."""
-    return grads.unbind() if len(grads) else (None,) * count
+def table_kind(*tables: Tensor | None) -> tuple[int | None, torch.dtype]:
+    """Rows and dtype of tables that are alike; None and fp32 if none of them is given."""
+    return next(((table.shape[0], table.dtype) for table in tables if table is not None), (None, torch.float32))
+
+
+def by_rows(
+    index: Tensor, offsets: Tensor | None, tokens: Tensor | None, num_rows: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(index, offsets, tokens) for a backward pass. Where no table has rows (None), and in no CSR form, all tokens are
+    of one."""
+    if num_rows is None and offsets is None:
+        index, num_rows = index.clamp(max=0), 1
+    return index, *csr(index, offsets, tokens, num_rows)
+
+
+def table_gradients(grads: Tensor, asked: tuple[bool, ...], given: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """[sum(asked), M, C] as one gradient for each table that is given, None for the others. asked: of which there are
+    any; with an affine norm those of a table that is not given, too."""
+    found = iter(grads.unbind())
+    gradients = [next(found) if wanted else None for wanted in asked]
+    return tuple(gradient if there else None for gradient, there in zip(gradients, given, strict=True))
+
+
+def fake_tables(x: Tensor, asked: tuple[bool, ...], offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `table_gradients` takes, of the tables of `x` [N, C]; offsets: [M+1]."""
+    dtype = dtype if any(asked) else x.dtype
+    return x.new_empty(sum(asked), offsets.shape[0] - 1, x.shape[1], dtype=dtype)
 
 
 def without_padding(x: Tensor, index: Index) -> Tensor:

@@ -9,15 +9,18 @@ from sora_fast.ops._checks import check_device, check_dtype, check_eps, check_sh
 NORMS = ("layer", "rms")
 
 
-def check_norm(first: str, x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    """A norm of the rows of `x` [N, C], the argument named `first`. ValueError, TypeError."""
+def check_norm(
+    first: str, x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float, *, prefix: str = ""
+) -> None:
+    """A norm of the rows of `x` [N, C], the argument named `first`. prefix: of the names of the norm's own arguments.
+    ValueError, TypeError."""
     if norm not in NORMS:
-        raise ValueError(f'norm: {norm!r}; it must be "layer" or "rms"')
+        raise ValueError(f'{prefix}norm: {norm!r}; it must be "layer" or "rms"')
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
-            check_shape(name, vector, x.shape[1:])
-            check_dtype(name, vector, [x.dtype, torch.float32])
-            check_device(name, vector, first, x.device)
+            check_shape(prefix + name, vector, x.shape[1:])
+            check_dtype(prefix + name, vector, [x.dtype, torch.float32])
+            check_device(prefix + name, vector, first, x.device)
     check_eps(eps)
 
 
@@ -48,7 +51,16 @@ def fake_stats(x: Tensor, norm: str) -> Tensor:
     return x.new_empty(2 if norm == "layer" else 1, x.shape[0], dtype=torch.float32)
 
 
-def fake_affine(scale: Tensor, weight: Tensor | None, bias: Tensor | None, sums: bool) -> Tensor:
-    """What `affine_gradients` takes. sums: whether anybody asks for it, or for the tables' gradients."""
+def sums_asked(shift: bool, scale: bool, affine: bool, weight: Tensor | None, bias: Tensor | None) -> tuple[bool, bool]:
+    """Which of the sums over a row's tokens are made, Σ dy and Σ dy · normed, from whether anybody asks for the
+    gradients of the shift, the scale, and the weight or the bias: with either of these, both or none."""
+    if weight is None and bias is None:
+        return shift, scale
+    return (shift or scale or affine,) * 2
+
+
+def fake_affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, sums: bool) -> Tensor:
+    """What `affine_gradients` takes, of a norm of `x` [N, C]. sums: whether anybody asks for it, or for the tables'
+    gradients."""
     given = sums and not (weight is None and bias is None)
-    return scale.new_empty(2 * given, scale.shape[1], dtype=torch.float32)
+    return x.new_empty(2 * given, x.shape[1], dtype=torch.float32)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 _TENSORS = frozenset((Tensor, Parameter))
-_NUMBERS = frozenset((str, float, int, bool, type(None)))
+_NUMBERS = frozenset((str, float, int, bool, torch.dtype, type(None)))
 _LISTED = _TENSORS | _NUMBERS
 # Looked up once, since they are asked in every call. For every tensor: whether it stands for a batch of others
 # (torch.autograd.grad's is_grads_batched), or for one that is traced.

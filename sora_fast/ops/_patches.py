@@ -1,5 +1,6 @@
 """Where the pixels of a patch lie in the flat buffer of ragged latents."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,10 @@ from sora_fast.ops._checks import KERNEL_DTYPES, check_device, check_dtype, chec
 from sora_fast.packing import PackedLayout
 
 PatchSize = tuple[int, int, int]
+
+# How the numbers of a patch may stand in its row, the last letter's neighbours side by side: a Conv3d kernel's way,
+# DiT's, and that of Cosmos' last layer.
+ORDERS = ("cthw", "thwc", "hwtc")
 
 
 def pixel_index(
@@ -52,6 +57,23 @@ def check_patch_size(patch_size: PatchSize) -> None:
     is_three = isinstance(patch_size, Sequence) and len(patch_size) == 3
     if not is_three or not all(isinstance(size, int) and size >= 1 for size in patch_size):
         raise ValueError(f"patch_size: {patch_size!r}; it must be three ints (pt, ph, pw) ≥ 1")
+
+
+def check_order(order: str) -> None:
+    """ValueError unless it is one."""
+    if order not in ORDERS:
+        raise ValueError(f"order: {order!r}; it must be one of {ORDERS}")
+
+
+def reordered(x: Tensor, dim: int, patch_size: PatchSize, order: str, wanted: str) -> Tensor:
+    """`x` with the numbers of a patch, which its dimension `dim` counts in `order`, in another: itself, or a copy."""
+    if order == wanted:
+        return x
+    sizes = dict(zip("thw", patch_size, strict=True))
+    sizes["c"] = x.shape[dim] // math.prod(patch_size)
+    axes = [dim + order.index(axis) for axis in wanted]
+    parts = x.unflatten(dim, [sizes[axis] for axis in order])
+    return parts.permute(*range(dim), *axes, *range(dim + 4, parts.ndim)).flatten(dim, dim + 3)
 
 
 def check_grids(shapes: Tensor, layout: PackedLayout, patch_size: PatchSize) -> None:

@@ -22,10 +22,23 @@ def cut(
 
 
 def put(
-    patches: Tensor, offsets: Tensor, shapes: Tensor, layout: PackedLayout, patch_size: PatchSize, capacity: int
+    patches: Tensor,
+    offsets: Tensor,
+    shapes: Tensor,
+    layout: PackedLayout,
+    patch_size: PatchSize,
+    capacity: int,
+    order: str = "thwc",
 ) -> Tensor:
-    """As `_patches_torch.put`."""
-    return _scatter(patches, *_geometry(offsets, shapes, layout, patch_size), capacity, True)
+    """As `_patches_torch.put`, for an order that is not `unsuited`."""
+    return _scatter(patches, *_geometry(offsets, shapes, layout, patch_size), capacity, order == "thwc")
+
+
+def unsuited(order: str) -> tuple[tuple[str, str], ...]:
+    """The libraries' backends, each with the reason, if they do not move rows of this order: csrc/patches.h has two."""
+    if order in ("cthw", "thwc"):
+        return ()
+    return tuple((backend, f"the compiled libraries have no order {order}") for backend in ("cpu", "cuda"))
 
 
 def _geometry(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sora_fast.ops._op import op
-from sora_fast.ops._patches import PatchSize, pixel_index
+from sora_fast.ops._patches import PatchSize, pixel_index, reordered
 from sora_fast.packing import PackedLayout
 
 
@@ -29,17 +29,23 @@ def cut(
     if flat.device.type != "cpu":
         return gathered(flat, offsets, shapes, layout, patch_size, channels)
     places = (offsets, shapes, *_of(layout), list(patch_size))
-    return _cut(flat, *places, channels * math.prod(patch_size), False)
+    return _cut(flat, *places, channels * math.prod(patch_size), "cthw")
 
 
 def put(
-    patches: Tensor, offsets: Tensor, shapes: Tensor, layout: PackedLayout, patch_size: PatchSize, capacity: int
+    patches: Tensor,
+    offsets: Tensor,
+    shapes: Tensor,
+    layout: PackedLayout,
+    patch_size: PatchSize,
+    capacity: int,
+    order: str = "thwc",
 ) -> Tensor:
-    """[capacity]: the inverse of `cut`, but for patches laid out (pt, ph, pw, channels); zeros where no token's patch
-    is, and what lies beyond a video's edge is dropped."""
+    """[capacity]: the inverse of `cut`, but for patches laid out in `order`; zeros where no token's patch is, and what
+    lies beyond a video's edge is dropped."""
     if patches.device.type != "cpu":
-        return scattered(patches, offsets, shapes, layout, patch_size, capacity)
-    return _put(patches, offsets, shapes, *_of(layout), list(patch_size), capacity, True)
+        return scattered(patches, offsets, shapes, layout, patch_size, capacity, order)
+    return _put(patches, offsets, shapes, *_of(layout), list(patch_size), capacity, order)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: PackedLayout) -> Tensor:
@@ -61,14 +67,20 @@ def gathered(
 
 
 def scattered(
-    patches: Tensor, offsets: Tensor, shapes: Tensor, layout: PackedLayout, patch_size: PatchSize, capacity: int
+    patches: Tensor,
+    offsets: Tensor,
+    shapes: Tensor,
+    layout: PackedLayout,
+    patch_size: PatchSize,
+    capacity: int,
+    order: str = "thwc",
 ) -> Tensor:
     """`put` without waiting for the device."""
     channels = patches.shape[1] // math.prod(patch_size)
     index, exists = pixel_index(offsets, shapes, layout, channels, patch_size)
     # One element more than the buffer: where everything goes that is cropped or padding.
     index = torch.where(exists & (index < capacity), index, capacity)
-    values = patches.view(-1, *patch_size, channels).permute(0, 4, 1, 2, 3)
+    values = reordered(patches, 1, patch_size, order, "cthw")
     return patches.new_zeros(capacity + 1).scatter(0, index.flatten(), values.flatten())[:capacity]
 
 
@@ -103,9 +115,7 @@ def _videos(
 _RUNS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-def _boxes(
-    pixels: Tensor, rows: Tensor, grid: list[int], patch_size: list[int], channel_last: bool
-) -> tuple[Tensor, Tensor]:
+def _boxes(pixels: Tensor, rows: Tensor, grid: list[int], patch_size: list[int], order: str) -> tuple[Tensor, Tensor]:
     """Views of a video (C, T, H, W) of whole patches and of its rows [T·H·W, K], of one shape: (the t, h, w of a token,
     then its patch)."""
     t, h, w = grid
@@ -113,9 +123,9 @@ def _boxes(
     run = _RUNS.get(pw * pixels.element_size())
     # Two numbers of 4 bytes as one of 8: 4 to 7× faster, since otherwise the innermost loop is of two.
     aligned = all(x.storage_offset() % pw == 0 for x in (pixels, rows))
-    if run is not None and aligned and not channel_last:
+    if run is not None and aligned and order[-1] == "w":
         pixels, rows, pw = pixels.view(run), rows.view(run), 1
-    patch = (2, 4, 6, 0) if channel_last else (0, 2, 4, 6)
+    patch = [{"c": 0, "t": 2, "h": 4, "w": 6}[axis] for axis in order]
     boxes = pixels.view(-1, t, pt, h, ph, w, pw).permute(1, 3, 5, *patch)
     return boxes, rows.view(boxes.shape)
 
@@ -131,7 +141,7 @@ def _cut(
     is_raster: bool,
     patch_size: list[int],
     columns: int,
-    channel_last: bool,
+    order: str,
 ) -> Tensor:
     out = flat.new_empty(raster_index.shape[0], columns)
     out[int(cu_seqlens[-1]) :].zero_()
@@ -142,7 +152,7 @@ def _cut(
             pixels = F.pad(pixels, (0, beyond[2], 0, beyond[1], 0, beyond[0]))
         own = out[video.tokens]
         full = own if video.rows is None else out.new_empty(math.prod(video.grid), columns)
-        boxes, target = _boxes(pixels, full, video.grid, patch_size, channel_last)
+        boxes, target = _boxes(pixels, full, video.grid, patch_size, order)
         target.copy_(boxes)
         if full is not own:
             torch.index_select(full, 0, video.rows, out=own)
@@ -160,7 +170,7 @@ def _put(
     is_raster: bool,
     patch_size: list[int],
     capacity: int,
-    channel_last: bool,
+    order: str,
 ) -> Tensor:
     videos = list(_videos(offsets, shapes, cu_seqlens, grids, raster_index, is_raster))
     written = sum(video.elements.stop - video.elements.start for video in videos)
@@ -174,7 +184,7 @@ def _put(
         pixels = flat[video.elements].view(video.shape)
         whole = [size * p for size, p in zip(video.grid, patch_size, strict=True)]
         padded = pixels if whole == sizes else flat.new_empty(channels, *whole)
-        target, boxes = _boxes(padded, full.contiguous(), video.grid, patch_size, channel_last)
+        target, boxes = _boxes(padded, full.contiguous(), video.grid, patch_size, order)
         target.copy_(boxes)
         if padded is not pixels:
             t, h, w = sizes
@@ -194,18 +204,18 @@ def _(patches: Tensor, *rest: Any) -> Tensor:
 
 
 def _save_places(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *places, ctx.is_raster, ctx.patch_size, _, ctx.channel_last = inputs
+    x, *places, ctx.is_raster, ctx.patch_size, _, ctx.order = inputs
     ctx.save_for_backward(*places)
     ctx.size = x.shape[-1]
 
 
 def _cut_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    d_flat = _put(grad, *ctx.saved_tensors, ctx.is_raster, ctx.patch_size, ctx.size, ctx.channel_last)
+    d_flat = _put(grad, *ctx.saved_tensors, ctx.is_raster, ctx.patch_size, ctx.size, ctx.order)
     return d_flat, *[None] * 9
 
 
 def _put_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    d_patches = _cut(grad, *ctx.saved_tensors, ctx.is_raster, ctx.patch_size, ctx.size, ctx.channel_last)
+    d_patches = _cut(grad, *ctx.saved_tensors, ctx.is_raster, ctx.patch_size, ctx.size, ctx.order)
     return d_patches, *[None] * 9
 
 

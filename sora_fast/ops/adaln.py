@@ -9,24 +9,34 @@ from sora_fast.ops._checks import once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import (
     Index,
+    by_rows,
     check_modulated,
-    csr,
+    fake_tables,
     gather_rows,
     guarded,
     offered_rows,
     parts,
     table_gradients,
+    table_kind,
     widened,
     without_padding,
 )
-from sora_fast.ops._norm import affine_gradients, check_norm, contiguous, fake_affine, fake_stats, plain_norm
+from sora_fast.ops._norm import (
+    affine_gradients,
+    check_norm,
+    contiguous,
+    fake_affine,
+    fake_stats,
+    plain_norm,
+    sums_asked,
+)
 from sora_fast.ops._op import kernels, op
 
 
 def adaln(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
     index: Index,
     *,
     norm: str = "layer",
@@ -38,9 +48,10 @@ def adaln(
     """(norm(x) · weight + bias) · (1 + scale[index]) + shift[index] (adaLN of DiT, arXiv:2212.09748).
 
     x: [N, C], bf16, fp16 or fp32 (fp64 on the torch backend), any strides.
-    shift, scale: [M, C] in fp32 or in x's dtype, any strides (chunks of one [M, 6C], say).
+    shift, scale: [M, C] in fp32 or in x's dtype, any strides (chunks of one [M, 6C], say). None is left out of the
+        formula and of all that is read and kept, which zeros are not.
     index: [N] int32, the row of each token, −1 for padding; or a RowIndex, which saves the backward pass a sort.
-        Rows are not checked to be below M.
+        Rows are not checked to be below M. (Without any table it says only which tokens are padding.)
     norm: "layer" or "rms", LayerNorm or RMSNorm (arXiv:1910.07467) of every row.
     weight, bias: [C] in fp32 or in x's dtype, each on its own; None costs nothing.
 
@@ -60,8 +71,8 @@ def backend_for(x: Tensor, backend: str | None = None) -> str:
 
 def plain_adaln(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
     index: Index,
     norm: str,
     weight: Tensor | None,
@@ -69,20 +80,29 @@ def plain_adaln(
     eps: float,
 ) -> Tensor:
     """The torch backend."""
-    factor = gather_rows(1 + widened(scale), index)
+    factor = None if scale is None else gather_rows(1 + widened(scale), index)
     if weight is None and bias is None:
         x, dtype = guarded(x, index), x.dtype
     else:  # they are no token's own: only zeros keep what padding holds from their gradients
-        x, factor, dtype = without_padding(x, index), without_padding(factor, index), x.dtype
-    y = torch.addcmul(gather_rows(shift, index), plain_norm(widened(x), norm, weight, bias, eps), factor)
+        x, dtype = without_padding(x, index), x.dtype
+        factor = None if factor is None else without_padding(factor, index)
+    y = _modulated(plain_norm(widened(x), norm, weight, bias, eps), shift, factor, index)
     return without_padding(y, index).to(dtype)
+
+
+def _modulated(y: Tensor, shift: Tensor | None, factor: Tensor | None, index: Index) -> Tensor:
+    """y · factor + shift[index]; factor: [N, C]. Each is left out if it is None."""
+    if shift is None:
+        return y if factor is None else y * factor
+    shift = gather_rows(shift, index)
+    return shift + y if factor is None else torch.addcmul(shift, y, factor)
 
 
 @op("sora_fast::adaln")
 def _adaln(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     index: Tensor,
@@ -98,7 +118,7 @@ def _adaln(
 def _adaln_backward(
     dy: Tensor,
     x: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     stats: Tensor,
@@ -106,11 +126,13 @@ def _adaln_backward(
     offsets: Tensor,
     tokens: Tensor,
     norm: str,
-    sums: bool,  # whether anybody asks for more than dx
+    d_shift: bool,  # whether anybody asks for it
+    d_scale: bool,
+    dtype: torch.dtype,  # of both
 ) -> tuple[Tensor, Tensor, Tensor]:
     from sora_fast.kernels.adaln import adaln_backward
 
-    options = {"centred": norm == "layer", "sums": sums}
+    options = {"centred": norm == "layer", "asked": (d_shift, d_scale), "dtype": dtype}
     return adaln_backward(dy, x, scale, weight, bias, stats, index, offsets, tokens, **options)
 
 
@@ -122,27 +144,30 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @_adaln_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
+    dy: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sums = rest[-1]
-    return x.new_empty(x.shape), scale.new_empty(2 * sums, *scale.shape), fake_affine(scale, weight, bias, sums)
+    _, _, offsets, *_, d_shift, d_scale, dtype = rest
+    asked = d_shift, d_scale
+    return x.new_empty(x.shape), fake_tables(x, asked, offsets, dtype), fake_affine(x, weight, bias, any(asked))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, scale, weight, bias, *rows, norm, _ = inputs
+    x, shift, scale, weight, bias, *rows, norm, _ = inputs
     _, stats = output
     ctx.save_for_backward(x, scale, weight, bias, stats, *rows)
-    ctx.norm = norm
+    ctx.norm, ctx.given, ctx.tables = norm, (shift is not None, scale is not None), table_kind(shift, scale)
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    x, scale, weight, bias, stats, index, offsets, tokens = ctx.saved_tensors
-    offsets, tokens = csr(index, offsets, tokens, scale.shape[0])
-    sums = any(ctx.needs_input_grad[1:5])
-    dx, d_tables, d_affine = _adaln_backward(dy, x, scale, weight, bias, stats, index, offsets, tokens, ctx.norm, sums)
-    gradients = dx, *table_gradients(d_tables, 2), *affine_gradients(d_affine, weight, bias)
+    x, scale, weight, bias, stats, *rows = ctx.saved_tensors
+    num_rows, dtype = ctx.tables
+    _, shift_needed, scale_needed, *affine_needed = ctx.needs_input_grad[:5]
+    asked = sums_asked(shift_needed, scale_needed, any(affine_needed), weight, bias)
+    saved = x, scale, weight, bias, stats, *by_rows(*rows, num_rows)
+    dx, d_tables, d_affine = _adaln_backward(dy, *saved, ctx.norm, *asked, dtype)
+    gradients = dx, *table_gradients(d_tables, asked, ctx.given), *affine_gradients(d_affine, weight, bias)
     return *gradients, *(None,) * 5
 
 
@@ -152,8 +177,8 @@ _adaln.register_autograd(_backward, setup_context=_save)
 @once
 def _check(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
     index: Index,
     norm: str,
     weight: Tensor | None,

@@ -9,7 +9,7 @@ from sora_fast.ops import _patches_torch
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape, once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._op import kernels, op
-from sora_fast.ops._patches import PatchSize, check_patch_size, geometry, offered_patches
+from sora_fast.ops._patches import PatchSize, check_order, check_patch_size, geometry, offered_patches, reordered
 from sora_fast.ops.unpatchify import _unpatchify_backward, channels_of, unpatchify, videos_of
 from sora_fast.packing import PackedLayout, RaggedLatents
 
@@ -23,17 +23,22 @@ def linear_unpatchify(
     shapes: Tensor | RaggedLatents,
     *,
     capacity: int | None = None,
+    order: str = "thwc",
     backend: str | None = None,
 ) -> RaggedLatents:
     """unpatchify(x · weightᵀ + bias), without the rows in between: a product writes its pixels itself.
 
-    x: [N, C]; padding is not read. weight: [pt·ph·pw·Cout, C], bias: [pt·ph·pw·Cout] or None, laid out (pt, ph, pw,
-        Cout) as DiT's final layer has them. All of one dtype (bf16, fp16, fp32; fp64 on all backends but Triton).
+    x: [N, C]; padding is not read. weight: [pt·ph·pw·Cout, C], bias: [pt·ph·pw·Cout] or None, their rows laid out as
+        `order` says. All of one dtype (bf16, fp16, fp32; fp64 on all backends but Triton).
+    order: as in `unpatchify`. On every backend the weight's rows are put into the first one's, "thwc", before the
+        product: a copy of the weight, where the order is another.
     layout, patch_size, shapes, capacity, and what is returned: as in `unpatchify`.
     Differentiable in x, weight and bias; the gradients are those of two plain products.
     """
-    _check(x, weight, bias, layout, patch_size)
+    _check(x, weight, bias, layout, patch_size, order)
     channels = channels_of("weight rows", weight.shape[0], patch_size)
+    weight = reordered(weight, 0, patch_size, order, "thwc")
+    bias = None if bias is None else reordered(bias, 0, patch_size, order, "thwc")
     chosen = choose("linear_unpatchify", backend, x.device, offered_patches(x), x.dtype)
     if chosen != "triton":
         rows = _patches_torch.linear(x, weight, bias, layout)
@@ -72,7 +77,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, *geometry = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    rows = _unpatchify_backward(grad, *geometry, ctx.patch_size, weight.shape[0])  # zeros for padding
+    rows = _unpatchify_backward(grad, *geometry, ctx.patch_size, "thwc", weight.shape[0])  # zeros for padding
     used = (geometry[2] >= 0)[:, None]
     d_x = rows @ weight if needs_x else None
     d_weight = rows.T @ torch.where(used, x, 0) if needs_weight else None
@@ -84,7 +89,10 @@ _linear_unpatchify.register_autograd(_backward, setup_context=_save)
 
 
 @once
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, layout: PackedLayout, patch_size: PatchSize) -> None:
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: PackedLayout, patch_size: PatchSize, order: str
+) -> None:
+    check_order(order)
     check_patch_size(patch_size)
     check_layout(layout)
     check_shape("x", x, [layout.capacity, "C"])

@@ -13,7 +13,7 @@ from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._modulation import parts, widened
 from sora_fast.ops._op import kernels, op
-from sora_fast.ops._patches import PatchSize, check_grids, geometry, offered_patches
+from sora_fast.ops._patches import PatchSize, check_grids, check_order, geometry, offered_patches, reordered
 from sora_fast.packing import PackedLayout, RaggedLatents, RowIndex
 from sora_fast.packing._bundle import TensorBundle
 
@@ -67,13 +67,17 @@ def patch_embed(
     patch_size: PatchSize,
     position: Position = None,
     *,
+    order: str = "cthw",
     backend: str | None = None,
 ) -> Tensor:
     """Embed every token's patch of pixels: patch · weightᵀ + bias + position.
 
     latents: videos (C, T, H, W); sizes that the patch does not divide read zeros beyond the edge. Only the pixels of
         the layout's tokens are read, in the layout's order.
-    weight: [width, Cin·pt·ph·pw], each row laid out (Cin, pt, ph, pw): a Conv3d kernel, flattened.
+    weight: [width, Cin·pt·ph·pw], each row laid out as `order` says.
+    order: "cthw": (Cin, pt, ph, pw), a Conv3d kernel, flattened; "thwc": (pt, ph, pw, Cin); "hwtc": (ph, pw, pt, Cin).
+        On every backend the weight is put into the first of these before the product: a copy of the weight, where the
+        order is another.
     bias: [width] or None. position: [N, width], a FactorisedPosition, or None.
     All of one dtype (bf16, fp16, fp32; fp64 on all backends but Triton). Returns [N, width] in it; zeros for padding.
     Differentiable in latents.flat, weight, bias and position.
@@ -81,9 +85,11 @@ def patch_embed(
     if not isinstance(latents, RaggedLatents):
         raise TypeError(f"latents: {type(latents).__name__}; it must be RaggedLatents")
     check_grids(latents.shapes, layout, patch_size)
+    check_order(order)
     # Its tensors: in every step of a sampler latents are another bundle of them.
     _check(latents.flat, latents.offsets, weight, bias, layout, patch_size)
     _check_videos(latents, weight, patch_size)
+    weight = reordered(weight, 1, patch_size, order, "cthw")
     if position is not None:
         _check_position(position, weight, layout)
     chosen = choose("patch_embed", backend, weight.device, offered_patches(weight), weight.dtype)

@@ -11,7 +11,7 @@ from sora_fast.ops import _patches_compiled, _patches_torch
 from sora_fast.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_layout, check_shape, may_read, once
 from sora_fast.ops._dispatch import choose
 from sora_fast.ops._op import kernels, op
-from sora_fast.ops._patches import PatchSize, check_grids, check_patch_size, geometry, offered_patches
+from sora_fast.ops._patches import PatchSize, check_grids, check_order, check_patch_size, geometry, offered_patches
 from sora_fast.packing import PackedLayout, RaggedLatents
 
 
@@ -22,25 +22,29 @@ def unpatchify(
     shapes: Tensor | RaggedLatents,
     *,
     capacity: int | None = None,
+    order: str = "thwc",
     backend: str | None = None,
 ) -> RaggedLatents:
     """Put every token's patch where it belongs.
 
-    tokens: [N, pt·ph·pw·Cout], each row laid out (pt, ph, pw, Cout) as DiT's final layer has it; padding is not read.
+    tokens: [N, pt·ph·pw·Cout], each row laid out as `order` says; padding is not read.
+    order: "thwc": (pt, ph, pw, Cout), as DiT's final layer has it; "cthw": (Cout, pt, ph, pw); "hwtc": (ph, pw, pt,
+        Cout), which the compiled libraries do not move.
     shapes: [S, 4] int32 (C, T, H, W), or the latents that the tokens come from. C is ignored: the result has Cout.
     capacity: elements of the result's flat buffer, static; default with latents: theirs (right for Cout = C).
     Returns RaggedLatents in the dtype of tokens. What lies beyond a video's edge is cropped; the pixels of dropped
     tokens, and the buffer past the last video, are zeros. Differentiable in tokens.
     """
-    _check(tokens, layout, patch_size)
+    _check(tokens, layout, patch_size, order)
     channels = channels_of("tokens columns", tokens.shape[1], patch_size)
-    chosen = choose("unpatchify", backend, tokens.device, offered_patches(tokens), tokens.dtype)
+    options = {"unsuited": _patches_compiled.unsuited(order)}
+    chosen = choose("unpatchify", backend, tokens.device, offered_patches(tokens), tokens.dtype, **options)
     offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity, backend=chosen)
     if chosen != "triton":
         put = (_patches_torch if chosen == "torch" else _patches_compiled).put
-        flat = put(tokens, offsets, shapes, layout, patch_size, capacity)
+        flat = put(tokens, offsets, shapes, layout, patch_size, capacity, order)
     else:
-        flat = _unpatchify(tokens, *geometry(offsets, shapes, layout, patch_size), capacity)
+        flat = _unpatchify(tokens, *geometry(offsets, shapes, layout, patch_size), order, capacity)
     return RaggedLatents(flat, offsets, shapes)
 
 
@@ -125,10 +129,11 @@ def _unpatchify(
     segment_ids: Tensor,
     coords: Tensor,
     patch_size: list[int],
+    order: str,
     capacity: int,
 ) -> Tensor:
     patches = kernels("_patches").Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
-    return kernels("unpatchify").scatter(tokens, patches, capacity)
+    return kernels("unpatchify").scatter(tokens, patches, capacity, order)
 
 
 @op("sora_fast::unpatchify_backward")
@@ -139,10 +144,11 @@ def _unpatchify_backward(
     segment_ids: Tensor,
     coords: Tensor,
     patch_size: list[int],
+    order: str,
     num_pixels: int,
 ) -> Tensor:
     patches = kernels("_patches").Patches(offsets, shapes, segment_ids, coords, tuple(patch_size))
-    return kernels("unpatchify").gather(flat, patches, num_pixels)
+    return kernels("unpatchify").gather(flat, patches, num_pixels, order)
 
 
 @_unpatchify.register_fake
@@ -156,20 +162,21 @@ def _(flat: Tensor, offsets: Tensor, shapes: Tensor, segment_ids: Tensor, *rest:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tokens, *geometry, ctx.patch_size, _ = inputs
+    tokens, *geometry, ctx.patch_size, ctx.order, _ = inputs
     ctx.save_for_backward(*geometry)
     ctx.num_pixels = tokens.shape[1]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _unpatchify_backward(grad, *ctx.saved_tensors, ctx.patch_size, ctx.num_pixels), *[None] * 6
+    return _unpatchify_backward(grad, *ctx.saved_tensors, ctx.patch_size, ctx.order, ctx.num_pixels), *[None] * 7
 
 
 _unpatchify.register_autograd(_backward, setup_context=_save)
 
 
 @once
-def _check(tokens: Tensor, layout: PackedLayout, patch_size: PatchSize) -> None:
+def _check(tokens: Tensor, layout: PackedLayout, patch_size: PatchSize, order: str) -> None:
+    check_order(order)
     check_patch_size(patch_size)
     check_layout(layout)
     check_shape("tokens", tokens, [layout.capacity, f"{math.prod(patch_size)}·Cout"])

@@ -2,14 +2,36 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sora_fast.ops import FactorisedPosition
+from sora_fast.ops import FactorisedPosition, adaln, adaln_pair
 from sora_fast.packing import RaggedLatents
 from sora_fast.packing._bundle import TensorBundle
+
+
+def form_of(op: Callable[..., Any], *absent: int, **options: Any) -> Callable[..., Any]:
+    """`op` of fewer arguments: None stands at these places, and `options` are set. `absent`, `options`: kept on it."""
+
+    @wraps(op)
+    def form(*args: Any, **more: Any) -> Any:
+        given = list(args)
+        for place in absent:
+            given.insert(place, None)
+        return op(*given, **options, **more)
+
+    form.absent, form.options = absent, options
+    return form
+
+
+@wraps(adaln)  # whose name it has: it is a form of it
+def adaln_pair_of(x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+    """`adaln_pair` of four tables, one by one."""
+    shift, scale, shift_second, scale_second, index = args
+    return adaln_pair(x, (shift, scale), (shift_second, scale_second), index, **options)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,7 @@ from sora_fast.ops._attention_cuda import refusal_here
 from sora_fast.ops._checks import KERNEL_DTYPES
 from sora_fast.ops._dispatch import use_backend
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
-from sora_fast.proof.calls import Call
+from sora_fast.proof.calls import Call, adaln_pair_of, form_of
 from sora_fast.schedule import TileSchedule
 
 HEADS, CHANNELS = 2, 4
@@ -134,8 +134,19 @@ def _idle(layout: PackedLayout) -> Tensor:
 Family = Iterator[tuple[Any, ...]]
 
 
-def _modulated(op: Callable[..., Any], tokens: int, tables: int, normed: bool, sizes: Sizes) -> Family:
-    def build(pack: _Pack, device: torch.device, *, width: int, norm: str | None, table: torch.dtype | None) -> Trial:
+def _modulated(
+    op: Callable[..., Any], tokens: int, tables: int, normed: bool, sizes: Sizes, *, forms: Mapping[str, "_Form"]
+) -> Family:
+    def build(
+        pack: _Pack,
+        device: torch.device,
+        *,
+        width: int,
+        norm: str | None,
+        table: torch.dtype | None,
+        op: Callable[..., Any] = op,
+        tables: int = tables,
+    ) -> Trial:
         layout = pack.layout(device)
         sigma = torch.rand(layout.max_segments, device=device, dtype=torch.float32)
         first = (layout.coords[:, 0] == 0) & ~_idle(layout)
@@ -155,6 +166,25 @@ def _modulated(op: Callable[..., Any], tokens: int, tables: int, normed: bool, s
         if normed:
             affine = partial(build, width=width, norm="rms", table=torch.float32)
             yield f"C{width},rms,affine,fp32 tables", affine, "affine"
+    # What is left out changes nothing else, and what is added has the layouts of the rest: the two ends are enough.
+    for label, (form, count) in forms.items():
+        for width in dict.fromkeys((sizes.widths[0], sizes.widths[-1])):
+            yield f"C{width},{label}", partial(build, width=width, norm=None, table=None, op=form, tables=count), label
+
+
+_Form = tuple[Callable[..., Any], int]  # an op without some of its tables, and how many it takes
+_FORMS: Mapping[str, Mapping[str, _Form]] = {
+    "adaln": {
+        "no shift": (form_of(adaln, 1), 1),
+        "norm alone": (form_of(adaln, 1, 2), 0),
+        "pair": (adaln_pair_of, 4),
+    },
+    "gated_residual": {
+        "no gate": (form_of(gated_residual, 2), 0),
+        "rms branch": (form_of(gated_residual, branch_norm="rms"), 1),
+    },
+    "gated_residual_adaln": {"no gate": (form_of(gated_residual_adaln, 2), 2)},
+}
 
 
 @dataclass(frozen=True)
@@ -344,13 +374,16 @@ def _patch_embed(sizes: Sizes) -> Family:
 
 
 def _unpatchify(sizes: Sizes) -> Family:
-    def build(pack: _Pack, device: torch.device, *, patch: tuple[int, int, int]) -> Trial:
+    def build(pack: _Pack, device: torch.device, *, patch: tuple[int, int, int], order: str = "thwc") -> Trial:
         latents, layout = _videos(pack, device, patch)
         tokens = pack.tokens(layout, CHANNELS * math.prod(patch))
-        return Trial(Call(unpatchify, "", (tokens, layout, patch, latents)), _past_the_end(latents))
+        call = Call(unpatchify, "", (tokens, layout, patch, latents), {"order": order})
+        return Trial(call, _past_the_end(latents))
 
     for patch in PATCHES:
         yield f"K{CHANNELS * math.prod(patch)}", partial(build, patch=patch)
+    for order in ("cthw", "hwtc"):
+        yield f"K{CHANNELS * math.prod(PATCHES[-1])},{order}", partial(build, patch=PATCHES[-1], order=order)
 
 
 def _linear_unpatchify(sizes: Sizes) -> Family:
@@ -369,23 +402,26 @@ def _past_the_end(latents: RaggedLatents) -> Tensor:
 
 
 def _mlp_activation(sizes: Sizes) -> Family:
-    def build(pack: _Pack, device: torch.device, *, width: int, activation: str) -> Trial:
+    def build(pack: _Pack, device: torch.device, *, width: int, activation: str, gate: str = "first") -> Trial:
         tokens = sum(map(math.prod, pack.sizes.grids))
         x = pack.random(device, tokens, 2, width)[:, 1]
-        return Trial(Call(mlp_activation, "", (x, pack.random(device, width), activation)))
+        return Trial(Call(mlp_activation, "", (x, pack.random(device, width), activation), {"gate": gate}))
 
     for width in sizes.widths:
         for activation in ("gelu", "swiglu"):
             yield f"{activation},H{4 * width}", partial(build, width=4 * width, activation=activation)
+    width = 4 * sizes.widths[0]
+    yield f"gelu_erf,H{width}", partial(build, width=width, activation="gelu_erf")
+    yield f"swiglu,second,H{width}", partial(build, width=width, activation="swiglu", gate="second")
 
 
 # The ops that have kernels, those first that take longest to compile.
 _FAMILIES: Mapping[str, Callable[[Sizes], Family]] = {
     "packed_attention": _attention,
     "qk_norm_rope": _norm_rope,
-    "gated_residual_adaln": partial(_modulated, gated_residual_adaln, 2, 3, True),
-    "adaln": partial(_modulated, adaln, 1, 2, True),
-    "gated_residual": partial(_modulated, gated_residual, 2, 1, False),
+    "gated_residual_adaln": partial(_modulated, gated_residual_adaln, 2, 3, True, forms=_FORMS["gated_residual_adaln"]),
+    "adaln": partial(_modulated, adaln, 1, 2, True, forms=_FORMS["adaln"]),
+    "gated_residual": partial(_modulated, gated_residual, 2, 1, False, forms=_FORMS["gated_residual"]),
     "patch_embed": _patch_embed,
     "linear_unpatchify": _linear_unpatchify,
     "schedule": _schedules,
@@ -393,6 +429,8 @@ _FAMILIES: Mapping[str, Callable[[Sizes], Family]] = {
     "unpatchify": _unpatchify,
 }
 OPS = tuple(_FAMILIES)
+# The order of a patch's numbers that CUDA C++ does not have.
+UNCOMPILED = ",hwtc"
 # Those that have kernels in CUDA C++, too, and in which dtypes.
 COMPILED_OPS: Mapping[str, tuple[torch.dtype, ...]] = {
     "packed_attention": (torch.bfloat16, torch.float16),
@@ -412,7 +450,8 @@ def offered(op: str, device: str, *, compiled: Collection[str] | None = None) ->
     for dtype in dtypes if on_gpu else ():
         tried = "cuda" in backends(op, torch.device(device), dtype) if compiled is None else op in compiled
         if tried and dtype in COMPILED_OPS[op]:
-            found += [replace(plan, backend="cuda") for plan in plans(op, dtype, HOPPER)]
+            tried = (plan for plan in plans(op, dtype, HOPPER) if not plan.label.endswith(UNCOMPILED))
+            found += [replace(plan, backend="cuda") for plan in tried]
     return list({plan.name: plan for plan in found}.values())
 
 

@@ -15,7 +15,7 @@ def test_fold_finishes_what_chunks_have_left(device: torch.device) -> None:
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     table = torch.zeros(300, 5, device=device)
     with poisoned_scratch():
-        sums = Sums.empty(table, 2, int(offsets[-1]))
+        sums = Sums.empty(table, 2, 300, int(offsets[-1]))
     expected = torch.zeros(2, 300, 5)
     for row, (begin, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         for chunk in range(begin // CHUNK, -(-end // CHUNK) if end > begin else 0):

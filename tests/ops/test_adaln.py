@@ -14,15 +14,18 @@ from sora_fast.packing import RowIndex
 from tests.helpers import examples
 from tests.modulated import (
     DTYPES,
+    FEW,
     NORMS,
     PATTERNS,
     WIDTHS,
     Case,
     Norm,
+    Op,
     cases,
     check_against_oracle,
     check_compiles_once,
     check_far_apart,
+    without,
 )
 from tests.tracing import check_unasked
 
@@ -31,12 +34,23 @@ SHAPE = {"tokens": 1, "tables": 2}
 LAYER, AFFINE_RMS = Norm(), Norm("rms", weight=True, bias=True)
 
 
-def check(case: Case, norm: Norm, device: torch.device, backend: str, *, csr: bool = True) -> None:
-    def formula(x: Tensor, shift: Tensor, scale: Tensor, *vectors: Tensor) -> Tensor:
-        return norm(x, *vectors) * (1 + scale) + shift
+ABSENT = (("shift",), ("scale",), ("shift", "scale"))
 
-    options = {**SHAPE, "vectors": len(norm.vectors), "device": device, "backend": backend, "csr": csr}
-    check_against_oracle(norm.bound_to(adaln), formula, case, **options)
+
+def partial_form(op: Op, absent: tuple[str, ...]) -> Op:
+    return without(op, absent, tokens=1, names=("shift", "scale"))
+
+
+def check(
+    case: Case, norm: Norm, device: torch.device, backend: str, *, csr: bool = True, absent: tuple[str, ...] = ()
+) -> None:
+    def formula(x: Tensor, shift: Tensor | None, scale: Tensor | None, *vectors: Tensor) -> Tensor:
+        return norm(x, *vectors) * (1 if scale is None else 1 + scale) + (0 if shift is None else shift)
+
+    options = {"tokens": 1, "tables": 2 - len(absent), "vectors": len(norm.vectors)}
+    options |= {"device": device, "backend": backend, "csr": csr}
+    op = norm.bound_to(partial_form(adaln, absent))
+    check_against_oracle(op, partial_form(formula, absent), case, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -44,6 +58,16 @@ def check(case: Case, norm: Norm, device: torch.device, backend: str, *, csr: bo
 @given(case=cases(), norm=st.sampled_from(NORMS))
 def test_random_cases_match_the_oracle(case: Case, norm: Norm, backend: str, device: torch.device) -> None:
     check(case, norm, device, backend)
+
+
+@pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS, Norm("layer", weight=True)])
+@pytest.mark.parametrize("absent", ABSENT)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_absent_tables_match_the_oracle(
+    backend: str, absent: tuple[str, ...], norm: Norm, device: torch.device
+) -> None:
+    for place, case in enumerate(FEW):
+        check(case, norm, device, backend, csr=place == 0, absent=absent)
 
 
 @pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
@@ -141,6 +165,25 @@ def test_only_affine_costs_a_launch(device: torch.device) -> None:
         assert len(recorder.launches) == 2 + bool(norm.vectors), norm
 
 
+@pytest.mark.parametrize("absent", ABSENT)
+def test_an_absent_table_costs_less_than_zeros(absent: tuple[str, ...], device: torch.device) -> None:
+    """No sums for it, and nothing kept; without any the backward pass is one launch, and zeros need two."""
+    from sora_fast.kernels._launch import recording
+    from sora_fast.kernels._rows import Sums
+
+    x, *tables, index = arguments(Case(tokens=40), device)
+    given = dict(zip(("shift", "scale"), tables, strict=True))
+    used = {name: None if name in absent else table for name, table in given.items()}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        y = adaln(x, **used, index=index, backend="triton")
+    assert not any(x.data_ptr() == given[name].data_ptr() for x in kept for name in absent)
+    with recording((9, 0)) as recorder:
+        torch.autograd.grad(y, [x, *filter(lambda table: table is not None, used.values())], torch.ones_like(y))
+    sums = [arg.tables.shape[0] for arg in recorder.launches[0][1] if isinstance(arg, Sums)]
+    assert sums == [2 - len(absent)][: len(absent) == 1] and len(recorder.launches) == 1 + len(sums)
+
+
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_a_weight_and_a_bias_of_fp32_beside_fp64(norm: str) -> None:
     x, table, index = torch.randn(5, 8).double(), torch.zeros(1, 8).double(), torch.zeros(5, dtype=torch.int32)
@@ -152,11 +195,14 @@ def test_a_weight_and_a_bias_of_fp32_beside_fp64(norm: str) -> None:
     assert torch.equal(mixed, wide)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_gradcheck(norm: Norm) -> None:
-    *tensors, index = arguments(Case(tokens=6, width=4, rows=3), torch.device("cpu"), norm)
-    inputs = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    assert torch.autograd.gradcheck(lambda *t: norm.bound_to(adaln)(*t, index), inputs)
+@pytest.mark.parametrize(
+    ("norm", "absent"), [*((norm, ()) for norm in NORMS), *((AFFINE_RMS, absent) for absent in ABSENT)]
+)
+def test_gradcheck(norm: Norm, absent: tuple[str, ...]) -> None:
+    x, *rest, index = arguments(Case(tokens=6, width=4, rows=3), torch.device("cpu"), norm)
+    inputs = [tensor.detach().double().requires_grad_() for tensor in (x, *rest[len(absent) :])]
+    op = norm.bound_to(partial_form(adaln, absent))
+    assert torch.autograd.gradcheck(lambda *t: op(*t, index), inputs)
 
 
 def test_opcheck(device: torch.device) -> None:
@@ -166,10 +212,17 @@ def test_opcheck(device: torch.device) -> None:
     csr = (index, rows.offsets, rows.tokens)
     torch.library.opcheck(_adaln.registered, (x, shift, scale, weight, bias, *csr, "layer", 1e-6))
     torch.library.opcheck(_adaln.registered, (x, shift, scale, None, None, index, None, None, "rms", 1e-6))
+    torch.library.opcheck(_adaln.registered, (x, None, None, weight, None, index, None, None, "rms", 1e-6))
     x, scale, weight, bias = (tensor.detach() for tensor in (x, scale, weight, bias))
-    for affine, kind, sums in (((weight, bias), "layer", True), ((weight, None), "rms", False)):
+    both, neither, one = (True, True), (False, False), (True, False)
+    for table, affine, kind, asked in (
+        (scale, (weight, bias), "layer", both),
+        (scale, (weight, None), "rms", neither),
+        (None, (None, None), "layer", one),
+    ):
         stats = torch.rand(2 if kind == "layer" else 1, 9, device=device)
-        torch.library.opcheck(_adaln_backward.registered, (x, x, scale, *affine, stats, *csr, kind, sums))
+        saved = (x, x, table, *affine, stats, *csr, kind)
+        torch.library.opcheck(_adaln_backward.registered, (*saved, *asked, torch.float32))
 
 
 @pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
@@ -177,6 +230,13 @@ def test_opcheck(device: torch.device) -> None:
 def test_compiles_once_for_ragged_batches(backend: str, compiler: str, norm: Norm, device: torch.device) -> None:
     shape = {**SHAPE, "vectors": len(norm.vectors)}
     check_compiles_once(norm.bound_to(adaln), **shape, device=device, backend=backend, compiler=compiler)
+
+
+@pytest.mark.parametrize("absent", [("shift",), ("shift", "scale")])
+def test_compiles_without_a_table(absent: tuple[str, ...], device: torch.device) -> None:
+    shape = {"tokens": 1, "tables": 2 - len(absent), "vectors": 2}
+    op = AFFINE_RMS.bound_to(partial_form(adaln, absent))
+    check_compiles_once(op, **shape, device=device, backend="triton", compiler="aot_eager")
 
 
 def test_compiles_with_symbolic_sizes() -> None:
@@ -189,11 +249,12 @@ def test_compiles_with_symbolic_sizes() -> None:
 
 
 def test_empty_pack(device: torch.device) -> None:
-    x = torch.zeros(0, 8, device=device, requires_grad=True)
+    x, index = torch.zeros(0, 8, device=device, requires_grad=True), torch.zeros(0, dtype=torch.int32, device=device)
     table = torch.zeros(2, 8, device=device, requires_grad=True)
-    y = adaln(x, table, table, torch.zeros(0, dtype=torch.int32, device=device), backend="triton")
+    y = adaln(x, table, table, index, backend="triton")
     y.sum().backward()
     assert y.shape == (0, 8) and (table.grad == 0).all()
+    assert torch.autograd.grad(adaln(x, None, None, index, backend="triton").sum(), x)[0].shape == (0, 8)
 
 
 X, TABLE, INDEX = torch.zeros(5, 8), torch.zeros(3, 8), torch.zeros(5, dtype=torch.int32)
@@ -211,6 +272,9 @@ WIDE = torch.zeros(5, 8200)
         ((X, TABLE, TABLE[:2], INDEX), {}, ValueError, r"scale: shape \(2, 8\); it must be \[3, 8\]"),
         ((X, TABLE.half(), TABLE, INDEX), {}, TypeError, "shift: float16; it must be float32"),
         ((X, TABLE[:0], TABLE[:0], INDEX), {}, ValueError, "shift: .* at least one row"),
+        ((X[:, :0], None, None, INDEX), {}, ValueError, r"x: shape \(5, 0\); it must have at least one column"),
+        ((X, None, TABLE[:, :4], INDEX), {}, ValueError, r"scale: shape \(3, 4\); it must be \[M, 8\]"),
+        ((X, None, None, INDEX[:4]), {}, ValueError, r"index: shape \(4,\); it must be \[5\]"),
         ((X, TABLE, TABLE, INDEX[:4]), {}, ValueError, r"index: shape \(4,\); it must be \[5\]"),
         ((X, TABLE, TABLE, INDEX.long()), {}, TypeError, "index: int64; it must be int32"),
         ((X, TABLE, TABLE, None), {}, TypeError, "index: NoneType; it must be an int32 tensor"),

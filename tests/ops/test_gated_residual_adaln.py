@@ -16,15 +16,18 @@ from sora_fast.packing import RowIndex
 from tests.helpers import examples
 from tests.modulated import (
     DTYPES,
+    FEW,
     NORMS,
     PATTERNS,
     WIDTHS,
     Case,
     Norm,
+    Op,
     cases,
     check_against_oracle,
     check_compiles_once,
     check_far_apart,
+    without,
 )
 from tests.tracing import check_unasked
 
@@ -33,15 +36,32 @@ SHAPE = {"tokens": 2, "tables": 3}
 LAYER, AFFINE_RMS = Norm(), Norm("rms", weight=True, bias=True)
 
 
-def check(case: Case, norm: Norm, device: torch.device, backend: str, *, csr: bool = True) -> None:
-    def formula(
-        residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *vectors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        h = (residual + gate * branch).to(residual.dtype)
-        return h, norm(h, *vectors) * (1 + scale) + shift
+TABLES = ("gate", "shift", "scale")
+ABSENT = (("gate",), ("shift",), ("scale",), ("gate", "shift"), TABLES)
 
-    options = {**SHAPE, "vectors": len(norm.vectors), "device": device, "backend": backend, "csr": csr}
-    check_against_oracle(norm.bound_to(gated_residual_adaln), formula, case, **options)
+
+def partial_form(op: Op, absent: tuple[str, ...]) -> Op:
+    return without(op, absent, tokens=2, names=TABLES)
+
+
+def check(
+    case: Case, norm: Norm, device: torch.device, backend: str, *, csr: bool = True, absent: tuple[str, ...] = ()
+) -> None:
+    def formula(
+        residual: Tensor,
+        branch: Tensor,
+        gate: Tensor | None,
+        shift: Tensor | None,
+        scale: Tensor | None,
+        *vectors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        h = (residual + branch * (1 if gate is None else gate)).to(residual.dtype)
+        return h, norm(h, *vectors) * (1 if scale is None else 1 + scale) + (0 if shift is None else shift)
+
+    options = {"tokens": 2, "tables": 3 - len(absent), "vectors": len(norm.vectors)}
+    options |= {"device": device, "backend": backend, "csr": csr}
+    op = norm.bound_to(partial_form(gated_residual_adaln, absent))
+    check_against_oracle(op, partial_form(formula, absent), case, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -49,6 +69,16 @@ def check(case: Case, norm: Norm, device: torch.device, backend: str, *, csr: bo
 @given(case=cases(), norm=st.sampled_from(NORMS))
 def test_random_cases_match_the_oracle(case: Case, norm: Norm, backend: str, device: torch.device) -> None:
     check(case, norm, device, backend)
+
+
+@pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
+@pytest.mark.parametrize("absent", ABSENT)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_absent_tables_match_the_oracle(
+    backend: str, absent: tuple[str, ...], norm: Norm, device: torch.device
+) -> None:
+    for place, case in enumerate(FEW):
+        check(case, norm, device, backend, csr=place == 0, absent=absent)
 
 
 @pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
@@ -99,6 +129,13 @@ def test_tables_that_want_no_gradient_cost_nothing(device: torch.device) -> None
     )
 
 
+def test_a_gate_that_alone_wants_a_gradient(device: torch.device) -> None:
+    """Beside a norm with a weight and a bias, which have no part in it."""
+    residual, branch, gate, *others, index = arguments(Case(tokens=40), device, AFFINE_RMS)
+    op = partial(AFFINE_RMS.bound_to(gated_residual_adaln), backend="triton")
+    check_unasked(lambda *t: op(*t, index), [residual, branch, gate, *others], asked=3, spared="fold_kernel")
+
+
 @pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
 def test_keeps_two_tensors_and_statistics(norm: Norm, device: torch.device) -> None:
     case, kept = Case(tokens=45, width=48), []
@@ -109,11 +146,23 @@ def test_keeps_two_tensors_and_statistics(norm: Norm, device: torch.device) -> N
     assert of_tokens == case.tokens * (2 * case.width * 4 + (8 if norm.kind == "layer" else 4))
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_gradcheck(norm: Norm) -> None:
-    *tensors, index = arguments(Case(tokens=6, width=4, rows=3), torch.device("cpu"), norm)
-    inputs = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    assert torch.autograd.gradcheck(lambda *t: norm.bound_to(gated_residual_adaln)(*t, index), inputs)
+def test_without_a_gate_the_branch_is_not_kept(device: torch.device) -> None:
+    case, kept = Case(tokens=45, width=48), []
+    residual, branch, _, shift, scale, index = arguments(case, device)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        gated_residual_adaln(residual, branch, None, shift, scale, index, backend="triton")
+    of_tokens = sum(x.nbytes for x in kept if case.tokens in x.shape and x.is_floating_point())
+    assert of_tokens == case.tokens * (case.width * 4 + 8)
+
+
+@pytest.mark.parametrize(
+    ("norm", "absent"), [*((norm, ()) for norm in NORMS), *((AFFINE_RMS, absent) for absent in ABSENT)]
+)
+def test_gradcheck(norm: Norm, absent: tuple[str, ...]) -> None:
+    residual, branch, *rest, index = arguments(Case(tokens=6, width=4, rows=3), torch.device("cpu"), norm)
+    given = (residual, branch, *rest[len(absent) :])
+    op = norm.bound_to(partial_form(gated_residual_adaln, absent))
+    assert torch.autograd.gradcheck(lambda *t: op(*t, index), [x.detach().double().requires_grad_() for x in given])
 
 
 def test_opcheck(device: torch.device) -> None:
@@ -124,9 +173,14 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(_gated_residual_adaln.registered, (*tensors, *csr, "layer", 1e-6))
     torch.library.opcheck(_gated_residual_adaln.registered, (*tensors[:5], None, None, index, None, None, "rms", 1e-6))
     h, branch, gate, _, scale, weight, bias = (tensor.detach() for tensor in tensors)
-    for dh, affine, kind, sums in ((h, (weight, bias), "layer", True), (None, (weight, None), "rms", False)):
-        saved = (h, branch, gate, scale, *affine, torch.rand(2 if kind == "layer" else 1, 9, device=device), *csr)
-        torch.library.opcheck(_gated_residual_adaln_backward.registered, (dh, h, *saved, kind, sums))
+    stats = torch.rand(2, 9, device=device)
+    for dh, tables, affine, kind, asked in (
+        (h, (branch, gate, scale), (weight, bias), "layer", (True, True, True)),
+        (None, (branch, gate, scale), (weight, None), "rms", (True, False, False)),
+        (None, (None, None, None), (None, None), "layer", (False, True, False)),
+    ):
+        saved = (dh, h, h, *tables, *affine, stats[: 2 if kind == "layer" else 1], *csr, kind)
+        torch.library.opcheck(_gated_residual_adaln_backward.registered, (*saved, *asked, torch.float32))
 
 
 @pytest.mark.parametrize("norm", [LAYER, AFFINE_RMS])
@@ -135,6 +189,13 @@ def test_compiles_once_for_ragged_batches(backend: str, compiler: str, norm: Nor
     shape = {**SHAPE, "vectors": len(norm.vectors)}
     op = norm.bound_to(gated_residual_adaln)
     check_compiles_once(op, **shape, device=device, backend=backend, compiler=compiler)
+
+
+@pytest.mark.parametrize("absent", [("gate",), TABLES])
+def test_compiles_without_a_table(absent: tuple[str, ...], device: torch.device) -> None:
+    op = partial_form(gated_residual_adaln, absent)
+    shape = {"tokens": 2, "tables": 3 - len(absent)}
+    check_compiles_once(op, **shape, device=device, backend="triton", compiler="aot_eager")
 
 
 X, TABLE, INDEX = torch.zeros(5, 8), torch.zeros(3, 8), torch.zeros(5, dtype=torch.int32)

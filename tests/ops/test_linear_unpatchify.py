@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -100,6 +101,24 @@ def test_repeats_to_the_bit(backend: str, device: torch.device) -> None:
     inputs = Inputs(RaggedCase(order="tiled", drop=True), 20)
     runs = [inputs.run(inputs.op(device, backend), torch.float32, device=device) for _ in range(2)]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+@pytest.mark.parametrize("order", ["cthw", "hwtc"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_orders_are_other_rows_of_the_weight(backend: str, order: str, device: torch.device) -> None:
+    """Values and gradients are those of the weight in the usual order, to the bit."""
+    inputs = Inputs(RaggedCase(patch_size=(2, 1, 3), order="tiled"), 20)
+    sizes = dict(zip(("t", "h", "w"), inputs.case.patch_size, strict=True))
+    layout, shapes = inputs.layout.to(device), inputs.case.latents().shapes.to(device)
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        rows = f"(t h w c) ... -> ({' '.join(order)}) ..."
+        weight, bias = (rearrange(leaf, rows, **sizes) for leaf in (weight, bias))
+        given, options = (x, weight, bias, layout, inputs.case.patch_size, shapes), {"backend": backend}
+        return linear_unpatchify(*given, capacity=inputs.elements, order=order, **options).flat
+
+    usual, other = (inputs.run(op, torch.float32, device=device) for op in (inputs.op(device, backend), call))
+    assert all(torch.equal(result, other[name]) for name, result in usual.items())
 
 
 def test_gradcheck() -> None:

@@ -15,7 +15,7 @@ from tests.modulated import no_recompilation
 from tests.ragged import DTYPES
 
 BACKENDS = ("torch", "triton")
-ACTIVATIONS = ("gelu", "swiglu")
+ACTIVATIONS = ("gelu", "gelu_erf", "swiglu", "swiglu second")  # the last: gated by the second half
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Case:
     def tensors(self) -> tuple[list[Tensor], Tensor]:
         """Leaves, and the gradient of the output; laid out as the case says."""
         torch.manual_seed(self.seed)
-        width = self.columns if self.activation == "gelu" else self.columns // 2
+        width = self.columns // 2 if self.activation.startswith("swiglu") else self.columns
         x, d_out = (self._laid_out(torch.randn(self.tokens, 2 * c))[:, :c] for c in (self.columns, width))
         # A bias in fp32 beside half-precision numbers, as autocast has it, every other seed.
         bias = torch.randn(2 * self.columns)[::2].to(self.dtype if self.seed % 2 else torch.float32)
@@ -63,10 +63,18 @@ def formula(activation: str) -> Any:
 
     def run(x: Tensor, bias: Tensor | None = None) -> Tensor:
         x = x if bias is None else x + bias.to(x.dtype)
-        gate, value = x.chunk(2, dim=1) if activation == "swiglu" else (x, None)
-        return F.gelu(gate, approximate="tanh") if value is None else F.silu(gate) * value
+        if activation.startswith("gelu"):
+            return F.gelu(x, approximate="tanh" if activation == "gelu" else "none")
+        first, second = x.chunk(2, dim=1)
+        return F.silu(first) * second if activation == "swiglu" else first * F.silu(second)
 
     return run
+
+
+def options(activation: str) -> dict[str, str]:
+    """As the op takes it."""
+    name, _, gate = activation.partition(" ")
+    return {"activation": name, **({"gate": gate} if gate else {})}
 
 
 def run(op: Any, leaves: list[Tensor], d_out: Tensor) -> list[Tensor]:
@@ -81,7 +89,9 @@ def check(case: Case, backend: str, device: torch.device) -> None:
     given = [leaf.to(device) for leaf in leaves]
     with poisoned_scratch():
         actual = run(
-            lambda x, bias=None: mlp_activation(x, bias, case.activation, backend=backend), given, d_out.to(device)
+            lambda x, bias=None: mlp_activation(x, bias, **options(case.activation), backend=backend),
+            given,
+            d_out.to(device),
         )
     plain = run(formula(case.activation), leaves, d_out)
     oracle = run(formula(case.activation), [leaf.double() for leaf in leaves], d_out.double())
@@ -103,13 +113,17 @@ def test_numbers_of_every_size(dtype: torch.dtype, activation: str, device: torc
     largest = torch.finfo(dtype).max
     sizes = [0.0, 1e-7, 0.1, 3.0, 9.0, 15.9, 16.1, 88.0, 1e4, largest]
     x = torch.tensor([[sign * size for size in sizes for sign in (1, -1)]], dtype=dtype, device=device)
-    x = torch.cat([x, torch.ones_like(x)], dim=1) if activation == "swiglu" else x
-    out, d_x = run(lambda x: mlp_activation(x, None, activation, backend="triton"), [x], torch.ones_like(x[:, :20]))
+    halves = {"swiglu": [x, torch.ones_like(x)], "swiglu second": [torch.ones_like(x), x]}
+    x = torch.cat(halves.get(activation, [x]), dim=1)
+    out, d_x = run(
+        lambda x: mlp_activation(x, None, **options(activation), backend="triton"), [x], torch.ones_like(x[:, :20])
+    )
     exact, d_exact = run(formula(activation), [x.double().cpu()], torch.ones(1, 20, dtype=torch.float64))
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(out.cpu().double(), exact, rtol=tolerance, atol=1e-6)
     d_exact = d_exact.clamp(-largest, largest).nan_to_num(0)
-    torch.testing.assert_close(d_x.cpu().double()[:, :20], d_exact[:, :20], rtol=tolerance, atol=1e-6)
+    columns = slice(-20, None) if activation == "swiglu second" else slice(20)
+    torch.testing.assert_close(d_x.cpu().double()[:, columns], d_exact[:, columns], rtol=tolerance, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -117,7 +131,7 @@ def test_a_bias_of_a_stride_beyond_int32(activation: str, device: torch.device) 
     (x, bias), d_out = Case(tokens=3, columns=6, activation=activation).tensors()
     x, bias, d_out = (tensor.to(device) for tensor in (x, bias, d_out))
     results = [
-        run(lambda x: mlp_activation(x, b, activation, backend="triton"), [x], d_out)  # noqa: B023
+        run(lambda x: mlp_activation(x, b, **options(activation), backend="triton"), [x], d_out)  # noqa: B023
         for b in (bias, far_apart(bias, 0))
     ]
     assert all(torch.equal(near, far) for near, far in zip(*results, strict=True))
@@ -127,7 +141,10 @@ def test_a_bias_of_a_stride_beyond_int32(activation: str, device: torch.device) 
 def test_repeats_to_the_bit(activation: str, device: torch.device) -> None:
     leaves, d_out = Case(tokens=140, columns=10, activation=activation).tensors()
     leaves = [leaf.to(device) for leaf in leaves]
-    runs = [run(lambda *t: mlp_activation(*t, activation, backend="triton"), leaves, d_out.to(device)) for _ in "ab"]
+    runs = [
+        run(lambda *t: mlp_activation(*t, **options(activation), backend="triton"), leaves, d_out.to(device))
+        for _ in "ab"
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -135,7 +152,7 @@ def test_repeats_to_the_bit(activation: str, device: torch.device) -> None:
 def test_gradcheck(activation: str) -> None:
     leaves, _ = Case(tokens=3, columns=8, activation=activation).tensors()
     leaves = [leaf.double().requires_grad_() for leaf in leaves]
-    assert torch.autograd.gradcheck(lambda *t: mlp_activation(*t, activation, backend="torch"), leaves)
+    assert torch.autograd.gradcheck(lambda *t: mlp_activation(*t, **options(activation), backend="torch"), leaves)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -143,17 +160,17 @@ def test_gradcheck(activation: str) -> None:
 def test_opcheck(activation: str, bias: bool, device: torch.device) -> None:
     leaves, d_out = Case(tokens=4, columns=6, activation=activation, bias=bias, layout="permuted").tensors()
     leaves = [leaf.to(device).requires_grad_() for leaf in leaves] + [None] * (not bias)
-    gated = activation == "swiglu"
-    torch.library.opcheck(_mlp_activation.registered, (*leaves, gated))
+    form = (options(activation)["activation"], options(activation).get("gate", "first"))
+    torch.library.opcheck(_mlp_activation.registered, (*leaves, *form))
     leaves = [leaf if leaf is None else leaf.detach() for leaf in leaves]
-    torch.library.opcheck(_mlp_activation_backward.registered, (d_out.to(device), *leaves, gated, bias))
+    torch.library.opcheck(_mlp_activation_backward.registered, (d_out.to(device), *leaves, *form, bias))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles(backend: str, activation: str, device: torch.device) -> None:
     def call(*tensors: Tensor) -> Tensor:
-        return mlp_activation(*tensors, activation, backend=backend)
+        return mlp_activation(*tensors, **options(activation), backend=backend)
 
     with no_recompilation():
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -193,3 +210,22 @@ X, BIAS = torch.zeros(5, 6), torch.zeros(6)
 def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         mlp_activation(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("activation", "gate", "message"),
+    [
+        ("swiglu", "last", "gate: 'last'; it must be one of"),
+        ("gelu_erf", "second", "gate: 'second', but gelu_erf has no gate"),
+    ],
+)
+def test_a_bad_gate_is_named(activation: str, gate: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mlp_activation(X, None, activation, gate=gate)
+
+
+def test_the_other_half_gates_the_same_numbers() -> None:
+    x = torch.randn(5, 6)
+    first, second = x.chunk(2, dim=1)
+    swapped = mlp_activation(torch.cat([second, first], dim=1), None, "swiglu", gate="second")
+    assert torch.equal(swapped, mlp_activation(x, None, "swiglu"))

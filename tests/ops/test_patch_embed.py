@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -265,6 +266,26 @@ def test_gradients_of_a_table_are_added_up_in_fp32(dtype: torch.dtype) -> None:
     tokens = patch_embed(latents, torch.zeros(2, 1, dtype=dtype), None, layout, (1, 1, 1), position, backend="torch")
     assert tokens.dtype == dtype
     assert (torch.autograd.grad(tokens.sum(), table)[0] == 4096).all()
+
+
+@pytest.mark.parametrize("order", ["thwc", "hwtc"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_orders_are_other_columns_of_the_weight(backend: str, order: str, device: torch.device) -> None:
+    """Values and gradients are those of the weight in the usual order."""
+    inputs = Inputs(RaggedCase(patch_size=(2, 1, 3), order="tiled"), 20, "none")
+    sizes = dict(zip(("t", "h", "w"), inputs.case.patch_size, strict=True))
+    layout, latents = inputs.layout.to(device), inputs.case.latents().to(device)
+
+    def call(flat: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        weight = rearrange(weight, f"n (c t h w) -> n ({' '.join(order)})", **sizes)
+        given = latents.with_flat(flat), weight, bias, layout, inputs.case.patch_size
+        return patch_embed(*given, order=order, backend=backend)
+
+    usual, other = (
+        inputs.run(op, torch.float32, inputs.d_tokens, device=device) for op in (inputs.op(device, backend), call)
+    )
+    for name, result in usual.items():
+        torch.testing.assert_close(other[name], result, rtol=1e-5, atol=1e-5)  # a copy may be multiplied another way
 
 
 def test_gradcheck() -> None:

@@ -101,8 +101,8 @@ def test_opcheck() -> None:
     layout, latents = case.layout(), case.latents()
     places = (latents.offsets, latents.shapes, *_of(layout), list(case.patch_size))
     patches = torch.randn(layout.capacity, case.num_pixels, requires_grad=True)
-    torch.library.opcheck(_cut.registered, (latents.flat.requires_grad_(), *places, case.num_pixels, False))
-    torch.library.opcheck(_put.registered, (patches, *places, len(latents.flat), True))
+    torch.library.opcheck(_cut.registered, (latents.flat.requires_grad_(), *places, case.num_pixels, "cthw"))
+    torch.library.opcheck(_put.registered, (patches, *places, len(latents.flat), "thwc"))
     weight, bias, grad = torch.randn(4, case.num_pixels), torch.randn(4), torch.randn(layout.capacity, 4)
     for given_bias in (bias.requires_grad_(), None):
         torch.library.opcheck(_linear.registered, (patches, weight.requires_grad_(), given_bias, layout.cu_seqlens))

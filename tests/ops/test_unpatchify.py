@@ -6,15 +6,20 @@ from einops import rearrange
 from hypothesis import given
 from torch import Tensor
 
+from sora_fast.ops._dispatch import explain
+from sora_fast.ops._patches_torch import scattered
 from sora_fast.ops.patch_embed import patch_embed
 from sora_fast.ops.unpatchify import _unpatchify, _unpatchify_backward, unpatchify
 from sora_fast.packing import PackedLayout, RaggedLatents
 from sora_fast.proof.rule import poisoned_scratch
+from tests.helpers import examples
 from tests.modulated import no_recompilation
 from tests.ragged import BACKENDS, RaggedCase, ragged_cases
 
+ROWS = {"thwc": "(pt ph pw c)", "cthw": "(c pt ph pw)", "hwtc": "(ph pw pt c)"}
 
-def oracle(tokens: Tensor, case: RaggedCase) -> Tensor:
+
+def oracle(tokens: Tensor, case: RaggedCase, order: str) -> Tensor:
     """Each video put together on its full grid, then cropped."""
     layout, (pt, ph, pw) = case.layout(), case.patch_size
     videos = []
@@ -22,12 +27,14 @@ def oracle(tokens: Tensor, case: RaggedCase) -> Tensor:
         mine = layout.segment_ids == segment
         full = tokens.new_zeros(t * h * w, tokens.shape[1]).index_put((layout.raster_index[mine].long(),), tokens[mine])
         parts = {"t": t, "h": h, "pt": pt, "ph": ph, "pw": pw}
-        video = rearrange(full, "(t h w) (pt ph pw c) -> c (t pt) (h ph) (w pw)", **parts)
+        video = rearrange(full, f"(t h w) {ROWS[order]} -> c (t pt) (h ph) (w pw)", **parts)
         videos.append(video[:, : sizes[0], : sizes[1], : sizes[2]].flatten())
     return torch.cat(videos)
 
 
-def check(case: RaggedCase, backend: str, device: torch.device, channels: int | None = None) -> None:
+def check(
+    case: RaggedCase, backend: str, device: torch.device, channels: int | None = None, order: str = "thwc"
+) -> None:
     """Nothing is computed, so everything must agree to the bit: values, gradients, zeros."""
     layout, latents = case.layout(), case.latents()
     channels = channels or case.channels
@@ -35,13 +42,12 @@ def check(case: RaggedCase, backend: str, device: torch.device, channels: int | 
     elements = latents.flat.numel() * channels // case.channels + 3
     tokens = torch.randn(layout.capacity, 2 * columns).to(case.dtype)[:, ::2].requires_grad_()
     clean = torch.where((layout.segment_ids >= 0)[:, None], tokens, 0)
-    exact = oracle(clean, case)
+    exact = oracle(clean, case, order)
     garbage = torch.where((layout.segment_ids >= 0)[:, None], tokens.detach(), float("nan"))
     given = garbage.to(device).requires_grad_()
     with poisoned_scratch():
-        videos = unpatchify(
-            given, layout.to(device), case.patch_size, latents.shapes.to(device), capacity=elements, backend=backend
-        )
+        places = layout.to(device), case.patch_size, latents.shapes.to(device)
+        videos = unpatchify(given, *places, capacity=elements, order=order, backend=backend)
         d_flat = torch.randn(elements).to(case.dtype)
         (d_tokens,) = torch.autograd.grad(videos.flat, given, d_flat.to(device))
     used = len(exact)
@@ -55,6 +61,38 @@ def check(case: RaggedCase, backend: str, device: torch.device, channels: int | 
 @given(case=ragged_cases())
 def test_random_cases_match_the_oracle(case: RaggedCase, backend: str, device: torch.device) -> None:
     check(case, backend, device)
+
+
+@pytest.mark.parametrize("order", ["cthw", "hwtc"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@examples(10)
+@given(case=ragged_cases())
+def test_other_orders_match_the_oracle(case: RaggedCase, order: str, backend: str, device: torch.device) -> None:
+    if order == "hwtc" and backend in ("cpu", "cuda"):
+        with pytest.raises(ValueError, match=f"backend: '{backend}' cannot run unpatchify here: .* no order hwtc"):
+            check(case, backend, device, order=order)
+    else:
+        check(case, backend, device, order=order)
+
+
+def test_who_moves_an_order_instead_is_said(device: torch.device) -> None:
+    case = RaggedCase()
+    layout, latents = case.layout().to(device), case.latents().to(device)
+    tokens = torch.randn(layout.capacity, case.num_pixels, device=device)
+    unpatchify(tokens, layout, case.patch_size, latents, order="hwtc")
+    assert "not cpu: the compiled libraries have no order hwtc" in explain()
+
+
+def test_orders_without_waiting_for_a_device(device: torch.device) -> None:
+    """What the torch backend does elsewhere than on a CPU."""
+    case = RaggedCase(patch_size=(2, 1, 3), drop=True)
+    layout, latents = case.layout(), case.latents()
+    tokens = torch.where((layout.segment_ids >= 0)[:, None], torch.randn(layout.capacity, case.num_pixels), 0)
+    for order in ROWS:
+        places = latents.offsets, latents.shapes, layout, case.patch_size, len(latents.flat)
+        found = scattered(tokens, *places, order)
+        exact = oracle(tokens, case, order)
+        assert torch.equal(found[: len(exact)], exact)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -97,7 +135,9 @@ def test_gradcheck() -> None:
     case = RaggedCase(drop=True)
     layout, latents = case.layout(), case.latents()
     tokens = torch.randn(layout.capacity, case.num_pixels, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: unpatchify(x, layout, case.patch_size, latents).flat, tokens)
+    for order in ROWS:
+        places = layout, case.patch_size, latents
+        assert torch.autograd.gradcheck(lambda x: unpatchify(x, *places, order=order).flat, tokens)  # noqa: B023
 
 
 @pytest.mark.parametrize("permuted", [False, True])
@@ -108,9 +148,10 @@ def test_opcheck(permuted: bool, device: torch.device) -> None:
     tokens = tokens.t().contiguous().t() if permuted else tokens
     geometry = (latents.offsets, latents.shapes, layout.segment_ids, layout.coords, list(case.patch_size))
     elements = latents.flat.numel()
-    torch.library.opcheck(_unpatchify.registered, (tokens.requires_grad_(), *geometry, elements))
+    order = "hwtc" if permuted else "thwc"
+    torch.library.opcheck(_unpatchify.registered, (tokens.requires_grad_(), *geometry, order, elements))
     flat = torch.randn(2 * elements, device=device)[:: 1 + permuted]
-    torch.library.opcheck(_unpatchify_backward.registered, (flat, *geometry, case.num_pixels))
+    torch.library.opcheck(_unpatchify_backward.registered, (flat, *geometry, order, case.num_pixels))
 
 
 @pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])
@@ -194,3 +235,10 @@ def test_bad_arguments(
 ) -> None:
     with pytest.raises(error, match=message):
         unpatchify(*arguments, **options)
+
+
+def test_a_bad_order_is_named() -> None:
+    layout = PackedLayout.from_grids([(1, 1, 1)])
+    shapes = torch.tensor([[1, 1, 2, 2]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="order: 'twhc'; it must be one of"):
+        unpatchify(torch.zeros(1, 4), layout, (1, 2, 2), shapes, capacity=4, order="twhc")
