@@ -165,14 +165,15 @@ class SpacetimeMask:
         inside = (coords >= first) & (coords <= last)
         return int(inside.sum()), int(np.tril(inside, -1).sum()), int(np.trace(inside))
 
-    def materialize(self, layout: Tokens) -> Tensor:
-        """The dense boolean matrix [N, N], query by key; for tests and pictures only."""
+    def materialize(self, layout: Tokens, kv_layout: Tokens | None = None) -> Tensor:
+        """The dense boolean matrix [N, Nk], query by key; for tests and pictures only. kv_layout: of the keys."""
+        keys = kv_layout or layout
         segments = layout.segment_ids
-        allowed = (segments[:, None] == segments[None, :]) & (segments >= 0)[:, None]
+        allowed = (segments[:, None] == keys.segment_ids[None, :]) & (segments >= 0)[:, None]
         first, last = self.bounds(layout)
         for axis in range(3):
-            keys = layout.coords[None, :, axis]
-            allowed &= (keys >= first[:, axis, None]) & (keys <= last[:, axis, None])
+            places = keys.coords[None, :, axis]
+            allowed &= (places >= first[:, axis, None]) & (places <= last[:, axis, None])
         if self.causal_tokens:
-            allowed &= layout.raster_index[None, :] <= layout.raster_index[:, None]
+            allowed &= keys.raster_index[None, :] <= layout.raster_index[:, None]
         return allowed

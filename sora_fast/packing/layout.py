@@ -132,6 +132,17 @@ class PackedLayout(TensorBundle):
         return torch.searchsorted(self.tile_offsets, tokens, right=True, out_int32=True) - 1
 
 
+def frame_tokens(grid: Grid, first: int, end: int) -> np.ndarray:
+    """Raster indices of the frames first … end − 1 of a grid (T, H, W): what `keep` takes for a part of a longer video.
+
+    The tokens have their places in the whole video, whose length may be any that it will not exceed. So new frames can
+    attend cached ones under a mask (`packed_attention` with kv_layout).
+    """
+    if not 0 <= first <= end <= grid[0]:
+        raise ValueError(f"first, end: {first}, {end}; it must be 0 ≤ first ≤ end ≤ {grid[0]}, the frames of the grid")
+    return np.arange(first * grid[1] * grid[2], end * grid[1] * grid[2])
+
+
 def token_grid(shape: Sequence[int], patch_size: Grid) -> Grid:
     """Token grid (T, H, W) of latents (C, T, H, W): sizes that the patch does not divide are rounded up."""
     frames, height, width = (-(-size // patch) for size, patch in zip(shape[1:], patch_size, strict=True))

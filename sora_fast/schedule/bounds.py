@@ -51,7 +51,7 @@ class Bounds(NamedTuple):
 
     @staticmethod
     def of(queries: Groups, keys: Groups, mask: SpacetimeMask) -> "Bounds":
-        """For queries and keys of one layout or, under the full mask, of two."""
+        """For queries and keys of one layout or of two, whose places then are of one grid a segment."""
         layout = queries.layout
         axes = [slice(a, a + 1) for a, bound in enumerate((mask.t, mask.h, mask.w)) if bound != UNBOUNDED]
         first, last = mask.bounds(layout)
@@ -60,7 +60,8 @@ class Bounds(NamedTuple):
         low, high = ([segment, *(bound[:, axis] for axis in axes)] for bound in (first, last))
         if mask.causal_tokens:
             raster = layout.raster_index[:, None]
-            key, low, high = [*key, raster], [*low, torch.zeros_like(raster)], [*high, raster]
+            key = [*key, keys.layout.raster_index[:, None]]
+            low, high = [*low, torch.zeros_like(raster)], [*high, raster]
         return Bounds(_extremes(key, keys), _extremes(low, queries), _extremes(high, queries))
 
     def decide(self, queries: slice, keys: slice) -> tuple[Tensor, Tensor]:

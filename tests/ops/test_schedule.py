@@ -15,7 +15,7 @@ from sora_fast.packing import PackedLayout
 from sora_fast.proof.rule import poisoned_scratch
 from sora_fast.schedule import TileSchedule
 from tests.helpers import examples
-from tests.layouts import MASKS, packs
+from tests.layouts import MASKS, packs, part_pairs
 from tests.modulated import no_recompilation
 from tests.schedule.test_tile_schedule import assert_same, cleared
 
@@ -57,6 +57,17 @@ def test_a_list_without_room(device: torch.device) -> None:
     assert_same(filled, plain)
 
 
+@examples(12)
+@given(sides=part_pairs(), mask=MASKS, max_pairs=st.sampled_from([0, 3, 10, 1 << 24]))
+def test_parts_of_one_grid(
+    sides: tuple[PackedLayout, PackedLayout], mask: SpacetimeMask, max_pairs: int, device: torch.device
+) -> None:
+    layout, keys = sides
+    with use_backend("triton"), poisoned_scratch():
+        filled = TileSchedule.build(layout.to(device), mask, kv_layout=keys.to(device), max_pairs=max_pairs)
+    assert_same(filled.to("cpu"), TileSchedule.build(layout, mask, kv_layout=keys, max_pairs=max_pairs))
+
+
 def test_cross_attention(device: torch.device) -> None:
     layout = PackedLayout.from_grids(GRIDS, capacity=70, max_segments=6, tile_size=16)
     text = PackedLayout.from_grids([(n, 1, 1) for n in (3, 7, 0, 37)], capacity=50, max_segments=6, tile_size=32)
@@ -91,6 +102,7 @@ def test_few_launches() -> None:
     for batch, options, count in (
         (layout, {}, 2),
         (layout, {"kv_layout": raster}, 3),
+        (layout, {"kv_layout": raster, "mask": WINDOW}, 4),
         (raster, {"mask": SpacetimeMask.frame_causal()}, 2),
         (layout, {"mask": WINDOW}, 3),
     ):
