@@ -1,5 +1,6 @@
 """Layouts of segments of which nothing but the lengths is known: lines of tokens."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -46,6 +47,34 @@ def layout_from_cu_seqlens(
         tile_offsets=_tile_offsets(cu_seqlens, lengths, capacity, tile_size),
         tile_size=tile_size,
         is_raster=True,
+    )
+
+
+def ending_together(layout: PackedLayout, keys: PackedLayout) -> tuple[PackedLayout, PackedLayout]:
+    """Both, with places counted so that the last query and the last key of a segment stand at the same one.
+
+    That is flash-attn's causal mask for sides of unequal lengths: the last query sees the last key. layout, keys: from
+    `layout_from_cu_seqlens`; of equally many segments. Never waits for the device.
+    """
+    if layout.max_segments != keys.max_segments:
+        raise ValueError(
+            f"keys: {keys.max_segments} segments; they must be as many as the {layout.max_segments} of layout"
+        )
+    lengths = [side.cu_seqlens.diff() for side in (layout, keys)]
+    longest = torch.maximum(*lengths)
+    return tuple(_behind(side, longest - own, longest) for side, own in zip((layout, keys), lengths, strict=True))
+
+
+def _behind(layout: PackedLayout, ahead: Tensor, lengths: Tensor) -> PackedLayout:
+    """The layout as the last part of longer lines, with `ahead` [S] tokens of each before it."""
+    used = layout.segment_ids >= 0
+    places = torch.where(used, layout.raster_index + ahead[layout.segment_ids.clamp(min=0)], 0)
+    zeros, ones = torch.zeros_like(places), torch.ones_like(lengths)
+    return replace(
+        layout,
+        grids=torch.stack([lengths, ones, ones], dim=1),
+        coords=torch.stack([places.clamp(max=MAX_GRID[0] - 1), zeros, zeros], dim=1),
+        raster_index=places,
     )
 
 
