@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._launch import launch, next_power_of_two
-from sora_fast.packing.coordinates import GUARD, H_SHIFT, MAX_GRID, T_SHIFT
+from sora_fast.packing.coordinates import EVERYWHERE, GUARD, H_SHIFT, MAX_GRID, T_SHIFT
 
-_GUARD, _T_SHIFT, _H_SHIFT = (tl.constexpr(number) for number in (GUARD, T_SHIFT, H_SHIFT))
+_GUARD, _T_SHIFT, _H_SHIFT, _EVERYWHERE = (tl.constexpr(number) for number in (GUARD, T_SHIFT, H_SHIFT, EVERYWHERE))
 _LARGEST_T, _LARGEST_H, _LARGEST_W = (tl.constexpr(size) for size in MAX_GRID)
 # Places that a step of a search looks at: three steps find one of 2 million tokens.
 _SEARCH = tl.constexpr(128)
@@ -84,8 +84,8 @@ class Axis:
 class _Boxes(NamedTuple):
     """Of a layout's tiles, between two launches. Packed coordinates count from 1, as in `TileSchedule`.
 
-    corners [8, T]: least and greatest key, first key of any query's box and first that all boxes share, last that they
-        share and last of any; least and greatest raster place.
+    corners [10, T]: least and greatest key, first key of any query's box and first that all boxes share, last that they
+        share and last of any; least and greatest raster place as keys, and as queries.
     spans [2, S]: the first tile of every segment, and the one past its last; none of a segment without tiles.
     """
 
@@ -117,6 +117,7 @@ def fill(
     axes: tuple[Axis, Axis, Axis],
     full: bool,
     causal: bool,
+    joint: tuple[bool, bool],
     tile_sizes: tuple[int, int],
     max_pairs: int,
 ) -> None:
@@ -124,7 +125,7 @@ def fill(
 
     keys: None where they share the queries' layout. axes: the mask along t, h, w; causal: it goes by raster place, too;
     full: it forbids nothing. Sides without lists get ranges, of the whole segment or else of the past, by tokens if
-    causal, by frames if not. tile_sizes: most tokens in a tile of queries, of keys. The unused places of a list keep
+    causal, by frames if not. joint, tile_sizes: of the layouts of queries and of keys. The unused places of a list keep
     what they have.
     """
     boxes = key_boxes = None
@@ -133,11 +134,12 @@ def fill(
         key_boxes = boxes if keys is None else _boxes(keys, cross=True)
     mask = {"T_AXIS": axes[0], "H_AXIS": axes[1], "W_AXIS": axes[2], "FULL": full, "CAUSAL": causal}
     if keys is None:
-        _launch_tiles(queries, queries, places, by_query, by_key, boxes, tile_sizes[0], mask)
+        _launch_tiles(queries, queries, places, by_query, by_key, boxes, tile_sizes[0], {**mask, "JOINT": joint[0]})
     else:
         query_places, key_places = places._replace(place=None), Places(None, None, places.place)
-        _launch_tiles(queries, keys, query_places, by_query, None, boxes, tile_sizes[0], mask)
-        _launch_tiles(keys, queries, key_places, None, by_key, key_boxes, tile_sizes[1], mask)
+        own, other = ({**mask, "JOINT": is_joint} for is_joint in joint)
+        _launch_tiles(queries, keys, query_places, by_query, None, boxes, tile_sizes[0], own)
+        _launch_tiles(keys, queries, key_places, None, by_key, key_boxes, tile_sizes[1], other)
     if boxes is None:
         sizes = [side.begin.shape[0] for side in (by_query, by_key)]
         launch(schedule_order_kernel, (max(sizes), 2), by_query, by_key, overflow, *sizes, ROWS=ROWS, num_warps=4)
@@ -149,7 +151,7 @@ def fill(
 def _boxes(pack: Pack, *, cross: bool) -> _Boxes:
     """cross: the other side is another layout, whose segments may have tiles where this one's have none."""
     new = pack.coords.new_zeros if cross else pack.coords.new_empty
-    return _Boxes(pack.coords.new_empty(8, pack.tiles.shape[0] - 1), new(2, pack.grids.shape[0]))
+    return _Boxes(pack.coords.new_empty(10, pack.tiles.shape[0] - 1), new(2, pack.grids.shape[0]))
 
 
 def _side(pack: Pack, boxes: _Boxes) -> _Side:
@@ -207,21 +209,26 @@ def schedule_tile_kernel(
     W_AXIS: tl.constexpr,
     FULL: tl.constexpr,
     CAUSAL: tl.constexpr,
+    JOINT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     tile, num_tiles = tl.program_id(0), tl.num_programs(0)
     start, stop = tl.load(own.tiles + tile), tl.load(own.tiles + tile + 1)
     tokens = start + tl.arange(0, TILE)
     segment = tl.load(own.segment_ids + start, mask=start < stop, other=0)
-    _write_places(own, places, segment, tokens, tokens < stop, True, T_AXIS, H_AXIS, W_AXIS)
+    # A tile's tokens have places, or none of them has: it is a text's.
+    placed = True
+    if JOINT:
+        placed = tl.load(own.raster + start, mask=start < stop, other=0) >= 0
+    _write_places(own, places, segment, tokens, tokens < stop, placed, True, JOINT, T_AXIS, H_AXIS, W_AXIS)
     # Every program sees to its share of the padding.
     used = tl.load(own.tiles + num_tiles)
     for first in range(used + tile * TILE, num_tokens, num_tiles * TILE):
         padding = first + tl.arange(0, TILE)
-        _write_places(own, places, 0, padding, padding < num_tokens, False, T_AXIS, H_AXIS, W_AXIS)
+        _write_places(own, places, 0, padding, padding < num_tokens, True, False, JOINT, T_AXIS, H_AXIS, W_AXIS)
     if boxes is not None:
-        _write_box(own, boxes, tile, segment, start, stop, num_tiles, num_tokens, num_segments, T_AXIS, H_AXIS, W_AXIS,
-                   CAUSAL, TILE)  # fmt: skip
+        _write_box(own, boxes, tile, segment, start, stop, placed, num_tiles, num_tokens, num_segments, T_AXIS, H_AXIS,
+                   W_AXIS, CAUSAL, JOINT, TILE)  # fmt: skip
     else:
         _write_ranges(own, other_cu_seqlens, by_query, by_key, tile, segment, start, stop, num_others, FULL, CAUSAL)
 
@@ -233,20 +240,27 @@ def _write_places(
     segment,
     tokens,
     exists,
+    placed,
     USED: tl.constexpr,
+    JOINT: tl.constexpr,
     T_AXIS: tl.constexpr,
     H_AXIS: tl.constexpr,
     W_AXIS: tl.constexpr,
 ):
-    """USED: whether the tokens are of a segment; else they are padding."""
+    """placed: whether the tokens have places, always true but if JOINT. USED: they are of a segment, no padding."""
     coords = own.coords + 3 * tokens.to(tl.int64)
     t = tl.load(coords, mask=exists, other=0)
     h = tl.load(coords + 1, mask=exists, other=0)
     w = tl.load(coords + 2, mask=exists, other=0)
     if places.place is not None:
-        tl.store(places.place + tokens, _packed(t + 1, h + 1, w + 1) if USED else tl.zeros_like(t), mask=exists)
+        place = _packed(t + 1, h + 1, w + 1) if USED else tl.zeros_like(t)
+        if JOINT:
+            place = tl.where(placed, place, _EVERYWHERE)
+        tl.store(places.place + tokens, place, mask=exists)
     if places.low is not None:
         low, high = _box(own, segment, t, h, w, T_AXIS, H_AXIS, W_AXIS)
+        if JOINT:
+            low, high = _widened(low, high, placed)
         tl.store(places.low + tokens, low, mask=exists)
         tl.store(places.high + tokens, high, mask=exists)
 
@@ -267,13 +281,20 @@ def _box(own, segment, t, h, w, T_AXIS: tl.constexpr, H_AXIS: tl.constexpr, W_AX
 
 
 @triton.jit
+def _widened(low, high, placed):
+    """The box, or around all places."""
+    return tl.where(placed, low, _packed(1, 1, 1)), tl.where(placed, high, _packed(_LARGEST_T, _LARGEST_H, _LARGEST_W))
+
+
+@triton.jit
 def _interval(place, extent, AXIS: tl.constexpr, LARGEST: tl.constexpr):
-    """`SpacetimeMask.axis_bounds`, counted from 1; 0 and LARGEST + 1 stand for before and after all."""
+    """`SpacetimeMask.axis_bounds`, counted from 1; 0 and LARGEST + 1 stand for before and after all (see `TileSchedule`
+    for the last key)."""
     anchor = place // AXIS.stride * AXIS.stride + (AXIS.stride - 1) // 2
     if AXIS.clamp:
         anchor = tl.minimum(tl.maximum(anchor, -AXIS.low), tl.load(extent) - 1 - AXIS.high)
     low = tl.minimum(tl.maximum(anchor + AXIS.low + 1, 1), LARGEST + 1)
-    high = tl.minimum(tl.maximum(anchor + AXIS.high + 1, 0), LARGEST + 1)
+    high = tl.minimum(tl.maximum(anchor + AXIS.high + 1, 0), LARGEST)
     return low, high
 
 
@@ -343,6 +364,7 @@ def _write_box(
     segment,
     start,
     stop,
+    placed,
     num_tiles,
     num_tokens,
     num_segments,
@@ -350,6 +372,7 @@ def _write_box(
     H_AXIS: tl.constexpr,
     W_AXIS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    JOINT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """What an axis allows never decreases along it: the least and greatest coordinates give all bounds."""
@@ -362,8 +385,13 @@ def _write_box(
         w_min, w_max = _extremes(coords + 2, tokens < stop)
         low_min, high_min = _box(own, segment, t_min, h_min, w_min, T_AXIS, H_AXIS, W_AXIS)
         low_max, high_max = _box(own, segment, t_max, h_max, w_max, T_AXIS, H_AXIS, W_AXIS)
-        tl.store(corner, _packed(t_min + 1, h_min + 1, w_min + 1))
-        tl.store(corner + num_tiles, _packed(t_max + 1, h_max + 1, w_max + 1))
+        key_min, key_max = _packed(t_min + 1, h_min + 1, w_min + 1), _packed(t_max + 1, h_max + 1, w_max + 1)
+        if JOINT:
+            key_min, key_max = tl.where(placed, key_min, _EVERYWHERE), tl.where(placed, key_max, _EVERYWHERE)
+            low_min, high_max = _widened(low_min, high_max, placed)
+            low_max, high_min = _widened(low_max, high_min, placed)
+        tl.store(corner, key_min)
+        tl.store(corner + num_tiles, key_max)
         tl.store(corner + 2 * num_tiles, low_min)
         tl.store(corner + 3 * num_tiles, low_max)
         tl.store(corner + 4 * num_tiles, high_min)
@@ -372,13 +400,17 @@ def _write_box(
             raster_min, raster_max = _extremes(own.raster + tokens, tokens < stop)
             tl.store(corner + 6 * num_tiles, raster_min)
             tl.store(corner + 7 * num_tiles, raster_max)
+            if JOINT:  # −1 as keys, behind all as queries
+                raster_min, raster_max = raster_min & 0x7FFFFFFF, tl.where(placed, raster_max, 0x7FFFFFFF)
+            tl.store(corner + 8 * num_tiles, raster_min)
+            tl.store(corner + 9 * num_tiles, raster_max)
         if start == tl.load(own.cu_seqlens + segment):
             tl.store(boxes.spans + segment, tile)
         if stop == tl.minimum(tl.load(own.cu_seqlens + segment + 1), num_tokens):
             tl.store(boxes.spans + num_segments + segment, tile + 1)
     else:
         # A key at 0 lies in no box, and a box that ends at 0 has no key.
-        for number in tl.static_range(8 if CAUSAL else 6):
+        for number in tl.static_range(10 if CAUSAL else 6):
             tl.store(corner + number * num_tiles, 0)
 
 
@@ -409,8 +441,8 @@ def _decide(own, other, row, columns, valid, num_own, num_other, BY_KEY: tl.cons
     full = meets & _ordered(low_max, key_min) & _ordered(key_max, high_min)
     if CAUSAL:
         key_min, key_max = tl.load(key + 6 * num_keys), tl.load(key + 7 * num_keys)
-        meets = meets & (key_min <= tl.load(query + 7 * num_queries))
-        full = full & meets & (key_max <= tl.load(query + 6 * num_queries))
+        meets = meets & (key_min <= tl.load(query + 9 * num_queries))
+        full = full & meets & (key_max <= tl.load(query + 8 * num_queries))
     return meets, full
 
 

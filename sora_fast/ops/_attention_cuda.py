@@ -30,8 +30,9 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 def refusal_of_mask(schedule: TileSchedule) -> str | None:
     """Why not this mask, for users."""
-    if schedule.cross and schedule.mask.causal_tokens:
-        return "a token-causal mask with kv_layout; its kernels know one raster place a token, as query and as key"
+    if schedule.mask.causal_tokens and (schedule.cross or schedule.layout.is_joint):
+        which = "kv_layout" if schedule.cross else "a joint layout"
+        return f"a token-causal mask with {which}; its kernels know one raster place a token, as query and as key"
     return None
 
 

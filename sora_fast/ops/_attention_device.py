@@ -40,8 +40,8 @@ def attention(
 
 def has_varlen(q: Tensor, schedule: TileSchedule, deterministic: bool | None) -> bool:
     """Whether varlen can do it: flash-attn's kernels, from Ampere on; their backward pass adds up in any order."""
-    past = schedule.mask.causal_tokens and schedule.mask.sees_past and not schedule.cross
-    mask = schedule.mask.is_full or past
+    past = schedule.mask.causal_tokens and schedule.mask.sees_past
+    mask = schedule.mask.is_full or (past and not schedule.cross and not schedule.layout.is_joint)
     small = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] <= _MOST_VARLEN_HEAD_DIM
     return q.is_cuda and mask and small and not ordered(deterministic) and varlen_options(q.device) is not None
 

@@ -104,7 +104,7 @@ _NAMES = {side: tuple(field.name for field in fields(side)) for side in (TokenRa
 def _tensors(schedule: TileSchedule) -> list[Tensor]:
     """All that the backends read of a schedule: ops of the dispatcher take tensors only."""
     layout, keys = schedule.layout, schedule.kv_layout
-    boxes = (schedule.query_low, schedule.query_high, schedule.key_place, layout.raster_index, keys.raster_index)
+    boxes = (schedule.query_low, schedule.query_high, schedule.key_place, schedule.query_raster, keys.raster_index)
     names = _NAMES[type(schedule.by_query)]
     sides = [getattr(side, name) for side in (schedule.by_query, schedule.by_key) for name in names]
     return [layout.cu_seqlens, keys.cu_seqlens, layout.tile_offsets, keys.tile_offsets, *boxes, *sides]
@@ -335,7 +335,7 @@ def _check(
 
 def _check_schedule(name: str, scheduled: PackedLayout, given: PackedLayout) -> None:
     """The schedule was built for a layout like the given one."""
-    sizes = ("capacity", "max_segments", "max_tiles", "tile_size", "is_raster", "device")
+    sizes = ("capacity", "max_segments", "max_tiles", "tile_size", "is_raster", "is_joint", "device")
     for size in sizes:
         built, wanted = getattr(scheduled, size), getattr(given, size)
         if built != wanted:

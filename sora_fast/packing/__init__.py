@@ -2,6 +2,7 @@
 
 from sora_fast.packing.conditioning import Conditioning, RowIndex
 from sora_fast.packing.dropping import BetaDrop, ConstantDrop, ResolutionDrop, SigmoidDrop, kept_tokens, sample_keep
+from sora_fast.packing.joint import JointLayout
 from sora_fast.packing.latents import RaggedLatents
 from sora_fast.packing.layout import PackedLayout, frame_tokens, token_grid
 from sora_fast.packing.packer import PackRules, StreamingPacker, balance, pack_offline
@@ -10,6 +11,7 @@ __all__ = [
     "BetaDrop",
     "Conditioning",
     "ConstantDrop",
+    "JointLayout",
     "PackRules",
     "PackedLayout",
     "RaggedLatents",

@@ -29,6 +29,9 @@ class PackedLayout(TensorBundle):
         unused tiles repeat the last offset.
     is_raster: the tokens of every segment lie in raster order, so that under a causal mask those that a tile may
         attend lie side by side. Static: it follows from the order asked for, never from a batch.
+    is_joint: some tokens have no place in the grid, those of a text beside its video (see `JointLayout`). Their raster
+        index is −1; under any mask they see all of their segment, and all of it sees them. They have tiles of their
+        own. Static.
     """
 
     cu_seqlens: Tensor
@@ -39,6 +42,7 @@ class PackedLayout(TensorBundle):
     tile_offsets: Tensor
     tile_size: int = 128
     is_raster: bool = False
+    is_joint: bool = False
 
     @property
     def capacity(self) -> int:

@@ -45,7 +45,7 @@ def _listed(pairs: Tensor) -> tuple[Tensor, Tensor]:
 def _mask_mod(schedule: "TileSchedule") -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     segments, key_segments = schedule.layout.segment_ids, schedule.kv_layout.segment_ids
     low, high, place = schedule.query_low, schedule.query_high, schedule.key_place
-    raster, key_raster = schedule.layout.raster_index, schedule.kv_layout.raster_index
+    raster, key_raster = schedule.query_raster, schedule.kv_layout.raster_index
     causal = schedule.mask.causal_tokens
 
     def allows(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sora_fast.masks import SpacetimeMask
 from sora_fast.packing._bundle import TensorBundle, may_read
-from sora_fast.packing.coordinates import MAX_GRID, packed
+from sora_fast.packing.coordinates import EVERYWHERE, MAX_GRID, packed
 from sora_fast.packing.layout import PackedLayout
 from sora_fast.schedule.tiles import TileLists, TokenRanges, has_ranges, list_room, tile_lists, token_ranges
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Places in a list, and the tiles after it, are numbered in int32.
 _MOST_PAIRS = 1 << 30
+# The largest int32: of −1, its bits are what is left without the sign.
+_ALL = (1 << 31) - 1
 
 # Fills in all tensors of a schedule but those of its layouts, which it is made from.
 Filler = Callable[["TileSchedule"], None]
@@ -39,7 +41,7 @@ class TileSchedule(TensorBundle):
 
     by_query: the keys that each query tile meets, as tiles or as ranges of tokens; by_key: the transpose.
     query_low, query_high [N] int32: the packed coordinates of the first and last key of each query's box.
-    key_place [Nk] int32: the packed coordinate of each key, 0 for padding.
+    key_place [Nk] int32: the packed coordinate of each key, 0 for padding, EVERYWHERE for one without a place.
     overflow [] int64: pairs of tiles by which each of the two lists was too short (see `check`).
     cross: whether the keys have a layout of their own.
     `packing.coordinates.inside` says whether a key lies in a query's box.
@@ -90,6 +92,12 @@ class TileSchedule(TensorBundle):
         schedule = _unfilled(layout, keys, mask, **sizes)
         fill(schedule)
         return schedule
+
+    @property
+    def query_raster(self) -> Tensor:
+        """[N] int32: up to which raster index a query sees, if the mask goes by it; without a place: all."""
+        raster = self.layout.raster_index
+        return raster & _ALL if self.layout.is_joint and self.mask.causal_tokens else raster
 
     @property
     def max_pairs(self) -> int:
@@ -218,14 +226,16 @@ def _unfilled(
 
 
 def _packed_places(layout: PackedLayout) -> Tensor:
-    places = (layout.coords + 1).unbind(dim=1)
-    return torch.where(layout.segment_ids >= 0, packed(*places), 0)
+    places = packed(*(layout.coords + 1).unbind(dim=1))
+    if layout.is_joint:
+        places = torch.where(layout.raster_index < 0, EVERYWHERE, places)
+    return torch.where(layout.segment_ids >= 0, places, 0)
 
 
 def _packed_bounds(layout: PackedLayout, mask: SpacetimeMask) -> tuple[Tensor, Tensor]:
     # Coordinates count from 1, so that 0 and limit + 1 stand for "before all" and "after all", and padding keys (0)
-    # lie in no box.
+    # lie in no box. No last one is "after all": EVERYWHERE would not lie before it.
     first, last = mask.bounds(layout)
     low = [(first[:, axis] + 1).clamp(1, MAX_GRID[axis] + 1) for axis in range(3)]
-    high = [(last[:, axis] + 1).clamp(0, MAX_GRID[axis] + 1) for axis in range(3)]
+    high = [(last[:, axis] + 1).clamp(0, MAX_GRID[axis]) for axis in range(3)]
     return packed(*low), packed(*high)
