@@ -18,9 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_fast.kernels._launch import launch, next_power_of_two
-from sora_fast.packing.coordinates import EVERYWHERE, GUARD, H_SHIFT, MAX_GRID, T_SHIFT
+from sora_fast.packing.coordinates import EVERYWHERE, GUARD, H_SHIFT, MAX_GRID, T_SHIFT, packed
 
 _GUARD, _T_SHIFT, _H_SHIFT, _EVERYWHERE = (tl.constexpr(number) for number in (GUARD, T_SHIFT, H_SHIFT, EVERYWHERE))
+# The corners of the box around all places.
+_FIRST, _LAST = tl.constexpr(packed(1, 1, 1)), tl.constexpr(packed(*MAX_GRID))
 _LARGEST_T, _LARGEST_H, _LARGEST_W = (tl.constexpr(size) for size in MAX_GRID)
 # Places that a step of a search looks at: three steps find one of 2 million tokens.
 _SEARCH = tl.constexpr(128)
@@ -283,7 +285,7 @@ def _box(own, segment, t, h, w, T_AXIS: tl.constexpr, H_AXIS: tl.constexpr, W_AX
 @triton.jit
 def _widened(low, high, placed):
     """The box, or around all places."""
-    return tl.where(placed, low, _packed(1, 1, 1)), tl.where(placed, high, _packed(_LARGEST_T, _LARGEST_H, _LARGEST_W))
+    return tl.where(placed, low, _FIRST), tl.where(placed, high, _LAST)
 
 
 @triton.jit

@@ -18,8 +18,8 @@ EVERYWHERE = (1 << 31) - 1
 T_SHIFT, H_SHIFT = 20, 10
 
 
-def packed(t: Tensor, h: Tensor, w: Tensor) -> Tensor:
-    """Places, counted from 1, in one int32 each."""
+def packed(t: Any, h: Any, w: Any) -> Any:
+    """Places, counted from 1, in one int32 each; tensors or integers."""
     return t << T_SHIFT | h << H_SHIFT | w
 
 
