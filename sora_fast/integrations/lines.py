@@ -9,6 +9,7 @@ from torch import Tensor
 from sora_fast.ops._checks import check_dtype, check_shape, may_read
 from sora_fast.packing.coordinates import MAX_GRID
 from sora_fast.packing.layout import PackedLayout
+from sora_fast.packing.order import cut_tiles
 
 
 def layout_from_cu_seqlens(
@@ -44,7 +45,7 @@ def layout_from_cu_seqlens(
         segment_ids=torch.where(tokens < end, segments, -1),
         coords=torch.stack([places.clamp(max=MAX_GRID[0] - 1), zeros, zeros], dim=1),
         raster_index=places,
-        tile_offsets=_tile_offsets(cu_seqlens, lengths, capacity, tile_size),
+        tile_offsets=cut_tiles(cu_seqlens, capacity=capacity, tile_size=tile_size),
         tile_size=tile_size,
         is_raster=True,
     )
@@ -76,16 +77,6 @@ def _behind(layout: PackedLayout, ahead: Tensor, lengths: Tensor) -> PackedLayou
         coords=torch.stack([places.clamp(max=MAX_GRID[0] - 1), zeros, zeros], dim=1),
         raster_index=places,
     )
-
-
-def _tile_offsets(cu_seqlens: Tensor, lengths: Tensor, capacity: int, tile_size: int) -> Tensor:
-    tiles = (lengths + tile_size - 1) // tile_size
-    first_tile = torch.cat([torch.zeros_like(tiles[:1]), tiles.cumsum(0, dtype=torch.int32)])
-    # As many as `PackedLayout.from_grids` makes room for.
-    numbers = torch.arange(2 * capacity // tile_size + len(lengths) + 1, dtype=torch.int32, device=tiles.device)
-    segments = torch.searchsorted(first_tile, numbers, right=True, out_int32=True) - 1
-    offsets = cu_seqlens[segments] + (numbers - first_tile[segments]) * tile_size
-    return torch.minimum(offsets, cu_seqlens[-1])
 
 
 def _check_offsets(name: str, offsets: list[int], capacity: int) -> None:

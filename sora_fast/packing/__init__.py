@@ -1,5 +1,6 @@
 """Packing: many videos and images of any shape in one sequence, without padding."""
 
+from sora_fast.packing.cache import PackedKVCache
 from sora_fast.packing.conditioning import Conditioning, RowIndex
 from sora_fast.packing.dropping import BetaDrop, ConstantDrop, ResolutionDrop, SigmoidDrop, kept_tokens, sample_keep
 from sora_fast.packing.joint import JointLayout
@@ -13,6 +14,7 @@ __all__ = [
     "ConstantDrop",
     "JointLayout",
     "PackRules",
+    "PackedKVCache",
     "PackedLayout",
     "RaggedLatents",
     "ResolutionDrop",
