@@ -36,7 +36,7 @@ from sora_fast.ops import (
     segment_mean,
     unpatchify,
 )
-from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents, RowIndex
+from sora_fast.packing import Conditioning, JointLayout, PackedLayout, RaggedLatents, RowIndex, frame_tokens
 from sora_fast.proof.calls import Call, adaln_pair_of, form_of
 from sora_fast.proof.cases import schedule
 from sora_fast.schedule import TileSchedule
@@ -292,6 +292,11 @@ MASKS = {
 
 def schedule_cases(s: Setting) -> Iterator[Case]:
     yield from (schedule_case(s, name, mask) for name, mask in MASKS.items())
+    joint, mask = _joint(s, MASKS["window"]), SpacetimeMask.token_causal()  # which has lists in both of these
+    yield Case(schedule, "joint,token_causal", (joint, mask), bytes_moved=(12 * joint.capacity, 0))
+    new, held = _last_frames(s)
+    moved = 8 * new.capacity + 4 * held.capacity
+    yield Case(schedule, "cached,token_causal", (new, mask), {"kv_layout": held}, bytes_moved=(moved, 0))
 
 
 def schedule_case(s: Setting, label: str, mask: SpacetimeMask) -> Case:
@@ -302,6 +307,18 @@ def schedule_case(s: Setting, label: str, mask: SpacetimeMask) -> Case:
 
 def _layout(s: Setting, mask: SpacetimeMask) -> PackedLayout:
     return s.layout() if mask.sees_past else s.layout(order="tiled", for_mask=mask)
+
+
+def _joint(s: Setting, mask: SpacetimeMask) -> PackedLayout:
+    """The batch beside its texts, laid out for a mask."""
+    text = PackedLayout.from_grids([(77, 1, 1)] * len(s.grids), device=s.device)
+    return JointLayout.build(text, _layout(s, mask)).layout
+
+
+def _last_frames(s: Setting) -> tuple[PackedLayout, PackedLayout]:
+    """The last frame of every video, and all of its frames."""
+    keep = [frame_tokens(grid, grid[0] - 1, grid[0]) for grid in s.grids]
+    return s.layout(keep=keep), s.layout()
 
 
 def attention_cases(s: Setting) -> Iterator[Case]:
@@ -320,6 +337,29 @@ def attention_cases(s: Setting) -> Iterator[Case]:
         work = _products(77 * layout.capacity, q)
         args, options = (q, k, v, layout, _built(layout, None, kv_layout=text)), {"kv_layout": text}
         yield Case(packed_attention, f"cross,D{head_dim}", args, options, flops=work, share=s.heads)
+    yield joint_attention(s, s.head_dims[0])
+    yield cached_attention(s, s.head_dims[0])
+
+
+def joint_attention(s: Setting, head_dim: int) -> Case:
+    """Texts and videos in one sequence, under a window over the videos."""
+    mask = MASKS["window"]
+    layout = _joint(s, mask)
+    q, k, v = s.random(layout.capacity, 3, s.heads, head_dim).unbind(1)
+    pairs = sum(mask.pairs(grid) + 77 * (77 + 2 * math.prod(grid)) for grid in s.grids)
+    args = (q, k, v, layout, _built(layout, mask))
+    return Case(packed_attention, f"joint,window,D{head_dim}", args, flops=_products(pairs, q), share=s.heads)
+
+
+def cached_attention(s: Setting, head_dim: int) -> Case:
+    """The last frame of every video over all of its frames."""
+    mask, (new, held) = MASKS["frame_causal"], _last_frames(s)
+    q = s.random(new.capacity, s.heads, head_dim)
+    k, v = s.random(held.capacity, 2, s.heads, head_dim).unbind(1)
+    pairs = sum(math.prod(grid) * math.prod(grid[1:]) for grid in s.grids)
+    args, options = (q, k, v, new, _built(new, mask, kv_layout=held)), {"kv_layout": held}
+    label = f"cached,frame_causal,D{head_dim}"
+    return Case(packed_attention, label, args, options, flops=_products(pairs, q), share=s.heads)
 
 
 def self_attention(

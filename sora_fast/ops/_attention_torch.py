@@ -37,12 +37,13 @@ class Block(NamedTuple):
 
 
 class Masking(NamedTuple):
-    """What pairs are tested with: packed boxes of the queries, places of the keys; raster places if causal."""
+    """What pairs are tested with: packed boxes of the queries, places of the keys; raster places of both if causal."""
 
     low: Tensor
     high: Tensor
     place: Tensor
     raster: Tensor | None
+    key_raster: Tensor | None
 
 
 def segment_blocks(query_offsets: Tensor, key_offsets: Tensor, *, join: bool) -> Iterator[Block]:
@@ -183,7 +184,7 @@ def _reached(masking: Masking, queries: slice, keys: slice | Tensor) -> slice | 
 def _allowed(masking: Masking, queries: slice, keys: slice | Tensor) -> Tensor:
     allowed = inside(masking.place[keys], masking.low[queries, None], masking.high[queries, None])
     if masking.raster is not None:
-        allowed &= masking.raster[keys] <= masking.raster[queries, None]
+        allowed &= masking.key_raster[keys] <= masking.raster[queries, None]
     return allowed
 
 

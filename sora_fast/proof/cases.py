@@ -321,10 +321,12 @@ def slopes(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None = None) -> f
     return max(1.0, longest * max(q.abs().max().item(), k.abs().max().item()) * q.shape[2] ** -0.5)
 
 
-def schedule(layout: PackedLayout, mask: SpacetimeMask, *, backend: str | None = None) -> tuple[Tensor, ...]:
+def schedule(
+    layout: PackedLayout, mask: SpacetimeMask, *, kv_layout: PackedLayout | None = None, backend: str | None = None
+) -> tuple[Tensor, ...]:
     """What is found for a batch, all of it integers; there is no gradient."""
     with nullcontext() if backend is None else use_backend(backend):
-        built = TileSchedule.build(layout, mask)
+        built = TileSchedule.build(layout, mask, kv_layout=kv_layout)
     sides = [(side.begin, side.end, side.order) for side in (built.by_query, built.by_key)]
     return (built.query_low, built.query_high, built.key_place, *sides[0], *sides[1])
 

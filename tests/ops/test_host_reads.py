@@ -28,7 +28,7 @@ from sora_fast.ops import (
     unpatchify,
 )
 from sora_fast.ops.patch_embed import FactorisedPosition
-from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents, RowIndex
+from sora_fast.packing import Conditioning, JointLayout, PackedKVCache, PackedLayout, RaggedLatents, RowIndex
 from sora_fast.schedule import TileSchedule
 
 PATCH = (1, 2, 2)
@@ -122,6 +122,23 @@ def test_schedules(mask: str) -> None:
     assert schedule.to_block_mask().kv_indices.is_meta
     assert schedule.refresh_(LAYOUT) is schedule
     assert TileSchedule.build(LAYOUT, kv_layout=TEXT).by_key.begin.is_meta
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_joint_sequences(mask: str) -> None:
+    joint = JointLayout.build(TEXT, LAYOUT)
+    merged = joint.merge(x(10, 2, 16), x(64, 2, 16))
+    outs = joint.split(packed_attention(merged, merged, merged, joint.layout, MASKS[mask], backend="torch"))
+    assert [len(out) for out in outs] == [10, 64]
+    sum(out.sum() for out in outs).backward()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_caches(mask: str) -> None:
+    cache = PackedKVCache.empty(2, 2, 16, capacity=100, new_capacity=64, max_segments=3, device="meta")
+    cache.append_(LAYOUT, window=3, ended=torch.empty(3, dtype=torch.bool, device="meta"))
+    new = x(64, 2, 16).detach().bfloat16()
+    packed_attention(new, *cache.write_(1, new, new), LAYOUT, MASKS[mask], kv_layout=cache.layout, backend="torch")
 
 
 @pytest.mark.parametrize("mask", MASKS)
