@@ -135,7 +135,7 @@ class Shrink(nn.Module):
         self.side = side
         self.mix = Conv(2 * side**2 * width, out_width, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past) -> Tensor:
         return self.mix(pixel_unshuffle(x.unflatten(0, (-1, 2)).flatten(1, 2), self.side))
 
 
@@ -147,26 +147,23 @@ class Grow(nn.Module):
         self.side = side
         self.mix = Conv(width, 2 * side**2 * out_width, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past) -> Tensor:
         return pixel_shuffle(self.mix(x), self.side).unflatten(1, (2, -1)).flatten(0, 1)
 
 
 class Half(nn.Module):
-    """Encoder or decoder: stages of blocks, and what stands between them."""
+    """Encoder or decoder: blocks, among them those that change the size. (Muon takes what is in `blocks`.)"""
 
-    def __init__(self, begin: nn.Module, stages: Sequence[Sequence[Block]], between: Sequence[nn.Module]) -> None:
+    def __init__(self, begin: Conv, blocks: Sequence[nn.Module], end: Conv) -> None:
         super().__init__()
-        self.begin = begin
-        self.stages = nn.ModuleList(map(nn.ModuleList, stages))
-        self.between = nn.ModuleList(between)
+        self.begin, self.end = begin, end
+        self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
         x = self.begin(x)
-        for number, stage in enumerate(self.stages):
-            for block in stage:
-                x = block(x, past)
-            x = self.between[number](x)
-        return x
+        for block in self.blocks:
+            x = block(x, past)
+        return self.end(x)
 
 
 class CausalVideoVAE(nn.Module):
@@ -179,16 +176,12 @@ class CausalVideoVAE(nn.Module):
         super().__init__()
         self.config = c = config
         (first, second), (fine, middle, coarse) = c.shrinks, c.widths
-        self.encoder = Half(
-            Conv(4 * c.video_channels, fine),
-            _stages(c),
-            (Shrink(fine, middle, first), Shrink(middle, coarse, second), Conv(coarse, 2 * c.channels)),
-        )
-        self.decoder = Half(
-            Conv(c.channels, coarse),
-            _stages(c)[::-1],
-            (Grow(coarse, middle, second), Grow(middle, fine, first), Conv(fine, 4 * c.video_channels)),
-        )
+        one, two, three = _stages(c)
+        encoder = [*one, Shrink(fine, middle, first), *two, Shrink(middle, coarse, second), *three]
+        self.encoder = Half(Conv(4 * c.video_channels, fine), encoder, Conv(coarse, 2 * c.channels))
+        one, two, three = _stages(c)
+        decoder = [*three, Grow(coarse, middle, second), *two, Grow(middle, fine, first), *one]
+        self.decoder = Half(Conv(c.channels, coarse), decoder, Conv(fine, 4 * c.video_channels))
 
     def encode(self, frames: Tensor, past: Past) -> tuple[Tensor, Tensor]:
         """[4L, video_channels, H, W] in [−1, 1], sides that the stride divides → mean and log variance of the latents,
