@@ -22,7 +22,7 @@ from sora_fast.models.text import T5_TOKENS, ByteTextEncoder
 from sora_fast.packing import SigmoidDrop
 from sora_fast.training.beginning import new_config
 from sora_fast.training.config import write_config
-from sora_fast.training.options import TrainOptions
+from sora_fast.training.options import TrainOptions, VAEOptions
 from sora_fast.training.run import CONFIG, LOG, Distilled, read_run
 from sora_fast.training.runlog import read_log
 from tests.text_encoders import save_clip
@@ -475,7 +475,7 @@ def test_what_cannot_be_written_after_all_is_kept(
         raise media.UnwritableMedia(path, "cannot be written: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(media, "write_media", full)
+        patch.setattr(media, "write_frames", full)
         arguments = ["--out", str(tmp_path / "it's.gif"), "--frames", "3", "--size", "12x16", "--fps", "25"]
         assert main(["sample", str(tmp_path / "run's"), "--steps", "1", "--device", "cpu", *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -622,7 +622,8 @@ def test_a_precision_that_was_not_asked_for_is_said(
 
 
 @pytest.mark.parametrize(
-    ("line", "options"), [("train --out a", TrainOptions), ("sample a --out b.png", SampleOptions)]
+    ("line", "options"),
+    [("train --out a", TrainOptions), ("train-vae --out a", VAEOptions), ("sample a --out b.png", SampleOptions)],
 )
 def test_every_option_can_be_said_and_has_one_default(line: str, options: type) -> None:
     """What is parsed is what the dataclass takes, so that neither can be forgotten."""
@@ -693,3 +694,26 @@ def test_as_many_data_workers_as_suit_the_machine(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
     assert new_config(TrainOptions(tmp_path / "run", data="clips"), "cpu").train.workers == workers
     assert new_config(TrainOptions(tmp_path / "run", data="clips", workers=3), "cpu").train.workers == 3
+
+
+def test_an_autoencoder_and_a_model_of_its_latents(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    vae, run = str(tmp_path / "vae"), str(tmp_path / "run")
+    line = ["train-vae", "--out", vae, "--max-side", "32", "--crop", "16", "--max-frames", "5", "--workers", "0"]
+    assert main([*line, "--data", str(folder), "--steps", "2", "--channels", "3"]) == 0
+    assert "Done: 2 steps. To use it: sora-fast train --data" in capsys.readouterr().out
+    assert main(["train-vae", "--out", vae, "--resume", "--steps", "3"]) == 0
+    assert [row["step"] for row in read_log(tmp_path / "vae" / LOG)] == [1, 2, 3]
+    assert main(["train-vae", "--out", vae, "--resume", "--kl", "1"]) == 2
+    assert "--kl: a run keeps what it was made with" in capsys.readouterr().err
+    assert (
+        main(["train", "--data", str(folder), "--codec", vae, "--out", run, "--steps", "1", *SMALL[:6], *SMALL[8:]])
+        == 0
+    )
+    model = read_run(tmp_path / "run").model
+    assert (model.in_channels, model.patch_size) == (3, (1, 2, 2))
+    out = tmp_path / "clip.mp4"
+    capsys.readouterr()
+    assert main(["sample", run, "--frames", "6", "--size", "18x22", "--steps", "1", "--out", str(out)]) == 0
+    assert media.read_clip(out).video.shape == (3, 6, 18, 22)
+    assert main(["sample", vae, "--out", str(out)]) == 2
+    assert "is not a valid RunConfig" in capsys.readouterr().err

@@ -11,8 +11,9 @@ import torch
 from sora_fast.diffusion.paths import RectifiedFlow
 from sora_fast.files import check_folder
 from sora_fast.models import SoraDiTConfig
-from sora_fast.models.codecs import IdentityCodec
 from sora_fast.packing import token_grid
+from sora_fast.packing.order import Grid
+from sora_fast.training.codec import CodecConfig
 from sora_fast.training.data.batches import BatchConfig
 from sora_fast.training.data.sources import DataConfig, FolderSource
 from sora_fast.training.dropping import drop_rule
@@ -22,16 +23,19 @@ from sora_fast.training.recipe import (
     BASE_TOKENS,
     CLEAN_SHARE,
     HEAD_DIM,
+    LATENT_PATCH,
     LR,
     MUON_RATIO,
     POSITION,
     POSITION_BIAS,
     PREDICTION,
     WARMUP,
+    Recipe,
     recipe_for,
     rope_theta,
 )
 from sora_fast.training.run import RunConfig, TextConfig, TrainConfig, check_new, moved, read_run
+from sora_fast.training.vae_run import load_vae
 
 # Static sizes of a batch that cost time even where they are not used: enough for small images, not for the worst case.
 MOST_SEGMENTS, MOST_TEXT = 256, 8192
@@ -46,15 +50,16 @@ def new_config(o: TrainOptions, device: str) -> RunConfig:
     recipe = recipe_for(device)
     text = TextConfig(folder=o.text_encoder, dim=recipe.text_dim, layers=recipe.text_layers)
     reads_text = recipe.reads_text or o.text_encoder is not None
-    channels = 1 if o.grey else 3
+    codec = CodecConfig() if o.codec is None else CodecConfig("vae", o.codec).located()
+    channels, latent_channels, patch = _sizes(codec, o, recipe)
     dim = o.dim or recipe.dim
     return RunConfig(
         model=SoraDiTConfig(
             dim=dim,
             depth=o.depth or recipe.depth,
             heads=_heads(o.heads, dim),
-            in_channels=channels,
-            patch_size=o.patch or recipe.patch,
+            in_channels=latent_channels,
+            patch_size=patch,
             position=POSITION,
             position_bias=POSITION_BIAS,
             text_dim=text.width if reads_text else None,
@@ -77,13 +82,25 @@ def new_config(o: TrainOptions, device: str) -> RunConfig:
             accumulate=o.accumulate,
             seed=o.seed,
             save_every=o.save_every,
-            workers=_workers(o),
+            workers=data_workers(o.workers),
         ),
         text=text,
         path=RectifiedFlow(prediction=PREDICTION, base_tokens=BASE_TOKENS),
         data=DataConfig(o.data, o.max_frames, o.max_side, o.fps, channels, clips=o.clips),
         fps=o.fps or 8.0,
+        codec=codec,
     )
+
+
+def _sizes(codec: CodecConfig, o: TrainOptions, recipe: Recipe) -> tuple[int, int, Grid]:
+    """Channels of the videos and of what is denoised, and the patch size."""
+    if codec.folder is None:
+        channels = 1 if o.grey else 3
+        return channels, channels, o.patch or recipe.patch
+    spec = load_vae(codec.folder).spec
+    if o.grey and spec.pixel_channels != 1:
+        raise ValueError(f"--grey: the codec in {codec.folder} is one of RGB")
+    return spec.pixel_channels, spec.channels, o.patch or LATENT_PATCH
 
 
 def _heads(asked: int | None, dim: int) -> int:
@@ -98,7 +115,7 @@ def fitted(config: RunConfig, o: TrainOptions, source: FolderSource, device: str
 
     ValueError if a file is longer than a batch of the capacity that was asked for.
     """
-    spec = IdentityCodec.for_patches(source.config.channels, config.model.patch_size).spec
+    spec = config.build_codec().spec
     grids = [token_grid(spec.latent_shape(*shape[1:]), config.model.patch_size) for shape in source.shapes]
     batch = _batch_config(o, source, [math.prod(grid) for grid in grids], recipe_for(device).capacity)
     model = replace(config.model, rope_theta=rope_theta(max(map(max, grids))))
@@ -115,7 +132,7 @@ def resumed_config(o: TrainOptions) -> RunConfig:
     config = read_run(o.out)
     if config.data is None:
         raise ValueError(f"{o.out} was not made by `sora-fast train`; it cannot be resumed by it")
-    config = moved(config, data=o.data, text_encoder=o.text_encoder)
+    config = moved(config, data=o.data, text_encoder=o.text_encoder, codec=o.codec)
     if not Path(config.data.folder).is_dir():
         raise ValueError(f"{config.data.folder} is no folder; say where the run's data is now: --data FOLDER")
     changes = {name: getattr(o, name) for name in o.given & {"lr", "save_every", "recompute", "graph", "workers"}}
@@ -128,10 +145,10 @@ def resumed_config(o: TrainOptions) -> RunConfig:
     return replace(config, train=replace(config.train, **changes))
 
 
-def _workers(o: TrainOptions) -> int:
-    """As many data workers as the options ask for, or as suit this machine."""
-    if o.workers is not None:
-        return o.workers
+def data_workers(asked: int | None) -> int:
+    """As many as are asked for, or as suit this machine."""
+    if asked is not None:
+        return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 

@@ -52,6 +52,9 @@ GPU = Recipe(
     text_layers=3,
 )
 
+# Of latents: as many pixels a token as the CPU's own patch has with a codec of 4×4×4, but of four frames. Not tuned.
+LATENT_PATCH = (1, 2, 2)
+
 # Peak learning rate of each optimizer, and Muon's as a multiple of it. AdamW alone was better at a third of the rate.
 LR = {"muon": 3e-3, "adamw": 1e-3}
 MUON_RATIO = 3.0
