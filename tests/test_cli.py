@@ -7,6 +7,7 @@ import sys
 from dataclasses import MISSING, fields, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -20,7 +21,7 @@ from sora_fast.generation.options import SampleOptions
 from sora_fast.media import read_media, write_media
 from sora_fast.models.text import T5_TOKENS, ByteTextEncoder
 from sora_fast.packing import SigmoidDrop
-from sora_fast.training.beginning import new_config
+from sora_fast.training.beginning import compile_scope, data_workers, new_config
 from sora_fast.training.config import write_config
 from sora_fast.training.options import TrainOptions, VAEOptions
 from sora_fast.training.run import CONFIG, LOG, Distilled, read_run
@@ -690,10 +691,24 @@ def test_a_run_from_before_there_was_a_choice_goes_on_with_first_frames(folder: 
 def test_as_many_data_workers_as_suit_the_machine(
     cores: int, local: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a CPU none, where they would take a core from the step."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    assert new_config(TrainOptions(tmp_path / "run", data="clips"), "cpu").train.workers == workers
+    assert data_workers(None, "cuda:0") == workers and data_workers(3, "cuda:0") == 3
+    assert new_config(TrainOptions(tmp_path / "run", data="clips"), "cpu").train.workers == 0
     assert new_config(TrainOptions(tmp_path / "run", data="clips", workers=3), "cpu").train.workers == 3
+
+
+def test_the_whole_model_is_compiled_where_a_run_is_long_enough(tmp_path: Path) -> None:
+    def scope(**options: Any) -> str:
+        o = TrainOptions(tmp_path / "run", data="clips", **options)
+        return new_config(o, "cpu").train.compile_scope
+
+    assert scope() == "model", "half an hour"
+    assert [scope(minutes=minutes) for minutes in (3.9, 4)] == ["blocks", "model"]
+    assert [scope(steps=steps, depth=2) for steps in (499, 500)] == ["blocks", "model"]
+    assert [scope(minutes=1, compile="model"), scope(compile="blocks")] == ["model", "blocks"]
+    assert compile_scope("auto", "cuda", 4, steps=10**6, minutes=None) == "blocks"
 
 
 def test_an_autoencoder_and_a_model_of_its_latents(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

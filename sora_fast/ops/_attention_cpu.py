@@ -41,8 +41,8 @@ def past_meetings(offsets: Tensor, high: Tensor) -> Tensor:
 def forward(q: Tensor, k: Tensor, v: Tensor, meetings: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output [N, H, D] and natural logsumexp [H, N]; zeros and −inf for queries that meet no key."""
     q, k, v = map(_in_rows, (q, k, v))
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    lse = torch.full((q.shape[1], q.shape[0]), -math.inf)
+    out = q.new_zeros(q.shape)
+    lse = q.new_full((q.shape[1], q.shape[0]), -math.inf)
     _library.function("attention_cpu_forward")(q, k, v, meetings, scale, _LANES, out, lse)
     return out, lse
 
@@ -61,7 +61,7 @@ def backward(
     """Gradients of q, k, v. grad_lse: [H, N], or None for zero."""
     grad_out, q, k, v = map(_in_rows, (grad_out, q, k, v))
     grad_lse = lse.new_empty(0) if grad_lse is None else grad_lse.contiguous()
-    grads = [torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v)]
+    grads = [x.new_zeros(x.shape) for x in (q, k, v)]
     kept = q, k, v, out, lse, meetings
     _library.function("attention_cpu_backward")(grad_out, grad_lse, *kept, scale, _LANES, *grads)
     return grads

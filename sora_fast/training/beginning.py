@@ -39,8 +39,11 @@ from sora_fast.training.vae_run import load_vae
 
 # Static sizes of a batch that cost time even where they are not used: enough for small images, not for the worst case.
 MOST_SEGMENTS, MOST_TEXT = 256, 8192
-# Data workers, where nothing is said.
-MOST_WORKERS = 8
+# Where nothing is said: how long a run is, and how many data workers it has at most.
+MINUTES, MOST_WORKERS = 30.0, 8
+# From so many steps, or minutes, a block of the model on, one graph of the model is worth its later start:
+# by a factor of two to be sure (benchmarks/results/cpu/compile_scope.json).
+MODEL_STEPS, MODEL_MINUTES = 250, 1.0
 
 
 def new_config(o: TrainOptions, device: str) -> RunConfig:
@@ -48,6 +51,8 @@ def new_config(o: TrainOptions, device: str) -> RunConfig:
     check_new(o.out)
     check_folder(o.out)
     recipe = recipe_for(device)
+    depth = o.depth or recipe.depth
+    minutes = MINUTES if o.minutes is None and o.steps is None else o.minutes
     text = TextConfig(folder=o.text_encoder, dim=recipe.text_dim, layers=recipe.text_layers)
     reads_text = recipe.reads_text or o.text_encoder is not None
     codec = CodecConfig() if o.codec is None else CodecConfig("vae", o.codec).located()
@@ -56,7 +61,7 @@ def new_config(o: TrainOptions, device: str) -> RunConfig:
     return RunConfig(
         model=SoraDiTConfig(
             dim=dim,
-            depth=o.depth or recipe.depth,
+            depth=depth,
             heads=_heads(o.heads, dim),
             in_channels=latent_channels,
             patch_size=patch,
@@ -67,7 +72,7 @@ def new_config(o: TrainOptions, device: str) -> RunConfig:
         ),
         train=TrainConfig(
             steps=o.steps,
-            minutes=30.0 if o.minutes is None and o.steps is None else o.minutes,
+            minutes=minutes,
             optimizer=o.optimizer,
             lr=o.lr or LR[o.optimizer],
             muon_ratio=MUON_RATIO,
@@ -76,13 +81,13 @@ def new_config(o: TrainOptions, device: str) -> RunConfig:
             clean_share=CLEAN_SHARE,
             precision=o.precision if o.precision != "auto" else fitting_precision(torch.device(device))[0],
             compile=None if o.no_compile else "inductor",
-            compile_scope=o.compile,
+            compile_scope=compile_scope(o.compile, device, depth, steps=o.steps, minutes=minutes),
             graph=o.graph,
             recompute=o.recompute,
             accumulate=o.accumulate,
             seed=o.seed,
             save_every=o.save_every,
-            workers=data_workers(o.workers),
+            workers=data_workers(o.workers, device),
         ),
         text=text,
         path=RectifiedFlow(prediction=PREDICTION, base_tokens=BASE_TOKENS),
@@ -123,7 +128,7 @@ def fitted(config: RunConfig, o: TrainOptions, source: FolderSource, device: str
     return replace(config, model=model, train=train, fps=source.rate or config.fps, data_fps=source.rate)
 
 
-def resumed_config(o: TrainOptions) -> RunConfig:
+def resumed_config(o: TrainOptions, device: str) -> RunConfig:
     """What the run was made with, changed as far as it can be. ValueError if more is to be changed."""
     if fixed := sorted(o.given - {"resume", "device"} - set(CHANGEABLE)):
         raise ValueError(
@@ -139,18 +144,34 @@ def resumed_config(o: TrainOptions) -> RunConfig:
     if o.given & {"steps", "minutes"}:  # either takes the place of what limited the run
         changes |= {"steps": o.steps, "minutes": o.minutes}
     if "compile" in o.given:
-        changes |= {"compile": "inductor", "compile_scope": o.compile}
+        limits = {name: changes.get(name, getattr(config.train, name)) for name in ("steps", "minutes")}
+        scope = compile_scope(o.compile, device, config.model.depth, **limits)
+        changes |= {"compile": "inductor", "compile_scope": scope}
     if o.no_compile:
         changes["compile"] = None
     return replace(config, train=replace(config.train, **changes))
 
 
-def data_workers(asked: int | None) -> int:
-    """As many as are asked for, or as suit this machine."""
+def data_workers(asked: int | None, device: str) -> int:
+    """As many as are asked for, or as suit this machine.
+
+    On a CPU none: the step takes all cores, and stands still while one of its threads has none. (On 2 cores the demo
+    trains at 7,500 useful tokens/s with a thread that reads, and at 5,700 with a process, in three runs each in turn.)
+    """
     if asked is not None:
         return asked
+    if device.startswith("cpu"):
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
+def compile_scope(asked: str, device: str, depth: int, *, steps: int | None, minutes: float | None) -> str:
+    """What is compiled: as asked for, or "model" where a run on a CPU is so long that this takes less time in all."""
+    if asked != "auto":
+        return asked
+    is_long = steps >= MODEL_STEPS * depth if minutes is None else minutes >= MODEL_MINUTES * depth
+    return "model" if device.startswith("cpu") and is_long else "blocks"
 
 
 def _batch_config(o: TrainOptions, source: FolderSource, lengths: Sequence[int], usual: int) -> BatchConfig:

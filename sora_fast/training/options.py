@@ -42,7 +42,7 @@ class TrainOptions:
     precision: str = "auto"
     accumulate: int = 1
     recompute: str | None = None
-    compile: str = "blocks"
+    compile: str = "auto"
     no_compile: bool = False
     graph: bool = False
     workers: int | None = None

@@ -40,7 +40,7 @@ def new_vae(o: VAEOptions, device: str) -> VAERunConfig:
             precision=o.precision,
             save_every=o.save_every,
             seed=o.seed,
-            workers=data_workers(o.workers),
+            workers=data_workers(o.workers, device),
         ),
         kl=o.kl,
         absolute=o.absolute,
