@@ -303,14 +303,18 @@ def _check_table(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> None:
 
 def _check_positions(positions: Tensor, layout: PackedLayout, rope: Rope3D | None) -> None:
     if rope is None:
-        raise ValueError("positions: given without a Rope3D; they must be None, since nothing turns by them")
+        raise ValueError(
+            "positions: given without a rope of coordinates; they must be None, since nothing turns by them"
+        )
     check_shape("positions", positions, [layout.capacity, 3])
     _check_undifferentiated("positions", positions, layout)
 
 
 def _check_segment_scale(scale: Tensor, layout: PackedLayout, rope: Rope3D | None) -> None:
     if rope is None:
-        raise ValueError("segment_scale: given without a Rope3D; it must be None, since nothing turns by it")
+        raise ValueError(
+            "segment_scale: given without a rope of coordinates; it must be None, since nothing turns by it"
+        )
     check_shape("segment_scale", scale, [layout.max_segments, 3])
     _check_undifferentiated("segment_scale", scale, layout)
 

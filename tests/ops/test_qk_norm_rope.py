@@ -368,7 +368,7 @@ Q, W, S = torch.zeros(19, 2, 64), torch.zeros(64), torch.ones(3, 3)
         ((Q, Q, W, W, LAYOUT, Rope3D((2, 2, 2))), {}, ValueError, "rope.split: .* 6 channels, but the head dim is 64"),
         ((Q, Q, W, W, LAYOUT, None), {"eps": 0.0}, ValueError, "eps: 0.0"),
         ((Q, Q, W, W, LAYOUT, None), {"eps": None}, TypeError, "eps: NoneType; it must be a number"),
-        ((Q, Q, W, W, LAYOUT, None), {"segment_scale": S}, ValueError, "segment_scale: given without a Rope3D"),
+        ((Q, Q, W, W, LAYOUT, None), {"segment_scale": S}, ValueError, "segment_scale: given without a rope"),
         ((Q, Q, W, W, LAYOUT, Rope3D()), {"segment_scale": S[:2]}, ValueError, r"segment_scale: .* must be \[3, 3\]"),
         ((Q, Q, W, W, LAYOUT, Rope3D()), {"segment_scale": S.double()}, TypeError, "segment_scale: float64"),
         ((Q, Q, W, W, LAYOUT, Rope3D()), {"segment_scale": S.clone().requires_grad_()}, ValueError, "be detached"),
