@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def plain_dit(weights: Mapping[str, Tensor], image: Tensor, timestep: float, label: int, *, heads: int) -> Tensor:
+def plain_dit(
+    weights: Mapping[str, Tensor], image: Tensor, timestep: float, label: int, *, heads: int, eps: float = 1e-6
+) -> Tensor:
     """DiT's forward pass for one image (C, H, W), written out (Peebles & Xie 2023, its official models.py)."""
     w, kernel = weights, weights["x_embedder.proj.weight"]
     dim, _, patch, _ = kernel.shape
@@ -28,7 +30,7 @@ def plain_dit(weights: Mapping[str, Tensor], image: Tensor, timestep: float, lab
     c = linear(c, "t_embedder.mlp.2") + w["y_embedder.embedding_table.weight"][label]
 
     def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return F.layer_norm(x, (dim,), eps=1e-6) * (1 + scale) + shift
+        return F.layer_norm(x, (dim,), eps=eps) * (1 + scale) + shift
 
     for index in range(depth):
         name = f"blocks.{index}"

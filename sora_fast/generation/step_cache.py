@@ -40,7 +40,8 @@ class FirstBlockCache:
         if self._first is not None and self._alike(first, prepared):
             self.skipped += 1
             x = after + self._others
-            return x, adaln(x, *prepared.modulations[-1], prepared.shared.rows)
+            eps = self.model.config.eps
+            return x, adaln(x, *prepared.modulations[-1], prepared.shared.rows, eps=eps)
         x, h = self.model.trunk(after, h, prepared, slice(1, None))
         self._first, self._others = first, x - after
         return x, h

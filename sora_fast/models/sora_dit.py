@@ -46,6 +46,7 @@ class SoraDiTConfig:
     sigma_end: the model is a flow map (see diffusion/flow_map.py): it sees, beside a level, the lower one that its
         prediction is to lead to. The layers for that start at zero: with the weights of a model that has none it says
         what that one says.
+    eps: of every norm.
     discrete_time: the time embedded is DDPM's raw step, round(1000·σ) − 1, and not 1000·σ.
     mask: who attends whom.
     """
@@ -68,6 +69,7 @@ class SoraDiTConfig:
     learned_sigma: bool = False
     sigma_end: bool = False
     discrete_time: bool = False
+    eps: float = 1e-6
     mask: SpacetimeMask = field(default_factory=SpacetimeMask.full)
 
     def __post_init__(self) -> None:
@@ -141,6 +143,7 @@ class SoraDiT(nn.Module):
                 qk_norm=config.qk_norm,
                 rope=rope,
                 context_dim=config.text_dim,
+                eps=config.eps,
             )
             for _ in range(config.depth)
         )
@@ -197,7 +200,7 @@ class SoraDiT(nn.Module):
         """
         shared = prepared.shared
         x = self.x_embedder(self._own_latents(latents), shared.layout, prepared.position)
-        h = adaln(x, *prepared.modulations[0][:2], shared.rows)
+        h = adaln(x, *prepared.modulations[0][:2], shared.rows, eps=self.config.eps)
         x, h = (trunk or self.trunk)(x, h, prepared)
         return self.final_layer(h, shared.layout, latents)
 

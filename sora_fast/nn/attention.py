@@ -29,11 +29,13 @@ class PackedAttention(nn.Module):
         num_kv_heads: int | None = None,
         qk_norm: bool = True,
         rope: Rope3D | None = None,
+        eps: float = 1e-6,
     ) -> None:
+        """eps: of the QK-norm."""
         super().__init__()
         self.heads, self.num_kv_heads = _checked_heads(dim, heads, num_kv_heads)
         head_dim = dim // heads
-        self.rope = rope
+        self.rope, self.eps = rope, eps
         self.qkv = nn.Linear(dim, dim + 2 * self.num_kv_heads * head_dim)
         self.proj = nn.Linear(dim, dim)
         self.q_norm = nn.Parameter(torch.ones(head_dim)) if qk_norm else None
@@ -55,7 +57,8 @@ class PackedAttention(nn.Module):
         # `split` is written in Python, and takes three times as long.
         q, k, v = heads.split_with_sizes([self.heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if not (self.q_norm is None and self.rope is None and segment_scale is None):
-            q, k = qk_norm_rope(q, k, self.q_norm, self.k_norm, layout, self.rope, segment_scale=segment_scale)
+            options = {"segment_scale": segment_scale, "eps": self.eps}
+            q, k = qk_norm_rope(q, k, self.q_norm, self.k_norm, layout, self.rope, **options)
         return self.proj(packed_attention(q, k, v, layout, mask).flatten(1))
 
 

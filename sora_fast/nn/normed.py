@@ -13,13 +13,14 @@ from sora_fast.packing import RowIndex
 
 
 class Normed(NamedTuple):
-    """h [N, C], which is adaln(x, shift, scale, rows), and what it was made of."""
+    """h [N, C], which is adaln(x, shift, scale, rows, eps=eps), and what it was made of."""
 
     h: Tensor
     x: Tensor
     shift: Tensor
     scale: Tensor
     rows: RowIndex
+    eps: float = 1e-6
 
 
 def linear(module: nn.Module, h: Tensor | Normed) -> Tensor:
@@ -34,7 +35,8 @@ def product(h: Tensor | Normed, weight: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(h, Tensor):
         return F.linear(h, weight, bias)
     # Chosen now: a backward pass, which may run in a thread of its own, knows nothing of `use_backend`.
-    return _Product.apply(*autocast(h.h, weight, bias), backend_for(h.x), h.x, h.shift, h.scale, *parts(h.rows))
+    made_of = h.x, h.shift, h.scale, *parts(h.rows)
+    return _Product.apply(*autocast(h.h, weight, bias), backend_for(h.x), h.eps, *made_of)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -55,13 +57,14 @@ class _Product(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         backend: str,
+        eps: float,
         x: Tensor,
         shift: Tensor,
         scale: Tensor,
         *rows: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(weight, x, shift, scale, *rows)
-        ctx.backend = backend
+        ctx.backend, ctx.eps = backend, eps
         return F.linear(h, weight, bias)
 
     @staticmethod
@@ -71,7 +74,8 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_h = grad @ weight
         if ctx.needs_input_grad[1]:
-            d_weight = grad.T @ adaln(x, shift, scale, RowIndex(*rows), backend=ctx.backend).to(grad.dtype)
+            h = adaln(x, shift, scale, RowIndex(*rows), eps=ctx.eps, backend=ctx.backend)
+            d_weight = grad.T @ h.to(grad.dtype)
         if ctx.needs_input_grad[2]:
             d_bias = grad.sum(dim=0)
-        return d_h, d_weight, d_bias, *[None] * 7
+        return d_h, d_weight, d_bias, *[None] * 8

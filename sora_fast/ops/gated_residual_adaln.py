@@ -47,6 +47,9 @@ def gated_residual_adaln(
     norm: "layer" or "rms", LayerNorm or RMSNorm (arXiv:1910.07467) of every row.
     weight, bias: [C] in fp32 or in that dtype, each on its own; None costs nothing.
 
+    Not fused here: a norm of the branch (Mochi), and two modulations of h (SD3.5). They are `gated_residual` with its
+    branch_norm, then `adaln`, or `gated_residual`, then `adaln_pair`: both read h once more, 2C bytes a token in bf16.
+
     Returns two [N, C] in the inputs' dtype; sums and statistics are fp32, and h is rounded before its norm is taken.
     Padding gives zeros, in the gradients too, whatever stands there. Raises TypeError or ValueError for arguments that
     do not fit together.

@@ -31,7 +31,7 @@ def expected_of(module: PackedAttention, x: Tensor, allowed: Tensor | None) -> T
     group = module.heads // module.num_kv_heads
     k, v = (heads(part, module.num_kv_heads).repeat_interleave(group, dim=1) for part in (k, v))
     q, k = (
-        F.rms_norm(part, (size,), weight, 1e-6)
+        F.rms_norm(part, (size,), weight, module.eps)
         for part, weight in ((heads(q, module.heads), module.q_norm), (k, module.k_norm))
     )
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
@@ -52,6 +52,16 @@ def test_self_attention_is_sdpa_of_each_segment(num_kv_heads: int | None, mask: 
     for grid, given, made in zip([*GRIDS, (0, 0, 0)], pieces(x, layout), pieces(out, layout), strict=True):
         allowed = None if mask is None else mask.materialize(PackedLayout.from_grids([grid]))
         torch.testing.assert_close(made, expected_of(module, given, allowed), rtol=1e-4, atol=1e-5)
+
+
+def test_the_qk_norm_has_an_eps_of_choice() -> None:
+    layout = PackedLayout.from_grids([(2, 3, 4)])
+    module, x = PackedAttention(32, 2, eps=0.5), torch.randn(24, 32)
+    torch.testing.assert_close(module(x, layout), expected_of(module, x, None), rtol=1e-4, atol=1e-5)
+    # Which the weights alone do not decide.
+    usual = PackedAttention(32, 2)
+    usual.load_state_dict(module.state_dict())
+    assert not torch.allclose(usual(x, layout), module(x, layout), atol=1e-3)
 
 
 def test_the_state_dict_is_plain_and_without_grouping_that_of_dit() -> None:

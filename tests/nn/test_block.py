@@ -14,12 +14,14 @@ from sora_fast.schedule import TileSchedule
 from tests.tracing import Computed
 
 
-def test_a_chain_of_blocks_is_adaln_zero() -> None:
+@pytest.mark.parametrize("options", [{}, {"eps": 0.3, "mlp_eps": 2.0}])
+def test_a_chain_of_blocks_is_adaln_zero(options: dict[str, float]) -> None:
     """Two blocks on the fused ops against the chain of norms, branches and gates written out."""
     torch.manual_seed(0)
     dim = 32
     layout = PackedLayout.from_grids([(2, 3, 4), (1, 4, 4)], tile_size=16)
-    blocks = [DiTBlock(dim, 2, rope=Rope3D()) for _ in range(2)]
+    blocks = [DiTBlock(dim, 2, rope=Rope3D(), **options) for _ in range(2)]
+    usual, of_mlp = options.get("eps", 1e-6), options.get("mlp_eps", 1e-6)
     index = torch.randint(0, 3, (layout.capacity,), dtype=torch.int32)
     scale = torch.rand(2, 3) + 0.5
     shared = BlockContext(layout, TileSchedule.build(layout), RowIndex.from_index(index, 3), segment_scale=scale)
@@ -27,14 +29,14 @@ def test_a_chain_of_blocks_is_adaln_zero() -> None:
     final = tuple(torch.randn(2, 3, dim).unbind(0))
     start = torch.randn(layout.capacity, dim)
 
-    def norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, (dim,), eps=1e-6) * (1 + scale[index]) + shift[index]
+    def norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = usual) -> torch.Tensor:
+        return F.layer_norm(x, (dim,), eps=eps) * (1 + scale[index]) + shift[index]
 
     expected = start
     for block, (shift, scale, gate, shift_mlp, scale_mlp, gate_mlp) in zip(blocks, modulations, strict=True):
         attended = block.attn(norm(expected, shift, scale), layout, shared.schedule, segment_scale=shared.segment_scale)
         expected = expected + gate[index] * attended
-        expected = expected + gate_mlp[index] * block.mlp(norm(expected, shift_mlp, scale_mlp))
+        expected = expected + gate_mlp[index] * block.mlp(norm(expected, shift_mlp, scale_mlp, of_mlp))
 
     x, h = start, norm(start, *modulations[0][:2])
     for block, modulation, following in zip(blocks, modulations, (modulations[1][:2], final), strict=True):
@@ -91,7 +93,10 @@ def test_launches_are_those_that_the_docstring_lists(
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("options", [{}, {"mlp": "swiglu", "mlp_recompute": True}, {"context_dim": 8}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mlp": "swiglu", "mlp_recompute": True}, {"context_dim": 8}, {"context_dim": 8, "eps": 0.3, "mlp_eps": 2.0}],
+)
 def test_what_is_normed_is_not_kept_and_the_gradients_are_the_same(
     options: dict[str, Any], backend: str, device: torch.device
 ) -> None:
@@ -110,7 +115,7 @@ def test_what_is_normed_is_not_kept_and_the_gradients_are_the_same(
         *modulation, shift, scale = tables.unbind(0)
         sizes: dict[int, int] = {}
         with use_backend(backend):
-            h = adaln(start, *modulation[:2], rows)
+            h = adaln(start, *modulation[:2], rows, eps=block.eps)
             with torch.autograd.graph.saved_tensors_hooks(partial(_note, sizes), lambda x: x):
                 outputs = block(start, h, modulation, (shift, scale), shared)
             weights = [weight for name, weight in block.named_parameters() if "adaLN" not in name]
