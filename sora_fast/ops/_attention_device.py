@@ -97,9 +97,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, schedule: TileSchedule, *, scale: floa
     options = {"block_mask": schedule.to_block_mask(), "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     # A graph that is being compiled takes it as it is, and "meta" only asks for shapes.
     plain = torch.compiler.is_compiling() or q.is_meta
-    kind = (
-        q.device, q.dtype, q.shape, k.shape, schedule.mask.causal_tokens, schedule.cross, torch.is_grad_enabled()
-    )  # fmt: skip
+    mask = schedule.mask.causal_tokens, schedule.cross, layout.is_joint
+    kind = (q.device, q.dtype, q.shape, k.shape, *mask, torch.is_grad_enabled())
     attend = flex_attention if plain else _compiled_flex(*kind)
     out, aux = attend(*batch, **options, return_aux=AuxRequest(lse=True))
     out = without_padding(out[0].transpose(0, 1)[:, :, : v.shape[2]], layout)
