@@ -25,7 +25,7 @@ from sora_fast.training.options import (
     VAEOptions,
     spelled,
 )
-from sora_fast.training.recipe import CPU, GPU, HEAD_DIM, LR
+from sora_fast.training.recipe import CPU, GPU, HEAD_DIM, LR, VAE_LR
 
 if TYPE_CHECKING:
     from sora_fast.proof import Report
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        return _fail(f"{error}; pip install 'sora_fast[demo,text,log]' brings the optional parts")
+        return _fail(f"{error}; pip install 'sora_fast[demo,text,vae,log]' brings the optional parts")
     except OSError as error:
         known = error.filename is not None and error.strerror
         return _fail(f"{error.filename}: {error.strerror}" if known else str(error))
@@ -223,8 +223,9 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         "--codec",
         metavar="FOLDER",
         type=filled,
-        help="what `sora-fast train-vae` made: train on its latents, made by the data workers as they read (default: "
-        "on pixels); beside --resume: where it is now",
+        help="what `sora-fast train-vae` made, or one of diffusers' saved there (Wan, HunyuanVideo, CogVideoX, LTX, "
+        "Mochi): train on its latents, made by the data workers as they read (default: on pixels); beside --resume: "
+        "where it is now",
     )
     add = parser.add_argument_group("training").add_argument
     add(
@@ -308,7 +309,7 @@ def _add_train_vae(commands: "argparse._SubParsersAction") -> None:
     add("--kl", type=FINITE, help=f"weight of the divergence from noise (default: {defaults.kl:g})")
     add("--absolute", type=FINITE, help="weight of absolute errors beside squares (default: 0)")
     add("--capacity", type=COUNT, help="latents a step (default: those of the largest part, on a GPU of eight)")
-    add("--lr", type=POSITIVE, help="peak learning rate (default: 0.002)")
+    add("--lr", type=POSITIVE, help=f"peak learning rate (default: {VAE_LR:g})")
     add("--ema-decay", type=DECAY, help=f"of the averaged weights (default: {defaults.ema_decay})")
     add("--save-every", type=COUNT, help=f"steps between checkpoints (default: {defaults.save_every})")
     add("--seed", type=SEED, help=f"default: {defaults.seed}")
@@ -635,7 +636,7 @@ def _sample(a: argparse.Namespace) -> int:
         raise ValueError(f"--sampler {o.sampler}: it must be one of {', '.join(SAMPLERS)}")
     device, config = own_device(o.device), moved(read_run(o.run), codec=o.codec)
     request, fps = requested(o, config)
-    played = check_result(o, request, config.build_codec().spec.pixel_channels, fps)
+    played = check_result(o, request, config.video_channels, fps)
     engine = Engine.load(
         o.run, device=device, text_encoder=o.text_encoder, codec=o.codec, compile=o.compile, graph=o.graph
     )

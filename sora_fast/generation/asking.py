@@ -68,7 +68,7 @@ def write_result(o: SampleOptions, made: Made, fps: float) -> None:
 def _given(file: Path, config: RunConfig) -> Clip:
     """An image or clip at the size that the model was trained at."""
     limits = {} if config.data is None else {"max_side": config.data.max_side, "fps": config.data.fps}
-    return media.read_clip(file, channels=config.build_codec().spec.pixel_channels, **limits)
+    return media.read_clip(file, channels=config.video_channels, **limits)
 
 
 def _rate(asked: float | None, given: Mapping[str, Clip], config: RunConfig) -> float:

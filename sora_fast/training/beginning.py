@@ -35,7 +35,6 @@ from sora_fast.training.recipe import (
     rope_theta,
 )
 from sora_fast.training.run import RunConfig, TextConfig, TrainConfig, check_new, moved, read_run
-from sora_fast.training.vae_run import load_vae
 
 # Static sizes of a batch that cost time even where they are not used: enough for small images, not for the worst case.
 MOST_SEGMENTS, MOST_TEXT = 256, 8192
@@ -55,7 +54,7 @@ def new_config(o: TrainOptions, device: str) -> RunConfig:
     minutes = MINUTES if o.minutes is None and o.steps is None else o.minutes
     text = TextConfig(folder=o.text_encoder, dim=recipe.text_dim, layers=recipe.text_layers)
     reads_text = recipe.reads_text or o.text_encoder is not None
-    codec = CodecConfig() if o.codec is None else CodecConfig("vae", o.codec).located()
+    codec = CodecConfig() if o.codec is None else CodecConfig.of_folder(o.codec)
     channels, latent_channels, patch = _sizes(codec, o, recipe)
     dim = o.dim or recipe.dim
     return RunConfig(
@@ -102,7 +101,7 @@ def _sizes(codec: CodecConfig, o: TrainOptions, recipe: Recipe) -> tuple[int, in
     if codec.folder is None:
         channels = 1 if o.grey else 3
         return channels, channels, o.patch or recipe.patch
-    spec = load_vae(codec.folder).spec
+    spec = codec.load().spec
     if o.grey and spec.pixel_channels != 1:
         raise ValueError(f"--grey: the codec in {codec.folder} is one of RGB")
     return spec.pixel_channels, spec.channels, o.patch or LATENT_PATCH

@@ -218,6 +218,11 @@ class RunConfig:
             replace(self.text, fingerprint=before.text.fingerprint).located()
         replace(self.codec, fingerprint=before.codec.fingerprint).located()
 
+    @property
+    def video_channels(self) -> int:
+        """Of what is trained on, and made."""
+        return self.build_codec().spec.pixel_channels if self.data is None else self.data.channels
+
     def build_codec(self) -> Codec:
         """ValueError if it is not what it was when the run was begun, or not of this model."""
         return self.codec.build(self.model.in_channels, self.model.patch_size)

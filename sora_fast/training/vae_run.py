@@ -82,7 +82,7 @@ def fingerprint(folder: Path) -> str:
     digest, saved = hashlib.sha256(), _newest(folder)
     for group in ("ema", "latents"):
         for name, tensor in sorted(saved.tensors[group].items()):
-            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

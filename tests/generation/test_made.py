@@ -13,9 +13,9 @@ from tests.training.test_trainer import tiny
 
 
 def test_pieces_are_what_is_generated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(codec.KINDS, "means", lambda config, patch_size, channels: Means())
+    monkeypatch.setitem(codec.KINDS, "means", codec.Kind(lambda folder: Means(), lambda folder: "the same"))
     torch.manual_seed(0)
-    engine = Engine(Networks(replace(tiny(), codec=CodecConfig("means"))), compile=False)
+    engine = Engine(Networks(replace(tiny(), codec=CodecConfig("means", "/somewhere", "the same"))), compile=False)
     requests = [text_to_video("", 11, (9, 6)), text_to_video("", 1, (8, 8))]
     videos = engine.generate(requests, steps=2)
     for made, video in zip(engine.make(requests, steps=2), videos, strict=True):

@@ -20,12 +20,14 @@ from tests.training.test_trainer import Gradients, tiny
 
 @pytest.fixture(autouse=True)
 def means(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(codec.KINDS, "means", lambda config, patch_size, channels: Means())
+    monkeypatch.setitem(codec.KINDS, "means", codec.Kind(lambda folder: Means(), lambda folder: "the same"))
 
 
 def of_means(**options: object) -> RunConfig:
     config = tiny(**options)
-    return replace(config, codec=CodecConfig("means"), model=replace(config.model, patch_size=(1, 2, 2)))
+    return replace(
+        config, codec=CodecConfig("means", "/somewhere", "the same"), model=replace(config.model, patch_size=(1, 2, 2))
+    )
 
 
 class Broken(Gradients):
@@ -65,12 +67,17 @@ def test_runs_of_before_there_was_a_choice_have_the_pixels(tmp_path: Path) -> No
 def test_a_run_keeps_its_codec(tmp_path: Path) -> None:
     Trainer(tiny(steps=1), Gradients(), tmp_path / "run").fit(progress=False)
     with pytest.raises(ValueError, match="codec: changed since"):
-        Trainer(replace(tiny(steps=2), codec=CodecConfig("means")), Gradients(), tmp_path / "run", resume=True)
+        Trainer(
+            replace(tiny(steps=2), codec=CodecConfig("means", "/somewhere", "the same")),
+            Gradients(),
+            tmp_path / "run",
+            resume=True,
+        )
 
 
 def test_a_codec_that_does_not_fit_is_named() -> None:
     config = of_means()
     with pytest.raises(ValueError, match=r"model\.in_channels: 3; latents of this codec have 1"):
         Networks(replace(config, model=replace(config.model, in_channels=3)))
-    with pytest.raises(ValueError, match=r"codec\.kind: 'other'; it must be one of pixels, vae, means"):
+    with pytest.raises(ValueError, match=r"codec\.kind: 'other'; it must be one of pixels, vae, diffusers, means"):
         CodecConfig("other")

@@ -50,7 +50,8 @@ class VAECodec(Codec):
     def _encoded(self, videos: Sequence[Padded]) -> list[Tensor]:
         stride = self.spec.spatial_stride
         shapes = [self.spec.latent_shape(padded.video.shape[1], padded.height, padded.width) for padded in videos]
-        latents = [torch.empty(shape, device=padded.video.device) for shape, padded in zip(shapes, videos, strict=True)]
+        places = [{"dtype": torch.float32, "device": padded.video.device} for padded in videos]
+        latents = [torch.empty(shape, **place) for shape, place in zip(shapes, places, strict=True)]
 
         def take(number: int, start: int, stop: int, tile: Tile) -> Tensor:
             sides = (slice(seen.start * stride, seen.stop * stride) for seen in (tile.seen_rows, tile.seen_columns))
