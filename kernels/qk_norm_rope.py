@@ -1,6 +1,7 @@
 """qk_norm_rope: the norm of every head and its rotation in one pass, queries and keys in one launch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -35,8 +36,7 @@ def forward(heads: Heads, segment_ids: Tensor, turning: Turning, norm: str, eps:
     launch(
         *(qk_norm_rope_forward_kernel, (shape.programs(heads.q),), *rows, *heads.vectors),
         *(segment_ids, turning.places, turning.cos, turning.sin, *heads.counts),
-        **{"SHAPE": shape, "ROTATION": turning.rotation, "NORM": heads.norm, "EPS": eps},
-        num_warps=QkNormRopeConfig.num_warps,
+        **_meta(shape, turning, heads, eps),
     )
     return outputs
 
@@ -68,10 +68,14 @@ def backward(
     launch(
         *(qk_norm_rope_backward_kernel, (shape.programs(heads.q),), *rows, *heads.vectors, partials if sums else None),
         *(segment_ids, turning.places, turning.cos, turning.sin, *turning.gradients(d_tables), *heads.counts),
-        **{"SHAPE": shape, "ROTATION": turning.rotation, "NORM": heads.norm, "EPS": eps},
-        num_warps=QkNormRopeConfig.num_warps,
+        **_meta(shape, turning, heads, eps),
     )
     return *outputs, fold(partials) if sums else partials
+
+
+def _meta(shape: Shape, turning: Turning, heads: Heads, eps: float) -> dict[str, Any]:
+    warps = QkNormRopeConfig.num_warps
+    return {"SHAPE": shape, "ROTATION": turning.rotation, "NORM": heads.norm, "EPS": eps, "num_warps": warps}
 
 
 @triton.jit

@@ -141,10 +141,6 @@ class Encoded(NamedTuple):
     ntk: bool
     interleaved: bool
 
-    @property
-    def has_extent(self) -> bool:
-        return any(self.axes[9:])
-
 
 def encoded(rope: Rope3D | None, head_dim: int) -> Encoded:
     """No rope: no rotation."""

@@ -74,12 +74,12 @@ def qk_norm_rope(
         q_out = NormRope.apply(q, q_weight, q_bias, *shared)
         k_out = None if k is None else NormRope.apply(k, k_weight, k_bias, *shared)
     else:
-        grids = layout.grids if rotation.has_extent else None
+        grids = None if rope is None or rope.extent is None else layout.grids
         places = layout.segment_ids.contiguous(), coords.contiguous(), contiguous(grids), contiguous(segment_scale)
         tables = (None, None)
         if table is not None:
             tables, rotation = (table.cos, table.sin), rotation._replace(interleaved=table.interleaved)
-        biases = contiguous(q_bias), contiguous(k_bias)
+        biases = (contiguous(q_bias), contiguous(k_bias)) if norm == "layer" else (None, None)
         q_out, k_out = _qk_norm_rope(q, k, q_weight, k_weight, *biases, *tables, *places, *rotation, norm, eps)
     return (None, q_out) if keys_alone else (q_out, None if k is None else k_out)
 
