@@ -24,6 +24,7 @@ from sora_fast.nn import BlockContext, DiTBlock
 from sora_fast.ops import (
     FactorisedPosition,
     Rope3D,
+    RopeTable,
     adaln,
     gated_residual,
     gated_residual_adaln,
@@ -35,7 +36,7 @@ from sora_fast.ops import (
     segment_mean,
     unpatchify,
 )
-from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents, RowIndex
+from sora_fast.packing import Conditioning, JointLayout, PackedLayout, RaggedLatents, RowIndex, frame_tokens
 from sora_fast.proof.calls import Call, adaln_pair_of, form_of
 from sora_fast.proof.cases import schedule
 from sora_fast.schedule import TileSchedule
@@ -224,6 +225,60 @@ def qk_norm_rope_cases(s: Setting) -> Iterator[Case]:
         scale = torch.full(layout.grids.shape, 0.5, device=s.device) if rope is _SCALED else None
         args, options = (q, k, *weights, layout, rope), {"segment_scale": scale}
         yield Case(qk_norm_rope, f"{label}D{head_dim}", args, options, bytes_moved=(4 * once, 6 * once))
+    yield from (norm_rope_form(s, layout, form) for form in NORM_ROPE_FORMS)
+
+
+@dataclass(frozen=True)
+class NormRopeForm:
+    """What a model does to its queries and keys. table: by the cosines and sines of "tokens" or of "heads"; learned:
+    they want gradients. alone: queries without keys, as in cross-attention."""
+
+    model: str
+    heads: int
+    head_dim: int
+    norm: str
+    table: str = ""
+    learned: bool = False
+    alone: bool = False
+
+
+# By the models' own widths: the norm over all heads holds a token on chip, and 5,120 channels are the most in use.
+NORM_ROPE_FORMS = (
+    NormRopeForm("Wan 14B", 40, 128, "rms_across_heads"),
+    NormRopeForm("Wan 1.3B, queries alone", 12, 128, "rms_across_heads", alone=True),
+    NormRopeForm("LTX", 32, 64, "rms_across_heads", "heads"),
+    NormRopeForm("CogVideoX", 30, 64, "layer", "tokens"),
+    NormRopeForm("Mochi", 24, 128, "rms", "heads", learned=True),
+    NormRopeForm("half-split, learned", 16, 72, "rms", "tokens", learned=True),
+)
+
+
+def norm_rope_form(s: Setting, layout: PackedLayout, form: NormRopeForm) -> Case:
+    """All tensors that want gradients come first."""
+    q, k, _ = s.random(layout.capacity, 3, form.heads, form.head_dim).unbind(1)
+    sides = 1 if form.alone else 2
+    channels = form.head_dim * (form.heads if form.norm == "rms_across_heads" else 1)
+    vectors = s.random(sides * (2 if form.norm == "layer" else 1), channels).unbind()
+    by_head = [form.heads] if form.table == "heads" else []
+    table = (
+        torch.randn(2, layout.capacity, *by_head, form.head_dim // 2, device=s.device).unbind() if form.table else ()
+    )
+    given = (*(q, k)[:sides], *vectors, *(table if form.learned else ()))
+    interleaved = not form.model.startswith("half-split")
+
+    @wraps(qk_norm_rope)
+    def op(*tensors: Tensor, backend: str | None = None) -> Any:
+        q, k = tensors[0], None if form.alone else tensors[1]
+        *vectors, cos, sin = (*tensors[sides:], *(() if form.learned else table or (None, None)))
+        q_weight, k_weight, q_bias, k_bias = (*vectors, *[None] * 4)[:4]
+        rope = Rope3D() if cos is None else RopeTable(cos, sin, interleaved)
+        options = {"norm": form.norm, "q_bias": q_bias, "k_bias": k_bias, "backend": backend}
+        result = qk_norm_rope(q, k, q_weight, k_weight, layout, rope, **options)
+        return result[0] if form.alone else result
+
+    once, tables = sides * q.numel() * q.element_size(), sum(x.nbytes for x in table)
+    moved = (2 * once + tables, 3 * once + tables * (2 if form.learned else 1))
+    return Case(op, f"{form.model},{form.heads}×D{form.head_dim}", given, bytes_moved=moved)
 
 
 # Causal masks have a way of their own in raster order; a tiled one serves the windows.
@@ -237,6 +292,11 @@ MASKS = {
 
 def schedule_cases(s: Setting) -> Iterator[Case]:
     yield from (schedule_case(s, name, mask) for name, mask in MASKS.items())
+    joint, mask = _joint(s, MASKS["window"]), SpacetimeMask.token_causal()  # which has lists in both of these
+    yield Case(schedule, "joint,token_causal", (joint, mask), bytes_moved=(12 * joint.capacity, 0))
+    new, held = _last_frames(s)
+    moved = 8 * new.capacity + 4 * held.capacity
+    yield Case(schedule, "cached,token_causal", (new, mask), {"kv_layout": held}, bytes_moved=(moved, 0))
 
 
 def schedule_case(s: Setting, label: str, mask: SpacetimeMask) -> Case:
@@ -247,6 +307,18 @@ def schedule_case(s: Setting, label: str, mask: SpacetimeMask) -> Case:
 
 def _layout(s: Setting, mask: SpacetimeMask) -> PackedLayout:
     return s.layout() if mask.sees_past else s.layout(order="tiled", for_mask=mask)
+
+
+def _joint(s: Setting, mask: SpacetimeMask) -> PackedLayout:
+    """The batch beside its texts, laid out for a mask."""
+    text = PackedLayout.from_grids([(77, 1, 1)] * len(s.grids), device=s.device)
+    return JointLayout.build(text, _layout(s, mask)).layout
+
+
+def _last_frames(s: Setting) -> tuple[PackedLayout, PackedLayout]:
+    """The last frame of every video, and all of its frames."""
+    keep = [frame_tokens(grid, grid[0] - 1, grid[0]) for grid in s.grids]
+    return s.layout(keep=keep), s.layout()
 
 
 def attention_cases(s: Setting) -> Iterator[Case]:
@@ -265,6 +337,29 @@ def attention_cases(s: Setting) -> Iterator[Case]:
         work = _products(77 * layout.capacity, q)
         args, options = (q, k, v, layout, _built(layout, None, kv_layout=text)), {"kv_layout": text}
         yield Case(packed_attention, f"cross,D{head_dim}", args, options, flops=work, share=s.heads)
+    yield joint_attention(s, s.head_dims[0])
+    yield cached_attention(s, s.head_dims[0])
+
+
+def joint_attention(s: Setting, head_dim: int) -> Case:
+    """Texts and videos in one sequence, under a window over the videos."""
+    mask = MASKS["window"]
+    layout = _joint(s, mask)
+    q, k, v = s.random(layout.capacity, 3, s.heads, head_dim).unbind(1)
+    pairs = sum(mask.pairs(grid) + 77 * (77 + 2 * math.prod(grid)) for grid in s.grids)
+    args = (q, k, v, layout, _built(layout, mask))
+    return Case(packed_attention, f"joint,window,D{head_dim}", args, flops=_products(pairs, q), share=s.heads)
+
+
+def cached_attention(s: Setting, head_dim: int) -> Case:
+    """The last frame of every video over all of its frames."""
+    mask, (new, held) = MASKS["frame_causal"], _last_frames(s)
+    q = s.random(new.capacity, s.heads, head_dim)
+    k, v = s.random(held.capacity, 2, s.heads, head_dim).unbind(1)
+    pairs = sum(math.prod(grid) * math.prod(grid[1:]) for grid in s.grids)
+    args, options = (q, k, v, new, _built(new, mask, kv_layout=held)), {"kv_layout": held}
+    label = f"cached,frame_causal,D{head_dim}"
+    return Case(packed_attention, label, args, options, flops=_products(pairs, q), share=s.heads)
 
 
 def self_attention(

@@ -3,6 +3,9 @@
 The peers of a full mask: SDPA segment after segment, and SDPA over the pack under the dense block-diagonal mask. The
 peers of a window: the full mask, and SDPA under the dense one. Of both: compiled FlexAttention, which has no backward
 pass on a CPU; its mask is built for every batch, and so is our schedule beside it.
+
+Joint attention of texts and videos, merged and split at every call, has SDPA of each segment as its peer, under the
+dense mask where there is one. New frames over a cache have the same attention without one: of all frames, anew.
 """
 
 from collections.abc import Callable
@@ -16,7 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import packed_attention
-from sora_fast.packing import PackedLayout
+from sora_fast.packing import JointLayout, PackedKVCache, PackedLayout, frame_tokens
 from sora_fast.schedule import TileSchedule
 
 # 8,652 tokens in 8 videos and images of mixed shape; one long video.
@@ -25,6 +28,9 @@ LONG = [(16, 24, 24)]
 HEADS, HEAD_DIM = 8, 64
 WINDOW = SpacetimeMask.window(1, 2, 2)
 PAST = SpacetimeMask.frame_causal()
+
+TEXT = 226  # tokens beside every video, as in CogVideoX
+STREAM = SpacetimeMask.window(4, None, None, causal=True)
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -119,11 +125,16 @@ def test_packed_attention(
 ) -> None:
     if make is flex and direction != "forward":
         pytest.skip("FlexAttention has no backward pass on a CPU")
-    torch.manual_seed(0)
     tokens = PackedLayout.from_grids(grids).capacity
+    _time(benchmark, request, make(grids, mask), tokens, direction)
+
+
+def _time(
+    benchmark: Any, request: pytest.FixtureRequest, attend: Attention, tokens: int, direction: str = "forward"
+) -> None:
+    torch.manual_seed(0)
     qkv = torch.randn(tokens, 3, HEADS, HEAD_DIM, requires_grad=direction != "forward")
     gradient = torch.randn(tokens, HEADS, HEAD_DIM)
-    attend = make(grids, mask)
 
     def step() -> None:
         out = attend(*qkv.unbind(1))
@@ -134,3 +145,85 @@ def test_packed_attention(
     case, _, backend = request.node.callspec.id.removesuffix(f"-{direction}").rpartition(", ")
     benchmark.extra_info.update(op="packed_attention", case=case, direction=direction, backend=backend)
     benchmark.pedantic(step, rounds=5, warmup_rounds=2)  # the allocator has what it needs by then
+
+
+def joint(grids: list[tuple[int, int, int]], mask: SpacetimeMask) -> Attention:
+    """Ours, of tokens that come as those of all texts, then those of all videos."""
+    text = PackedLayout.from_grids([(TEXT, 1, 1)] * len(grids))
+    layout = JointLayout.build(text, laid_out(grids, mask))
+    schedule = TileSchedule.build(layout.layout, mask)
+
+    def run(*qkv: Tensor) -> Tensor:
+        merged = [layout.merge(x[: text.capacity], x[text.capacity :]) for x in qkv]
+        return torch.cat(layout.split(packed_attention(*merged, layout.layout, schedule)))
+
+    return run
+
+
+def joint_one_by_one(grids: list[tuple[int, int, int]], mask: SpacetimeMask) -> Attention:
+    """SDPA, segment after segment."""
+    text, videos = PackedLayout.from_grids([(TEXT, 1, 1)]), [PackedLayout.from_grids([grid]) for grid in grids]
+    masks = [None if mask.is_full else mask.materialize(JointLayout.build(text, video).layout) for video in videos]
+    lengths = [video.capacity for video in videos]
+
+    def segments(x: Tensor) -> list[Tensor]:
+        texts, tokens = x.split([TEXT * len(grids), sum(lengths)])
+        return [torch.cat(pair) for pair in zip(texts.split(TEXT), tokens.split(lengths), strict=True)]
+
+    def run(*qkv: Tensor) -> Tensor:
+        outs = [_sdpa(*piece) for piece in zip(*map(segments, qkv), masks, strict=True)]
+        return torch.cat([out[:TEXT] for out in outs] + [out[TEXT:] for out in outs])
+
+    return run
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward and backward"])
+@pytest.mark.parametrize(
+    ("make", "grids", "mask"),
+    [
+        pytest.param(joint, GRIDS, SpacetimeMask.full(), id="joint, full, packed"),
+        pytest.param(joint_one_by_one, GRIDS, SpacetimeMask.full(), id="joint, full, SDPA one by one"),
+        pytest.param(joint, LONG, WINDOW, id="joint, long, window, packed"),
+        pytest.param(joint_one_by_one, LONG, WINDOW, id="joint, long, window, SDPA dense mask"),
+    ],
+)
+def test_joint_attention(
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    make: Callable[..., Attention],
+    grids: list[Any],
+    mask: SpacetimeMask,
+    direction: str,
+) -> None:
+    tokens = PackedLayout.from_grids(grids).capacity + TEXT * len(grids)
+    _time(benchmark, request, make(grids, mask), tokens, direction)
+
+
+def cached(grid: tuple[int, int, int], mask: SpacetimeMask) -> Attention:
+    """The last frame alone, over a cache of those that it sees; what it adds to the cache is written over."""
+    frames = [PackedLayout.from_grids([grid], keep=[frame_tokens(grid, t, t + 1)]) for t in range(grid[0])]
+    held, size = -mask.t[0], frames[0].capacity
+    cache = PackedKVCache.empty(
+        1, HEADS, HEAD_DIM, capacity=(held + 1) * size, new_capacity=size, max_segments=1, dtype=torch.float32
+    )
+    for frame in frames:
+        cache.append_(frame, window=held)
+    schedule = TileSchedule.build(frames[-1], mask, kv_layout=cache.layout)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = cache.write_(0, k[-size:], v[-size:])
+        return packed_attention(q[-size:], keys, values, frames[-1], schedule, kv_layout=cache.layout)
+
+    return run
+
+
+def anew(grid: tuple[int, int, int], mask: SpacetimeMask) -> Attention:
+    """All frames, without a cache."""
+    return packed([grid], mask)
+
+
+@pytest.mark.parametrize(
+    "make", [pytest.param(cached, id="next frame, cached"), pytest.param(anew, id="next frame, all frames anew")]
+)
+def test_next_frame(benchmark: Any, request: pytest.FixtureRequest, make: Callable[..., Attention]) -> None:
+    _time(benchmark, request, make(LONG[0], STREAM), PackedLayout.from_grids(LONG).capacity)

@@ -1,4 +1,5 @@
-"""qk_norm_rope on one core, forward and backward, beside PyTorch written out, and norms without rotation."""
+"""qk_norm_rope on one core, forward and backward, beside PyTorch written out, and norms without rotation; then the
+forms that other people's blocks need."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sora_fast.ops import Rope3D, qk_norm_rope
+from sora_fast.ops import Rope3D, RopeTable, qk_norm_rope
 from sora_fast.packing import PackedLayout
 
 LAYOUT = PackedLayout.from_grids([(4, 12, 20), (1, 32, 24)], order="tiled")
@@ -86,3 +87,65 @@ def test_qk_norm_rope(benchmark: Any, name: str, compiled: bool) -> None:
         q, k, _ = qkv.unbind(1)
         torch.testing.assert_close(results[:2], OPS[same](q, k, *weights), rtol=1e-4, atol=1e-4)
     benchmark(step)
+
+
+def _over_all_heads(x: Tensor, weight: Tensor, bias: None) -> Tensor:
+    return F.rms_norm(x.flatten(1), weight.shape, weight, 1e-6).view_as(x)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, 1e-6)
+
+
+# By the models that have them. Norm, its weights' size, and what turns: nothing, the op's own angles, a table by head.
+FORMS: dict[str, tuple[str, int, Callable[..., Tensor], str]] = {
+    "queries alone": ("rms_across_heads", HEADS * HEAD_DIM, _over_all_heads, ""),
+    "Wan": ("rms_across_heads", HEADS * HEAD_DIM, _over_all_heads, "angles"),
+    "LTX": ("rms_across_heads", HEADS * HEAD_DIM, _over_all_heads, "table"),
+    "CogVideoX": ("layer", HEAD_DIM, _layer_norm, "angles"),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("own", [True, False], ids=["ours", "written_out"])
+@pytest.mark.parametrize("name", FORMS)
+def test_forms(benchmark: Any, name: str, own: bool, compiled: bool) -> None:
+    """The tables of what is written out are made once for all layers."""
+    norm, size, normed, turning = FORMS[name]
+    torch.manual_seed(0)
+    sides = 1 if name == "queries alone" else 2
+    qkv = torch.randn(LAYOUT.capacity, 3, HEADS, HEAD_DIM, requires_grad=True)
+    vectors = [torch.randn(size, requires_grad=True) for _ in range(sides * (2 if norm == "layer" else 1))]
+    d_out = torch.randn(sides, LAYOUT.capacity, HEADS, HEAD_DIM).unbind()
+    angles = INTERLEAVED.angles(HEAD_DIM, LAYOUT.segment_ids, LAYOUT.coords, LAYOUT.grids)[:, None]
+    angles = angles.repeat(1, HEADS, 1) if turning == "table" else angles
+    turn = torch.stack([angles.cos(), angles.sin()])
+    rope = {"": None, "angles": INTERLEAVED, "table": RopeTable(*turn)}[turning]
+
+    def ours(*tensors: Tensor) -> list[Tensor]:
+        q, k, weights, biases = _sorted(tensors, sides)
+        results = qk_norm_rope(q, k, *weights, LAYOUT, rope, norm=norm, q_bias=biases[0], k_bias=biases[1])
+        return [x for x in results if x is not None]
+
+    def plain(*tensors: Tensor) -> list[Tensor]:
+        q, k, weights, biases = _sorted(tensors, sides)
+        results = [normed(x, w, b) for x, w, b in zip((q, k), weights, biases, strict=True) if x is not None]
+        return [neighbours(x, turn) if turning else x for x in results]
+
+    run = ours if own else plain
+    run = torch.compile(run, fullgraph=True) if compiled else run
+
+    def step() -> list[Tensor]:
+        outputs = run(*qkv.unbind(1)[:sides], *vectors)
+        return [*outputs, *torch.autograd.grad(outputs, (qkv, *vectors), d_out)]
+
+    results = step()
+    torch.testing.assert_close(results[:sides], plain(*qkv.unbind(1)[:sides], *vectors), rtol=1e-4, atol=1e-4)
+    benchmark(step)
+
+
+def _sorted(tensors: tuple[Tensor, ...], sides: int) -> tuple[Any, ...]:
+    """q, k, (their weights), (their biases); None for what is not there."""
+    by_kind = [(*tensors[i : i + sides], None, None)[:2] for i in range(0, 3 * sides, sides)]
+    (q, k), weights, biases = by_kind
+    return q, k, weights, biases

@@ -55,12 +55,16 @@ class Walk(NamedTuple):
 
 
 class Boxes(NamedTuple):
-    """What a partial pair of tiles is tested with: packed coordinates (see `TileSchedule`) and raster places, [N]."""
+    """What a partial pair of tiles is tested with: packed coordinates (see `TileSchedule`) and raster places.
+
+    low, high, raster: of queries, [N]; place, key_raster: of keys, [Nk].
+    """
 
     low: Tensor
     high: Tensor
     place: Tensor
     raster: Tensor
+    key_raster: Tensor
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ def load_places(boxes, key, exists, AXIS: tl.constexpr, BLOCKING: tl.constexpr):
     place = tl.expand_dims(tl.load(boxes.place + key, mask=exists, other=0), AXIS)
     raster = place
     if BLOCKING.causal:
-        raster = tl.expand_dims(tl.load(boxes.raster + key, mask=exists, other=0), AXIS)
+        raster = tl.expand_dims(tl.load(boxes.key_raster + key, mask=exists, other=0), AXIS)
     return Place(place, raster)
 
 

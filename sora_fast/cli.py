@@ -1,4 +1,4 @@
-"""The command line: `sora-fast demo`, `train`, `distill`, `sample`, `report` and `doctor`.
+"""The command line: `sora-fast demo`, `train`, `train-vae`, `distill`, `sample`, `report` and `doctor`.
 
 Heavy imports happen inside the commands, so that --help and --version answer at once.
 """
@@ -16,8 +16,16 @@ from typing import IO, TYPE_CHECKING
 
 from sora_fast.arguments import COUNT, DECAY, FINITE, POSITIVE, SEED, SHARE, WHOLE, filled, interval, path, sizes
 from sora_fast.generation.options import SampleOptions
-from sora_fast.training.options import CHANGEABLE, DISTILL_CHANGEABLE, DistillOptions, TrainOptions, spelled
-from sora_fast.training.recipe import CPU, GPU, HEAD_DIM, LR
+from sora_fast.training.options import (
+    CHANGEABLE,
+    DISTILL_CHANGEABLE,
+    VAE_CHANGEABLE,
+    DistillOptions,
+    TrainOptions,
+    VAEOptions,
+    spelled,
+)
+from sora_fast.training.recipe import CPU, GPU, HEAD_DIM, LR, VAE_LR
 
 if TYPE_CHECKING:
     from sora_fast.proof import Report
@@ -44,6 +52,17 @@ are named and skipped.
 Ctrl-C saves; the run goes on, here for longer, with:
 
   sora-fast train --resume --out runs/first --minutes 60
+"""
+
+VAE_HELP = """\
+Train a small network that compresses videos, on a folder of your own, and then a video model on what it makes of them.
+
+  sora-fast train-vae --data clips --out runs/vae --minutes 30
+  sora-fast train --data clips --codec runs/vae --out runs/first --minutes 30
+
+It learns from parts of the videos, of random lengths, sizes and places. Ctrl-C saves; it goes on, for longer, with:
+
+  sora-fast train-vae --resume --out runs/vae --minutes 60
 """
 
 DISTILL_HELP = """\
@@ -84,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        return _fail(f"{error}; pip install 'sora_fast[demo,text,log]' brings the optional parts")
+        return _fail(f"{error}; pip install 'sora_fast[demo,text,vae,log]' brings the optional parts")
     except OSError as error:
         known = error.filename is not None and error.strerror
         return _fail(f"{error.filename}: {error.strerror}" if known else str(error))
@@ -95,7 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not is_out_of_memory(error):
             raise
-        advice = {"train": "a smaller --capacity or model", "sample": "a smaller --size or fewer --frames"}
+        advice = {
+            "train": "a smaller --capacity or model",
+            "train-vae": "a smaller --capacity or --crop",
+            "sample": "a smaller --size or fewer --frames",
+        }
         return _fail(f"out of memory ({str(error).strip()}); {advice.get(argv[0], 'less at once')} may fit")
 
 
@@ -113,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     commands.add_parser("demo", help="train on moving digits, sample, measure: the whole thing in minutes")
     _add_train(commands)
+    _add_train_vae(commands)
     _add_distill(commands)
     _add_sample(commands)
     _add_report(commands)
@@ -180,8 +204,8 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     add(
         "--workers",
         type=WHOLE,
-        help="processes that read the data, for each training process; 0: a thread (default: a core each but one, at "
-        "most 8). Changes nothing in what is trained",
+        help="processes that read the data, for each training process; 0: a thread (default: 0 on a CPU, since the "
+        "step needs the cores; beside a GPU a core each but one, at most 8). Changes nothing in what is trained",
     )
     add = parser.add_argument_group("model").add_argument
     add("--dim", type=COUNT, help=f"width (default: {CPU.dim} on a CPU, {GPU.dim} on a GPU)")
@@ -194,6 +218,14 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
         type=filled,
         help="a CLIP or T5 saved there, which takes 77 or 226 tokens of a caption (default: a small one, trained "
         "along, which takes 255 bytes); beside --resume: where it is now",
+    )
+    add(
+        "--codec",
+        metavar="FOLDER",
+        type=filled,
+        help="what `sora-fast train-vae` made, or one of diffusers' saved there (Wan, HunyuanVideo, CogVideoX, LTX, "
+        "Mochi): train on its latents, made by the data workers as they read (default: on pixels); beside --resume: "
+        "where it is now",
     )
     add = parser.add_argument_group("training").add_argument
     add(
@@ -225,8 +257,9 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     )
     add(
         "--compile",
-        choices=("blocks", "model"),
-        help="what torch.compile makes one graph of: the blocks, which starts sooner (default), or model and loss",
+        choices=("auto", "blocks", "model"),
+        help="what torch.compile makes one graph of: the blocks, which starts sooner, or model and loss, whose steps "
+        "are quicker on a CPU (default: auto, that is model there in a run of 250 steps, or a minute, a block)",
     )
     add("--no-compile", action="store_true", help="without torch.compile: starts sooner, runs slower")
     add(
@@ -236,6 +269,52 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     )
     add = parser.add_argument_group("what is told meanwhile, beside the run's log.jsonl and loss.png").add_argument
     add("--sample-every", type=COUNT, metavar="STEPS", help="a sheet of samples so often, in the run's samples/")
+    _add_telling(add)
+
+
+def _add_train_vae(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
+        "train-vae",
+        help="train the network that compresses videos",
+        description=VAE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # so that --resume knows what was asked for
+    )
+    parser.set_defaults(command=_train_vae)
+    defaults = _defaults(VAEOptions)
+    add = parser.add_argument_group("what and where").add_argument
+    add("--data", metavar="FOLDER", type=filled, help="videos and images; beside --resume: where they are now")
+    add("--out", metavar="RUN", required=True, type=path, help="folder of the run: configuration, log, checkpoints")
+    add(
+        "--resume",
+        action="store_true",
+        help=f"go on with the run in --out as it was, except for {spelled(VAE_CHANGEABLE)}",
+    )
+    add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    add = parser.add_argument_group("how long, in all (one of the two)").add_argument
+    add("--minutes", type=POSITIVE, help="train for so long (default: 30)")
+    add("--steps", type=COUNT, help="train for so many steps; resuming then gives the same bits as never stopping")
+    add = parser.add_argument_group("data").add_argument
+    add("--max-frames", type=COUNT, help=f"frames of a part, at the most (default: {defaults.max_frames})")
+    add("--crop", type=COUNT, help=f"its longest side (default: {defaults.crop} pixels)")
+    add("--max-side", type=COUNT, help=f"videos are first scaled down to this (default: {defaults.max_side} pixels)")
+    add("--clips", choices=("anywhere", "first"), help=f"as of `sora-fast train` (default: {defaults.clips})")
+    add("--fps", type=POSITIVE, help="sample videos at this rate (default: every frame)")
+    add("--grey", action="store_true", help="one grey channel in place of RGB")
+    add("--workers", type=WHOLE, help="processes that read the data; 0: a thread (default: as of `sora-fast train`)")
+    add = parser.add_argument_group("network").add_argument
+    add("--strides", type=sizes("4x4x4"), metavar="TxHxW", help="4x4x4 or 4x8x8 pixels a latent (default: 4x4x4)")
+    add("--channels", type=COUNT, help=f"numbers a latent (default: {defaults.channels})")
+    add = parser.add_argument_group("training").add_argument
+    add("--kl", type=FINITE, help=f"weight of the divergence from noise (default: {defaults.kl:g})")
+    add("--absolute", type=FINITE, help="weight of absolute errors beside squares (default: 0)")
+    add("--capacity", type=COUNT, help="latents a step (default: those of the largest part, on a GPU of eight)")
+    add("--lr", type=POSITIVE, help=f"peak learning rate (default: {VAE_LR:g})")
+    add("--ema-decay", type=DECAY, help=f"of the averaged weights (default: {defaults.ema_decay})")
+    add("--save-every", type=COUNT, help=f"steps between checkpoints (default: {defaults.save_every})")
+    add("--seed", type=SEED, help=f"default: {defaults.seed}")
+    add("--precision", choices=("float32", "bfloat16"), help=f"of products (default: {defaults.precision})")
+    add = parser.add_argument_group("what is told meanwhile, beside the run's log.jsonl and loss.png").add_argument
     _add_telling(add)
 
 
@@ -350,6 +429,7 @@ def _add_sample(commands: "argparse._SubParsersAction") -> None:
         type=filled,
         help="where the run's CLIP or T5 is, if it is not where it was",
     )
+    add("--codec", metavar="FOLDER", type=filled, help="where the run's codec is, if it is not where it was")
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
 
 
@@ -402,6 +482,15 @@ def _train(a: argparse.Namespace) -> int:
         return _train_together(options, device, world, lines)
 
 
+def _train_vae(a: argparse.Namespace) -> int:
+    given = {name: value for name, value in vars(a).items() if name != "command"}
+    options = VAEOptions(**given, given=frozenset(given.keys() - {"out"}))
+    if not options.resume and options.data is None:
+        raise ValueError("train-vae needs --data FOLDER, for a new run, or --resume")
+    with _workers(options.device, json=options.json) as (device, world, lines):
+        return _train_vae_together(options, device, world, lines)
+
+
 def _distill(a: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(a).items() if name != "command"}
     options = DistillOptions(**given, given=frozenset(given.keys() - {"run"}))
@@ -446,7 +535,7 @@ def _train_together(o: TrainOptions, device: str, world: "World", lines: IO[str]
     from sora_fast.training.data.sources import FolderSource
     from sora_fast.training.trainer import Trainer
 
-    config = resumed_config(o) if o.resume else new_config(o, device)
+    config = resumed_config(o, device) if o.resume else new_config(o, device)
     source = FolderSource(config.data, progress=world.rank == 0, world=world)
     print(source.summary)
     if not o.resume:
@@ -469,6 +558,22 @@ def _train_together(o: TrainOptions, device: str, world: "World", lines: IO[str]
         ) from error
 
 
+def _train_vae_together(o: VAEOptions, device: str, world: "World", lines: IO[str]) -> int:
+    """Likewise."""
+    from sora_fast.generation.watching import plain_watchers
+    from sora_fast.training.data.sources import FolderSource
+    from sora_fast.training.vae import VAETrainer
+    from sora_fast.training.vae_beginning import new_vae, resumed_vae
+
+    config = resumed_vae(o) if o.resume else new_vae(o, device)
+    source = FolderSource(config.data, progress=world.rank == 0, world=world)
+    print(source.summary)
+    watchers = plain_watchers(o.out, lines if o.json else None, tensorboard=o.tensorboard) if world.rank == 0 else ()
+    trainer = VAETrainer(config, source, o.out, device=device, resume=o.resume, watchers=watchers)
+    use = f"sora-fast train --data {config.data.folder} --codec {o.out} --out …"
+    return _fit(trainer, f"sora-fast train-vae --resume --out {o.out}", use, resumed=o.resume, progress=not o.json)
+
+
 def _distill_together(o: DistillOptions, device: str, world: "World", lines: IO[str]) -> int:
     """Likewise."""
     from sora_fast.generation.watching import plain_watchers
@@ -487,8 +592,9 @@ def _distill_together(o: DistillOptions, device: str, world: "World", lines: IO[
     return _fit(trainer, f"sora-fast distill {o.run}{place} --resume", resumed=o.resume, progress=not o.json)
 
 
-def _fit(trainer: "Trainer", resume: str, *, resumed: bool, progress: bool = True) -> int:
-    """Train to the end, and say what there is to do then. resume: the command that goes on."""
+def _fit(trainer: "Trainer", resume: str, use: str | None = None, *, resumed: bool, progress: bool = True) -> int:
+    """Train to the end, and say what there is to do then. resume: the command that goes on. use: the one that makes use
+    of the result; None: samples of it."""
     if resumed:
         print(f"going on from step {trainer.step}")
     if trainer.compiling is not None:
@@ -502,7 +608,12 @@ def _fit(trainer: "Trainer", resume: str, *, resumed: bool, progress: bool = Tru
         return INTERRUPTED
     if resumed and trainer.step == before:
         print(f"It was at its end already. To train it for longer: {resume} {_longer(trainer.config)}")
-    print(f"Done: {trainer.step} steps. To sample: sora-fast sample {trainer.folder} --prompt … --out clip.mp4")
+    use = (
+        f"To sample: sora-fast sample {trainer.folder} --prompt … --out clip.mp4"
+        if use is None
+        else f"To use it: {use}"
+    )
+    print(f"Done: {trainer.step} steps. {use}")
     return 0
 
 
@@ -516,29 +627,34 @@ def _sample(a: argparse.Namespace) -> int:
 
     from sora_fast.generation.asking import check_result, requested, write_result
     from sora_fast.generation.engine import SAMPLERS, Engine, default_steps
+    from sora_fast.generation.latency import Clock
     from sora_fast.training.distributed import own_device
-    from sora_fast.training.run import read_run
+    from sora_fast.training.run import moved, read_run
 
     o = SampleOptions(**{name: value for name, value in vars(a).items() if name != "command"})
     if o.sampler is not None and o.sampler not in SAMPLERS:
         raise ValueError(f"--sampler {o.sampler}: it must be one of {', '.join(SAMPLERS)}")
-    device, config = own_device(o.device), read_run(o.run)
+    device, config = own_device(o.device), moved(read_run(o.run), codec=o.codec)
     request, fps = requested(o, config)
-    played = check_result(o, request, config.model.in_channels, fps)
-    engine = Engine.load(o.run, device=device, text_encoder=o.text_encoder, compile=o.compile, graph=o.graph)
+    played = check_result(o, request, config.video_channels, fps)
+    engine = Engine.load(
+        o.run, device=device, text_encoder=o.text_encoder, codec=o.codec, compile=o.compile, graph=o.graph
+    )
     if engine.networks.text is not None:
         engine.networks.text.check([o.prompt])
     asked = {"steps": o.steps, "sampler": SAMPLERS.get(o.sampler)}
     print(engine.forecast([request], **asked))
     with tqdm(total=o.steps or default_steps(config), desc="sampling", unit=" steps") as bar:
-        (video,) = engine.generate(
+        (made,) = engine.make(
             [request],
             **asked,
             cache=o.cache,
             progress=lambda done, steps: bar.update(),
         )
+    clock = Clock()
+    write_result(o, made, fps)
+    engine.latency.decoded = clock.lap()
     print(engine.latency)
-    write_result(o, video, fps)
     rate = f", {played:g} a second" if request.frames > 1 else ""
     print(f"{o.out}: {request.frames} frames of {request.height}x{request.width}{rate}")
     return 0

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,8 +11,7 @@ from typing import Any
 import torch
 
 import sora_fast
-from sora_fast.ops import _library, _records
-from sora_fast.ops._attention_cuda import refusal_here
+from sora_fast.ops import _attention_cpu, _attention_cuda, _library, _records
 from sora_fast.ops._checks import KERNEL_DTYPES
 from sora_fast.ops._dispatch import PROVE, UNPROVED, default
 from sora_fast.ops._records import Machine, Record, dtype_name
@@ -88,7 +88,7 @@ class Diagnosis:
         for name in ("python", "torch", "cuda", "driver", "triton"):
             yield f"  {name:12} {self.versions[name] or 'none'}"
         for line in self.libraries:
-            yield f"  {'compiled':12} {line}"
+            yield from textwrap.wrap(f"  {'compiled':12} {line}", 120, subsequent_indent=" " * 15)
         for name, version in self.packages.items():
             yield f"  {name:12} {version or 'not installed'} ({OPTIONAL[name]})"
         for name, value in self.environment.items():
@@ -193,16 +193,23 @@ def _found_devices() -> Iterator[Device]:
         yield Device(f"cuda:{index}", properties.name, kind, properties.total_memory)
 
 
+def _attention_here(device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The compiled backend of attention for such a device, and why it does not take the full mask there."""
+    if device.type == "cuda":
+        return "cuda", _attention_cuda.refusal_here(device, dtype)
+    return "cpu", _attention_cpu.refusal(dtype, whole=True)
+
+
 def _chosen(device: torch.device) -> Iterator[Choice]:
     for op in (*OPS, "segment_mean"):
         for dtype in _DTYPES:
             offered = ("torch", "triton") if op in OPS and dtype in KERNEL_DTYPES else ("torch",)
             offered += ("cpu", "cuda") if op in _library.OPS else ()
             unsuited: tuple[tuple[str, str], ...] = ()
-            if op == "packed_attention" and device.type == "cuda":
-                offered += ("cuda",)
-                reason = refusal_here(device, dtype)
-                unsuited = (("cuda", reason),) if reason else ()
+            if op == "packed_attention":
+                name, reason = _attention_here(device, dtype)
+                offered += (name,)
+                unsuited = ((name, reason),) if reason else ()
             backend, refused = default(op, device, offered, None if op == "schedule" else dtype, unsuited)
             # Not what an op never has, nor that a CPU is no GPU.
             told = ("triton", "cuda") if "cuda" in offered and device.type != "cpu" else ("triton",)

@@ -21,6 +21,7 @@ class Tokens(Protocol):
     grids: Tensor
     coords: Tensor
     raster_index: Tensor
+    is_joint: bool
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class SpacetimeMask:
     clamp: per axis, shift the window so that it stays inside the grid (NATTEN's neighbourhood); needs finite bounds.
     causal_tokens: in addition, j does not come after i in raster order.
 
-    The anchor is the query's own coordinate unless `stride` or `clamp` move it.
+    The anchor is the query's own coordinate unless `stride` or `clamp` move it. What has no coordinates, the text of a
+    `JointLayout`, sees all of its segment, and all of it sees that.
     """
 
     t: Interval = UNBOUNDED
@@ -146,7 +148,11 @@ class SpacetimeMask:
         """`axis_bounds` of every token of the layout: two int32 tensors [N, 3]. Padding has arbitrary values."""
         extents = layout.grids[layout.segment_ids.clamp(min=0).long()]
         pairs = [self.axis_bounds(axis, layout.coords[:, axis], extents[:, axis]) for axis in range(3)]
-        return torch.stack([low for low, _ in pairs], dim=1), torch.stack([high for _, high in pairs], dim=1)
+        first, last = (torch.stack(bounds, dim=1) for bounds in zip(*pairs, strict=True))
+        if layout.is_joint:
+            unplaced = (layout.raster_index < 0)[:, None]
+            first, last = first.masked_fill(unplaced, -_FAR), last.masked_fill(unplaced, _FAR)
+        return first, last
 
     def pairs(self, grid: tuple[int, int, int]) -> int:
         """How many (query, key) pairs the mask allows in a segment of that grid (T, H, W): a box counts axis by axis.
@@ -165,14 +171,17 @@ class SpacetimeMask:
         inside = (coords >= first) & (coords <= last)
         return int(inside.sum()), int(np.tril(inside, -1).sum()), int(np.trace(inside))
 
-    def materialize(self, layout: Tokens) -> Tensor:
-        """The dense boolean matrix [N, N], query by key; for tests and pictures only."""
+    def materialize(self, layout: Tokens, kv_layout: Tokens | None = None) -> Tensor:
+        """The dense boolean matrix [N, Nk], query by key; for tests and pictures only. kv_layout: of the keys."""
+        keys = kv_layout or layout
         segments = layout.segment_ids
-        allowed = (segments[:, None] == segments[None, :]) & (segments >= 0)[:, None]
+        raster, key_raster = layout.raster_index[:, None], keys.raster_index[None, :]
+        seen = torch.ones_like(raster <= key_raster)
         first, last = self.bounds(layout)
         for axis in range(3):
-            keys = layout.coords[None, :, axis]
-            allowed &= (keys >= first[:, axis, None]) & (keys <= last[:, axis, None])
+            places = keys.coords[None, :, axis]
+            seen &= (places >= first[:, axis, None]) & (places <= last[:, axis, None])
         if self.causal_tokens:
-            allowed &= layout.raster_index[None, :] <= layout.raster_index[:, None]
-        return allowed
+            seen &= key_raster <= raster
+        seen |= (raster < 0) | (key_raster < 0)
+        return seen & (segments[:, None] == keys.segment_ids[None, :]) & (segments >= 0)[:, None]

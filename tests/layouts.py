@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from sora_fast.masks import SpacetimeMask
-from sora_fast.packing import PackedLayout
+from sora_fast.packing import PackedLayout, frame_tokens
 
 SIDES = st.sampled_from([0, 1, 1, 2, 3, 5, 6])
 GRIDS = st.tuples(SIDES, SIDES, SIDES)
@@ -61,3 +61,36 @@ def packs(draw: st.DrawFn, *, tile_sizes: tuple[int, ...] = (16,), max_grids: in
         tile_size=draw(st.sampled_from(tile_sizes)),
     )
     return Pack(layout, grids, keep)
+
+
+@st.composite
+def part_pairs(draw: st.DrawFn, *, max_grids: int = 3) -> tuple[PackedLayout, PackedLayout]:
+    """Two layouts that hold other parts of the same grids, in orders, tiles and paddings of their own.
+
+    Any part may be empty, the whole, or some of the other; scattered tokens or whole frames.
+    """
+    grids = draw(st.lists(GRIDS, max_size=max_grids))
+    segments = max(1, len(grids) + draw(st.integers(0, 1)))
+    sides = []
+    for _ in range(2):
+        rng = np.random.default_rng(draw(st.integers(0, 2**31)))
+        keep = [_part(grid, rng) for grid in grids]
+        sides.append(
+            PackedLayout.from_grids(
+                grids,
+                order=draw(st.sampled_from(["raster", "tiled"])),
+                capacity=sum(map(len, keep)) + draw(st.integers(0, 20)),
+                max_segments=segments,
+                keep=keep,
+                tile_size=draw(st.sampled_from([16, 32])),
+            )
+        )
+    return sides[0], sides[1]
+
+
+def _part(grid: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
+    if rng.integers(0, 2):
+        first, end = sorted(rng.integers(0, grid[0] + 1, 2))
+        return frame_tokens(grid, int(first), int(end))
+    size = int(np.prod(grid))
+    return rng.permutation(size)[: rng.choice([0, size, rng.integers(0, size + 1)])]

@@ -7,6 +7,7 @@ import sys
 from dataclasses import MISSING, fields, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -20,9 +21,9 @@ from sora_fast.generation.options import SampleOptions
 from sora_fast.media import read_media, write_media
 from sora_fast.models.text import T5_TOKENS, ByteTextEncoder
 from sora_fast.packing import SigmoidDrop
-from sora_fast.training.beginning import new_config
+from sora_fast.training.beginning import compile_scope, data_workers, new_config
 from sora_fast.training.config import write_config
-from sora_fast.training.options import TrainOptions
+from sora_fast.training.options import TrainOptions, VAEOptions
 from sora_fast.training.run import CONFIG, LOG, Distilled, read_run
 from sora_fast.training.runlog import read_log
 from tests.text_encoders import save_clip
@@ -475,7 +476,7 @@ def test_what_cannot_be_written_after_all_is_kept(
         raise media.UnwritableMedia(path, "cannot be written: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(media, "write_media", full)
+        patch.setattr(media, "write_frames", full)
         arguments = ["--out", str(tmp_path / "it's.gif"), "--frames", "3", "--size", "12x16", "--fps", "25"]
         assert main(["sample", str(tmp_path / "run's"), "--steps", "1", "--device", "cpu", *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -622,7 +623,8 @@ def test_a_precision_that_was_not_asked_for_is_said(
 
 
 @pytest.mark.parametrize(
-    ("line", "options"), [("train --out a", TrainOptions), ("sample a --out b.png", SampleOptions)]
+    ("line", "options"),
+    [("train --out a", TrainOptions), ("train-vae --out a", VAEOptions), ("sample a --out b.png", SampleOptions)],
 )
 def test_every_option_can_be_said_and_has_one_default(line: str, options: type) -> None:
     """What is parsed is what the dataclass takes, so that neither can be forgotten."""
@@ -689,7 +691,44 @@ def test_a_run_from_before_there_was_a_choice_goes_on_with_first_frames(folder: 
 def test_as_many_data_workers_as_suit_the_machine(
     cores: int, local: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a CPU none, where they would take a core from the step."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    assert new_config(TrainOptions(tmp_path / "run", data="clips"), "cpu").train.workers == workers
+    assert data_workers(None, "cuda:0") == workers and data_workers(3, "cuda:0") == 3
+    assert new_config(TrainOptions(tmp_path / "run", data="clips"), "cpu").train.workers == 0
     assert new_config(TrainOptions(tmp_path / "run", data="clips", workers=3), "cpu").train.workers == 3
+
+
+def test_the_whole_model_is_compiled_where_a_run_is_long_enough(tmp_path: Path) -> None:
+    def scope(**options: Any) -> str:
+        o = TrainOptions(tmp_path / "run", data="clips", **options)
+        return new_config(o, "cpu").train.compile_scope
+
+    assert scope() == "model", "half an hour"
+    assert [scope(minutes=minutes) for minutes in (3.9, 4)] == ["blocks", "model"]
+    assert [scope(steps=steps, depth=2) for steps in (499, 500)] == ["blocks", "model"]
+    assert [scope(minutes=1, compile="model"), scope(compile="blocks")] == ["model", "blocks"]
+    assert compile_scope("auto", "cuda", 4, steps=10**6, minutes=None) == "blocks"
+
+
+def test_an_autoencoder_and_a_model_of_its_latents(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    vae, run = str(tmp_path / "vae"), str(tmp_path / "run")
+    line = ["train-vae", "--out", vae, "--max-side", "32", "--crop", "16", "--max-frames", "5", "--workers", "0"]
+    assert main([*line, "--data", str(folder), "--steps", "2", "--channels", "3"]) == 0
+    assert "Done: 2 steps. To use it: sora-fast train --data" in capsys.readouterr().out
+    assert main(["train-vae", "--out", vae, "--resume", "--steps", "3"]) == 0
+    assert [row["step"] for row in read_log(tmp_path / "vae" / LOG)] == [1, 2, 3]
+    assert main(["train-vae", "--out", vae, "--resume", "--kl", "1"]) == 2
+    assert "--kl: a run keeps what it was made with" in capsys.readouterr().err
+    assert (
+        main(["train", "--data", str(folder), "--codec", vae, "--out", run, "--steps", "1", *SMALL[:6], *SMALL[8:]])
+        == 0
+    )
+    model = read_run(tmp_path / "run").model
+    assert (model.in_channels, model.patch_size) == (3, (1, 2, 2))
+    out = tmp_path / "clip.mp4"
+    capsys.readouterr()
+    assert main(["sample", run, "--frames", "6", "--size", "18x22", "--steps", "1", "--out", str(out)]) == 0
+    assert media.read_clip(out).video.shape == (3, 6, 18, 22)
+    assert main(["sample", vae, "--out", str(out)]) == 2
+    assert "is not a valid RunConfig" in capsys.readouterr().err

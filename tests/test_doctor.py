@@ -55,9 +55,11 @@ def record(op: str, dtype: str = "bfloat16", *, passed: bool = True, **changes: 
 
 def test_on_a_cpu_everything_is_plain_pytorch_or_compiled(caplog: pytest.LogCaptureFixture) -> None:
     found = examine("cpu")
-    compiled = _library.OPS if _library.missing("cpu") is None else ()
+    compiled = (*_library.OPS, "packed_attention") if _library.missing("cpu") is None else ()
     assert {choice.op for choice in found.choices if choice.backend == "cpu"} == {*compiled}
     assert {choice.backend for choice in found.choices if choice.op not in compiled} == {"torch"}
+    attention = {choice.dtype: choice.backend for choice in found.choices if choice.op == "packed_attention"}
+    assert {dtype for dtype, backend in attention.items() if backend == "cpu"} == ({"float32"} if compiled else set())
     assert {choice.op for choice in found.choices} == {*OPS, "segment_mean"}
     text = str(found)
     assert f"torch        {torch.__version__}" in text and "the interpreter is for tests" in text

@@ -155,15 +155,16 @@ def read_caption(caption: str) -> list[Subject]:
 class MovingDigits:
     """The source: `source[index]` is a `Sample`, video (1, T, H, W) float32, the same at every call, for any index ≥ 0.
 
-    A stream is determined by `seed`: sources of different seeds draw different clips from the same scans.
+    A stream is determined by `seed`: sources of different seeds draw different clips from the same scans. half: of the
+    scans, "model", or those that no model is trained on, "detector".
     """
 
-    def __init__(self, config: DigitsConfig | None = None, *, seed: int = 0) -> None:
+    def __init__(self, config: DigitsConfig | None = None, *, seed: int = 0, half: str = "model") -> None:
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         self.config = config or DigitsConfig()
         self.seed = seed
-        self.images, labels = load_scans("model")
+        self.images, labels = load_scans(half)
         self.rows = [np.flatnonzero(labels == digit) for digit in range(10)]
 
     def __getitem__(self, index: int) -> Sample:

@@ -27,6 +27,7 @@ def join_layouts(first: PackedLayout, second: PackedLayout) -> PackedLayout:
         tile_offsets=_unused_last(_join_offsets(first.tile_offsets, second.tile_offsets)),
         tile_size=first.tile_size,
         is_raster=first.is_raster and second.is_raster,
+        is_joint=first.is_joint or second.is_joint,
     )
 
 

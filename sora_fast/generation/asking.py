@@ -6,9 +6,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from sora_fast import media
+from sora_fast.generation.made import Made
 from sora_fast.generation.options import SampleOptions
 from sora_fast.generation.tasks import Request
 from sora_fast.media import Clip, UnwritableMedia
@@ -50,13 +49,13 @@ def check_result(o: SampleOptions, request: Request, channels: int, fps: float) 
         raise ValueError(f"--out {error}") from error
 
 
-def write_result(o: SampleOptions, video: Tensor, fps: float) -> None:
-    """Or keep it elsewhere, and say so in a ValueError: a disk can fill up during the work."""
+def write_result(o: SampleOptions, made: Made, fps: float) -> None:
+    """Frames as they come; or keep all elsewhere, and say so in a ValueError: a disk can fill up during the work."""
     try:
-        media.write_media(o.out, video, fps=fps, scale=o.scale)
+        media.write_frames(o.out, made.pieces(), frames=made.size[0], fps=fps, scale=o.scale)
     except (ValueError, MemoryError) as error:
         try:
-            kept = media.keep_unwritten(video, [o.run, Path(tempfile.gettempdir())])
+            kept = media.keep_unwritten(made.video(), [o.run, Path(tempfile.gettempdir())])
         except OSError as lost:
             raise ValueError(f"--out {error}; {lost}") from error
         code = (
@@ -69,7 +68,7 @@ def write_result(o: SampleOptions, video: Tensor, fps: float) -> None:
 def _given(file: Path, config: RunConfig) -> Clip:
     """An image or clip at the size that the model was trained at."""
     limits = {} if config.data is None else {"max_side": config.data.max_side, "fps": config.data.fps}
-    return media.read_clip(file, channels=config.model.in_channels, **limits)
+    return media.read_clip(file, channels=config.video_channels, **limits)
 
 
 def _rate(asked: float | None, given: Mapping[str, Clip], config: RunConfig) -> float:

@@ -23,6 +23,7 @@ from sora_fast.generation.compiling import any_sizes, compile_blocks, is_worth_i
 from sora_fast.generation.forecast import Forecast
 from sora_fast.generation.job import Job
 from sora_fast.generation.latency import Clock, Latency
+from sora_fast.generation.made import Made
 from sora_fast.generation.phases import Plan
 from sora_fast.generation.step import StepGraphs
 from sora_fast.generation.tasks import Request, pack_requests
@@ -91,16 +92,18 @@ class Engine:
         *,
         device: torch.device | str = "cpu",
         text_encoder: Path | str | None = None,
+        codec: Path | str | None = None,
         compile: bool | None = None,
         graph: bool | None = None,
     ) -> "Engine":
         """The newest averaged weights of a run's folder. ValueError if it holds no run or no checkpoint.
 
-        text_encoder: where the folder of the run's text encoder is, if not where it was. ValueError if it is another.
+        text_encoder, codec: where the folder of the run's text encoder or codec is, if not where it was. ValueError if
+        it is another.
         compile, graph: as of the engine.
         """
         folder = Path(folder)
-        config = moved(read_run(folder), text_encoder=text_encoder)
+        config = moved(read_run(folder), text_encoder=text_encoder, codec=codec)
         saved = checkpoint.latest(folder / CHECKPOINTS, groups=("ema",))
         if saved is None:
             raise ValueError(f"{folder} holds no checkpoint yet; train it first")
@@ -131,9 +134,28 @@ class Engine:
         of few rows are summed in another order than those of many, so every request gets a pack of its own, and the
         gain of packing is lost; `self.latency` is the last one's. Without it they differ by rounding.
         """
+        options = {"steps": steps, "sampler": sampler, "cache": cache, "progress": progress}
         if torch.are_deterministic_algorithms_enabled() and len(requests) > 1:
-            options = {"steps": steps, "sampler": sampler, "cache": cache, "progress": progress}
             return [self.generate([request], **options)[0] for request in requests]
+        made = self.make(requests, **options)
+        clock = Clock()
+        decoded = self.networks.codec.decode_all([one.latents for one in made], [one.size for one in made])
+        videos = [video.cpu() for video in decoded]
+        self.latency.decoded = clock.lap()
+        return videos
+
+    @torch.no_grad()
+    def make(
+        self,
+        requests: Sequence[Request],
+        *,
+        steps: int | None = None,
+        sampler: Sampler | None = None,
+        cache: float = 0.0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Made]:
+        """All but the decoding of `generate`, whose arguments these are, of one pack: who writes frames as they come
+        needs no room for all of them."""
         self.latency, clock = Latency(), Clock()
         half = self.networks.config.train.precision == "bfloat16"
         with any_sizes(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
@@ -144,10 +166,12 @@ class Engine:
                 self._decide(job.plan.steps - done)
                 if progress is not None:
                     progress(done, job.plan.steps)
-            made = job.finish()
-        videos = [self.networks.codec.decode(latents).cpu() for latents in made]
-        self.latency.decoded = clock.lap()
-        return videos
+            latents = job.finish()
+        codec = self.networks.codec
+        return [
+            Made(codec, one, (request.frames, request.height, request.width))
+            for one, request in zip(latents, requests, strict=True)
+        ]
 
     def forecast(
         self, requests: Sequence[Request], *, steps: int | None = None, sampler: Sampler | None = None

@@ -29,4 +29,5 @@ class SampleOptions:
     fps: float | None = None
     scale: int = 1
     text_encoder: str | None = None
+    codec: str | None = None
     device: str | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sora_fast.diffusion.clean import clean_frames
-from sora_fast.models.codecs import Codec
+from sora_fast.models.codecs import Codec, LatentSpec
 from sora_fast.packing import PackedLayout, RaggedLatents, token_grid
 from sora_fast.packing._bundle import TensorBundle
 
@@ -144,20 +144,30 @@ def _place(request: Request, codec: Codec, patch_frames: int) -> tuple[Tensor, i
     latents = torch.zeros(shape, dtype=torch.float32, device="cpu")
     frames, head, tail = latents.shape[1], 0, 0
     if request.head is not None:
-        code = codec.encode(request.head)
-        head = code.shape[1]
-        latents[:, :head] = code
+        head = _boundary(codec.spec, "head", request.head.shape[1], patch_frames, frames)
+        latents[:, :head] = codec.encode(request.head)
     if request.tail is not None:
-        code = codec.encode(request.tail)[:, codec.spec.lead :]
-        tail = code.shape[1]
-        latents[:, frames - tail :] = code
-    for name, boundary in (("head", head), ("tail", (frames - tail) if tail else 0)):
-        if boundary % patch_frames:
-            raise ValueError(
-                f"{name}: it ends inside a patch of {patch_frames} latent frames, at {boundary} of {frames}; "
-                "give more or fewer frames"
-            )
+        before = request.frames - request.tail.shape[1]
+        start = _boundary(codec.spec, "tail", before, patch_frames, frames)
+        latents[:, start:] = codec.encode_end(request.tail, before)
+        tail = frames - start
     return latents, head // patch_frames, -(-tail // patch_frames)
+
+
+def _boundary(spec: LatentSpec, name: str, before: int, patch_frames: int, latent_frames: int) -> int:
+    """The latent frame that begins behind `before` frames, of the video. ValueError if there is none, or no patch."""
+    if not spec.divides(before):
+        raise ValueError(
+            f"{name}: it ends inside a latent frame, behind {before} frames; {spec.nearest(before)} would not: "
+            "give more or fewer frames"
+        )
+    boundary = spec.latent_frames(before)
+    if boundary % patch_frames:
+        raise ValueError(
+            f"{name}: it ends inside a patch of {patch_frames} latent frames, at {boundary} of {latent_frames}; "
+            "give more or fewer frames"
+        )
+    return boundary
 
 
 def _clip_shape(name: str, clip: Tensor) -> tuple[int, int, int]:

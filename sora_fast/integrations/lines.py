@@ -1,5 +1,6 @@
 """Layouts of segments of which nothing but the lengths is known: lines of tokens."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from sora_fast.ops._checks import check_dtype, check_shape, may_read
 from sora_fast.packing.coordinates import MAX_GRID
 from sora_fast.packing.layout import PackedLayout
+from sora_fast.packing.order import cut_tiles
 
 
 def layout_from_cu_seqlens(
@@ -43,20 +45,38 @@ def layout_from_cu_seqlens(
         segment_ids=torch.where(tokens < end, segments, -1),
         coords=torch.stack([places.clamp(max=MAX_GRID[0] - 1), zeros, zeros], dim=1),
         raster_index=places,
-        tile_offsets=_tile_offsets(cu_seqlens, lengths, capacity, tile_size),
+        tile_offsets=cut_tiles(cu_seqlens, capacity=capacity, tile_size=tile_size),
         tile_size=tile_size,
         is_raster=True,
     )
 
 
-def _tile_offsets(cu_seqlens: Tensor, lengths: Tensor, capacity: int, tile_size: int) -> Tensor:
-    tiles = (lengths + tile_size - 1) // tile_size
-    first_tile = torch.cat([torch.zeros_like(tiles[:1]), tiles.cumsum(0, dtype=torch.int32)])
-    # As many as `PackedLayout.from_grids` makes room for.
-    numbers = torch.arange(2 * capacity // tile_size + len(lengths) + 1, dtype=torch.int32, device=tiles.device)
-    segments = torch.searchsorted(first_tile, numbers, right=True, out_int32=True) - 1
-    offsets = cu_seqlens[segments] + (numbers - first_tile[segments]) * tile_size
-    return torch.minimum(offsets, cu_seqlens[-1])
+def ending_together(layout: PackedLayout, keys: PackedLayout) -> tuple[PackedLayout, PackedLayout]:
+    """Both, with places counted so that the last query and the last key of a segment stand at the same one.
+
+    That is flash-attn's causal mask for sides of unequal lengths: the last query sees the last key. layout, keys: from
+    `layout_from_cu_seqlens`; of equally many segments. Never waits for the device.
+    """
+    if layout.max_segments != keys.max_segments:
+        raise ValueError(
+            f"keys: {keys.max_segments} segments; they must be as many as the {layout.max_segments} of layout"
+        )
+    lengths = [side.cu_seqlens.diff() for side in (layout, keys)]
+    longest = torch.maximum(*lengths)
+    return tuple(_behind(side, longest - own, longest) for side, own in zip((layout, keys), lengths, strict=True))
+
+
+def _behind(layout: PackedLayout, ahead: Tensor, lengths: Tensor) -> PackedLayout:
+    """The layout as the last part of longer lines, with `ahead` [S] tokens of each before it."""
+    used = layout.segment_ids >= 0
+    places = torch.where(used, layout.raster_index + ahead[layout.segment_ids.clamp(min=0)], 0)
+    zeros, ones = torch.zeros_like(places), torch.ones_like(lengths)
+    return replace(
+        layout,
+        grids=torch.stack([lengths, ones, ones], dim=1),
+        coords=torch.stack([places.clamp(max=MAX_GRID[0] - 1), zeros, zeros], dim=1),
+        raster_index=places,
+    )
 
 
 def _check_offsets(name: str, offsets: list[int], capacity: int) -> None:

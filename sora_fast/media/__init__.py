@@ -8,7 +8,7 @@ from sora_fast.media.frames import UnreadableMedia
 from sora_fast.media.probing import Probe, probe, scaled
 from sora_fast.media.read import Clip, read_clip, read_media
 from sora_fast.media.timeline import Timeline
-from sora_fast.media.write import UnwritableMedia, check_output, keep_unwritten, to_pixels, write_media
+from sora_fast.media.write import UnwritableMedia, check_output, keep_unwritten, to_pixels, write_frames, write_media
 
 __all__ = [
     "Clip",
@@ -23,5 +23,6 @@ __all__ = [
     "read_media",
     "scaled",
     "to_pixels",
+    "write_frames",
     "write_media",
 ]

@@ -53,8 +53,23 @@ def write_media(path: str | PathLike[str], video: Tensor, *, fps: float = 8, sca
         UnwritableMedia: what the format, its encoder or the disk refuses; a file that was there is still there.
         ValueError: what no format takes.
     """
-    path, pixels = Path(path), to_pixels(video)
-    encoder = _encoder(path, len(pixels), fps, scale)
+    return _written(Path(path), to_pixels(video), video.shape[1], fps, scale)
+
+
+def write_frames(
+    path: str | PathLike[str], pieces: Iterable[Tensor], *, frames: int, fps: float = 8, scale: int = 1
+) -> Path:
+    """As `write_media`, of a video that comes in pieces (C, t, H, W): each is written before the next one is asked for,
+    but by a .gif, which takes all of them first to choose its colours.
+
+    Args:
+        frames: of all pieces. fps, scale: as for `write_media`, and so is what is raised.
+    """
+    return _written(Path(path), (frame for piece in pieces for frame in to_pixels(piece)), frames, fps, scale)
+
+
+def _written(path: Path, pixels: Iterable[np.ndarray], count: int, fps: float, scale: int) -> Path:
+    encoder = _encoder(path, count, fps, scale)
     with _refusals(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:

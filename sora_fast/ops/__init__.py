@@ -9,7 +9,7 @@ from sora_fast.ops.linear_unpatchify import linear_unpatchify
 from sora_fast.ops.mlp_activation import mlp_activation
 from sora_fast.ops.packed_attention import packed_attention
 from sora_fast.ops.patch_embed import FactorisedPosition, patch_embed
-from sora_fast.ops.qk_norm_rope import Rope3D, qk_norm_rope
+from sora_fast.ops.qk_norm_rope import Rope3D, RopeTable, qk_norm_rope
 from sora_fast.ops.segment_mean import segment_mean
 from sora_fast.ops.unpatchify import unpatchify
 from sora_fast.schedule import offer_filler
@@ -17,6 +17,7 @@ from sora_fast.schedule import offer_filler
 __all__ = [
     "FactorisedPosition",
     "Rope3D",
+    "RopeTable",
     "adaln",
     "adaln_pair",
     "gated_residual",

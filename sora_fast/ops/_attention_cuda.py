@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sora_fast.ops import _library
+from sora_fast.schedule import TileSchedule
 
 MAX_HEAD_DIM = 128
 _TINY = torch.finfo(torch.float32).tiny
@@ -24,6 +25,14 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not _readable(x.stride()):
             return f"{name} has strides {tuple(x.stride())}; its kernels take multiples of 8, and 1 for the last"
+    return None
+
+
+def refusal_of_mask(schedule: TileSchedule) -> str | None:
+    """Why not this mask, for users."""
+    if schedule.mask.causal_tokens and (schedule.cross or schedule.layout.is_joint):
+        which = "kv_layout" if schedule.cross else "a joint layout"
+        return f"a token-causal mask with {which}; its kernels know one raster place a token, as query and as key"
     return None
 
 
@@ -108,7 +117,7 @@ def _sides(
     schedule: list[Tensor],
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], bool]:
     """Tile boundaries, boxes and places, the two sides, and whether those are lists of tiles."""
-    tiles, boxes, sides = schedule[2:4], schedule[4:8], schedule[8:]
+    tiles, boxes, sides = schedule[2:4], schedule[4:8], schedule[9:]  # 8: raster places of keys
     half = len(sides) // 2
     lists = half == 5
     by_query, by_key = sides[:half], sides[half:]

@@ -40,7 +40,8 @@ def attention(
 
 def has_varlen(q: Tensor, schedule: TileSchedule, deterministic: bool | None) -> bool:
     """Whether varlen can do it: flash-attn's kernels, from Ampere on; their backward pass adds up in any order."""
-    mask = schedule.mask.is_full or (schedule.mask.causal_tokens and schedule.mask.sees_past)
+    past = schedule.mask.causal_tokens and schedule.mask.sees_past
+    mask = schedule.mask.is_full or (past and not schedule.cross and not schedule.layout.is_joint)
     small = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] <= _MOST_VARLEN_HEAD_DIM
     return q.is_cuda and mask and small and not ordered(deterministic) and varlen_options(q.device) is not None
 
@@ -96,7 +97,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, schedule: TileSchedule, *, scale: floa
     options = {"block_mask": schedule.to_block_mask(), "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     # A graph that is being compiled takes it as it is, and "meta" only asks for shapes.
     plain = torch.compiler.is_compiling() or q.is_meta
-    kind = (q.device, q.dtype, q.shape, k.shape, schedule.mask.causal_tokens, torch.is_grad_enabled())
+    mask = schedule.mask.causal_tokens, schedule.cross, layout.is_joint
+    kind = (q.device, q.dtype, q.shape, k.shape, *mask, torch.is_grad_enabled())
     attend = flex_attention if plain else _compiled_flex(*kind)
     out, aux = attend(*batch, **options, return_aux=AuxRequest(lse=True))
     out = without_padding(out[0].transpose(0, 1)[:, :, : v.shape[2]], layout)

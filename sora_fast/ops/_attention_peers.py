@@ -22,6 +22,9 @@ def offered(
     """Which of the two can do this, if they are there. Neither gives a logsumexp with a gradient."""
     if lse or q.dtype not in _DTYPES or q.shape[2] > _MAX_HEAD_DIM or schedule.mask not in _MASKS:
         return ()
+    # Their causal mask goes by the ends of both sides, not by places, and lets no token see all.
+    if (cross or schedule.layout.is_joint) and not schedule.mask.is_full:
+        return ()
     # What xformers gives to a query without a key, or in what order it sums, it does not say.
     told = not cross and not ordered(deterministic) and q.shape[1] == k.shape[1]
     return ("flash_attn", "xformers") if told else ("flash_attn",)

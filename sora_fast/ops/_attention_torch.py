@@ -37,12 +37,13 @@ class Block(NamedTuple):
 
 
 class Masking(NamedTuple):
-    """What pairs are tested with: packed boxes of the queries, places of the keys; raster places if causal."""
+    """What pairs are tested with: packed boxes of the queries, places of the keys; raster places of both if causal."""
 
     low: Tensor
     high: Tensor
     place: Tensor
     raster: Tensor | None
+    key_raster: Tensor | None
 
 
 def segment_blocks(query_offsets: Tensor, key_offsets: Tensor, *, join: bool) -> Iterator[Block]:
@@ -68,7 +69,7 @@ def past_blocks(offsets: Tensor, tiles: Tensor, masking: Masking) -> Iterator[Bl
     block, tested, if that is cheaper than a call for each. offsets, tiles: bounds of segments and of tiles.
     """
     segments, by_tokens = set(offsets.tolist()), masking.raster is not None
-    bounds = tiles.unique().tolist() if by_tokens else _frame_bounds(offsets, masking)
+    bounds = tiles.unique().tolist() if by_tokens else frame_bounds(offsets, masking.high).tolist()
     first = start = 0
     tested = by_tokens
     for stop, following in zip_longest(bounds[1:], bounds[2:]):  # a pack without tokens has one bound
@@ -82,10 +83,11 @@ def past_blocks(offsets: Tensor, tiles: Tensor, masking: Masking) -> Iterator[Bl
         first = stop if stop in segments else first
 
 
-def _frame_bounds(offsets: Tensor, masking: Masking) -> list[int]:
-    frames = masking.high[: offsets[-1]] >> 20
+def frame_bounds(offsets: Tensor, high: Tensor) -> Tensor:
+    """Where frames and segments begin, and the last one ends. high: of the boxes, whose upper bits are frames."""
+    frames = high[: offsets[-1]] >> 20
     changes = (frames[1:] != frames[:-1]).nonzero().squeeze(1) + 1
-    return torch.cat([changes, offsets]).unique().tolist()
+    return torch.cat([changes, offsets]).unique()
 
 
 def tile_blocks(
@@ -182,7 +184,7 @@ def _reached(masking: Masking, queries: slice, keys: slice | Tensor) -> slice | 
 def _allowed(masking: Masking, queries: slice, keys: slice | Tensor) -> Tensor:
     allowed = inside(masking.place[keys], masking.low[queries, None], masking.high[queries, None])
     if masking.raster is not None:
-        allowed &= masking.raster[keys] <= masking.raster[queries, None]
+        allowed &= masking.key_raster[keys] <= masking.raster[queries, None]
     return allowed
 
 

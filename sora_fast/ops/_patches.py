@@ -99,6 +99,8 @@ def check_grids(shapes: Tensor, layout: PackedLayout, patch_size: PatchSize) -> 
 def _check_each(shapes: Tensor, layout: PackedLayout, patch_size: PatchSize) -> None:
     check_patch_size(patch_size)
     check_layout(layout)
+    if layout.is_joint:
+        raise ValueError("layout: a joint one, whose texts have no patches; it must be the videos' own")
     check_shape("shapes", shapes, [layout.max_segments, 4])
     check_dtype("shapes", shapes, [torch.int32, torch.int64])
     check_device("shapes", shapes, "the layout", layout.device)

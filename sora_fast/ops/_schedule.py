@@ -32,6 +32,7 @@ def _fill(schedule: TileSchedule) -> None:
         _axes(mask),
         mask.is_full,
         mask.causal_tokens,
+        [layout.is_joint, keys.is_joint],
         [layout.tile_size, keys.tile_size],
         schedule.max_pairs,
     )
@@ -61,6 +62,7 @@ def _fill_op(
     axes: list[int],
     full: bool,
     causal: bool,
+    joint: list[bool],
     tile_sizes: list[int],
     max_pairs: int,
 ) -> None:
@@ -79,6 +81,7 @@ def _fill_op(
         axes=tuple(along),
         full=full,
         causal=causal,
+        joint=tuple(joint),
         tile_sizes=tuple(tile_sizes),
         max_pairs=max_pairs,
     )

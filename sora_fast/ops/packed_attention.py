@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sora_fast.masks import SpacetimeMask
+from sora_fast.ops import _attention_cpu as on_cpu
 from sora_fast.ops import _attention_cuda as compiled
 from sora_fast.ops import _attention_device as on_device
 from sora_fast.ops import _attention_peers as peers
@@ -43,7 +44,8 @@ def packed_attention(
         divides H: grouped queries, head h attends head h // (H / Hk) of k and v.
     layout: of the queries, N tokens. mask: None is the full one. A mask is made into a schedule at every call; give
         the TileSchedule itself where several layers share it.
-    kv_layout: cross-attention, segment s of q attends all of segment s of k and v; the mask must be full.
+    kv_layout: of k and v, where those are others: segment s of q attends segment s of k and v. Under the full mask all
+        of it; else both layouts hold tokens of one grid a segment, with their places there (`packing.frame_tokens`).
     scale: default D^−½. return_lse: also the natural logsumexp of the scores, [N, H], differentiable.
     deterministic: whether gradients must be the same bits in every run; None: what
         torch.are_deterministic_algorithms_enabled() says. False lets the triton backend's backward pass add up in any
@@ -60,13 +62,13 @@ def packed_attention(
     schedule = mask if isinstance(mask, TileSchedule) else TileSchedule.build(layout, mask, kv_layout=kv_layout)
     cross = kv_layout is not None
     others = peers.offered(q, k, schedule, cross=cross, lse=return_lse, deterministic=deterministic)
-    offered, unsuited = _offered(q, k, v)
+    offered, unsuited = _offered(q, k, v, schedule)
     chosen = choose("packed_attention", backend, q.device, (*offered, *others), q.dtype, unsuited=unsuited)
     if chosen in others:
         return getattr(peers, chosen)(q, k, v, schedule, scale=scale, deterministic=deterministic)
     if chosen == "torch" and on_device.fits(q, k):
         return on_device.attention(q, k, v, schedule, scale=scale, lse=return_lse, deterministic=deterministic)
-    attend = {"torch": _plain_attention, "cuda": _cuda_attention}.get(chosen, _triton_attention)
+    attend = {"torch": _plain_attention, "cpu": _cpu_attention, "cuda": _cuda_attention}.get(chosen, _triton_attention)
     tile_sizes = [schedule.layout.tile_size, schedule.kv_layout.tile_size]
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
     out, lse = attend(q, k, v, _tensors(schedule), tile_sizes, _kind(schedule), scale, deterministic)
@@ -94,6 +96,8 @@ def _kind(schedule: TileSchedule) -> int:
     return _CAUSAL_BOXES if causal else _BOXES
 
 
+# In `_tensors`, the two sides stand behind four tensors of the layouts and the five of `Boxes`.
+_SIDES = 9
 # Of a side of a schedule, in order.
 _NAMES = {side: tuple(field.name for field in fields(side)) for side in (TokenRanges, TileLists)}
 
@@ -101,7 +105,7 @@ _NAMES = {side: tuple(field.name for field in fields(side)) for side in (TokenRa
 def _tensors(schedule: TileSchedule) -> list[Tensor]:
     """All that the backends read of a schedule: ops of the dispatcher take tensors only."""
     layout, keys = schedule.layout, schedule.kv_layout
-    boxes = (schedule.query_low, schedule.query_high, schedule.key_place, layout.raster_index)
+    boxes = (schedule.query_low, schedule.query_high, schedule.key_place, schedule.query_raster, keys.raster_index)
     names = _NAMES[type(schedule.by_query)]
     sides = [getattr(side, name) for side in (schedule.by_query, schedule.by_key) for name in names]
     return [layout.cu_seqlens, keys.cu_seqlens, layout.tile_offsets, keys.tile_offsets, *boxes, *sides]
@@ -143,13 +147,52 @@ def _plain_attention_backward(
 
 
 def _blocks(schedule: list[Tensor], kind: int, *, join: bool) -> Iterator[plain.Block]:
-    query_offsets, key_offsets, query_tiles, key_tiles, *boxes = schedule[:8]
+    query_offsets, key_offsets, query_tiles, key_tiles, *boxes = schedule[:_SIDES]
     if kind == _FULL:
         return plain.segment_blocks(query_offsets, key_offsets, join=join)
-    masking = plain.Masking(*boxes[:3], boxes[3] if kind in _BY_RASTER else None)
+    masking = plain.Masking(*boxes[:3], *(boxes[3:] if kind in _BY_RASTER else (None, None)))
     if kind in (_PAST_FRAMES, _PAST_TOKENS):
         return plain.past_blocks(query_offsets, query_tiles, masking)
-    return plain.tile_blocks(query_tiles, key_tiles, *schedule[8:11], schedule[12], masking)
+    begin, full_end, end, _, tiles = schedule[_SIDES : _SIDES + len(_NAMES[TileLists])]
+    return plain.tile_blocks(query_tiles, key_tiles, begin, full_end, end, tiles, masking)
+
+
+@op("sora_fast::packed_attention_cpu")
+def _cpu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    schedule: list[Tensor],
+    tile_sizes: list[int],
+    kind: int,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    return on_cpu.forward(q, k, v, _meetings(schedule, kind), scale)
+
+
+@op("sora_fast::packed_attention_cpu_backward")
+def _cpu_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    schedule: list[Tensor],
+    tile_sizes: list[int],
+    kind: int,
+    scale: float,
+    deterministic: bool,
+    keys: bool,  # whether anybody asks for the gradients of k and v
+) -> list[Tensor]:
+    grads = on_cpu.backward(grad_out, grad_lse, q, k, v, out, lse, _meetings(schedule, kind), scale)
+    return grads if keys else grads[:1]
+
+
+def _meetings(schedule: list[Tensor], kind: int) -> Tensor:
+    return on_cpu.full_meetings(*schedule[:2]) if kind == _FULL else on_cpu.past_meetings(schedule[0], schedule[5])
 
 
 @op("sora_fast::packed_attention")
@@ -232,13 +275,13 @@ def _mask(kind: int) -> int:
 
 def _walk(schedule: list[Tensor], side: int) -> Any:
     """From queries to keys (0), or from keys to queries (1)."""
-    tiles, sides = schedule[2:4], schedule[8:]
+    tiles, sides = schedule[2:4], schedule[_SIDES:]
     half = len(sides) // 2
     return kernels("_attention_walk").Walk(tiles[side], tiles[1 - side], *sides[side * half :][:half])
 
 
 def _boxes(schedule: list[Tensor], kind: int) -> Any:
-    return None if kind == _FULL else kernels("_attention_walk").Boxes(*schedule[4:8])
+    return None if kind == _FULL else kernels("_attention_walk").Boxes(*schedule[4:_SIDES])
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -274,6 +317,7 @@ def _backward_with(own: Any) -> Any:
 
 for _op, _op_backward in (
     (_plain_attention, _plain_attention_backward),
+    (_cpu_attention, _cpu_attention_backward),
     (_triton_attention, _triton_attention_backward),
     (_cuda_attention, _cuda_attention_backward),
 ):
@@ -282,12 +326,17 @@ for _op, _op_backward in (
     _op.register_autograd(_backward_with(_op_backward), setup_context=_save)
 
 
-def _offered(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+def _offered(
+    q: Tensor, k: Tensor, v: Tensor, schedule: TileSchedule
+) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """Backends that take such tensors, and why not the others, where that can be said."""
     fits = q.dtype in KERNEL_DTYPES and q.shape[2] <= MAX_KERNEL_HEAD_DIM
     offered = ("torch", "triton") if fits else ("torch",)
-    reason = compiled.refusal(q, k, v) if q.device.type == "cuda" else None
-    return (*offered, "cuda"), () if reason is None else (("cuda", reason),)
+    if q.device.type == "cuda":
+        reasons = {"cuda": compiled.refusal_of_mask(schedule) or compiled.refusal(q, k, v)}
+    else:
+        reasons = {"cpu": on_cpu.refusal(q.dtype, whole=_kind(schedule) in (_FULL, _PAST_FRAMES))}
+    return (*offered, "cpu", "cuda"), tuple((name, reason) for name, reason in reasons.items() if reason is not None)
 
 
 @once
@@ -318,10 +367,6 @@ def _check(
     if mask is not None and not isinstance(mask, SpacetimeMask | TileSchedule):
         raise TypeError(f"mask: {type(mask).__name__}; it must be a SpacetimeMask, a TileSchedule or None")
     if isinstance(mask, TileSchedule):
-        if kv_layout is not None and not mask.mask.is_full:
-            raise ValueError(
-                f"mask: a schedule of {mask.mask} with kv_layout; cross-attention takes the full mask only"
-            )
         _check_schedule("layout", mask.layout, layout)
         _check_schedule("layout" if kv_layout is None else "kv_layout", mask.kv_layout, keys)
         # Of like sizes, the one would do the other's work wherever nobody may read the offsets.
@@ -332,7 +377,7 @@ def _check(
 
 def _check_schedule(name: str, scheduled: PackedLayout, given: PackedLayout) -> None:
     """The schedule was built for a layout like the given one."""
-    sizes = ("capacity", "max_segments", "max_tiles", "tile_size", "is_raster", "device")
+    sizes = ("capacity", "max_segments", "max_tiles", "tile_size", "is_raster", "is_joint", "device")
     for size in sizes:
         built, wanted = getattr(scheduled, size), getattr(given, size)
         if built != wanted:

@@ -1,12 +1,8 @@
-"""qk_norm_rope: RMSNorm of every head of the queries and keys, then rotation by the token's place in space and time."""
+"""qk_norm_rope: norm of the heads of queries and keys, then rotation by the token's place in space and time."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,348 +14,222 @@ from sora_fast.ops._checks import (
     check_layout,
     check_shape,
     once,
-    value,
 )
 from sora_fast.ops._dispatch import choose
-from sora_fast.ops._modulation import offered, widened
+from sora_fast.ops._modulation import offered
 from sora_fast.ops._norm import contiguous
 from sora_fast.ops._op import kernels, op
+from sora_fast.ops._qk_norm_rope_torch import NormRope
+from sora_fast.ops._rope import Rope3D, RopeTable, encoded, encoded_once, split_of, turns
 from sora_fast.packing import PackedLayout
 
-
-@value
-@dataclass(frozen=True)
-class Rope3D:
-    """Rotary positions (arXiv:2104.09864) of three axes: each owns a part of the head's channel pairs.
-
-    split: channels of the axes (t, h, w), even, together the head dim; None: h and w get 2·(D // 6) each and t the
-        rest, as in Wan 2.1 (44, 42, 42 of 128).
-    theta: pair i of an axis with d channels turns by coord · scale · theta^(−2i/d) radians.
-    interleaved: a pair is the channels (2p, 2p+1), or else (p, p + D/2) of the whole head.
-    scale: how much faster than that the pairs of an axis turn, one factor an axis.
-    scaling: "linear": so much faster all of them, as above (position interpolation, arXiv:2306.15595); "ntk": the first
-        not at all, the last by the whole factor and pair i by scale^(2i/(d−2)), which is theta · scale^(−d/(d−2)) in
-        place of theta (NTK-aware scaling, arXiv:2309.00071, Sec. 3.1).
-    extent: what the coordinates of an axis grow to over a side of the segment, coord · extent / side, so that sizes
-        never seen in training stay inside the trained range (fractional positions, arXiv:2307.06304); None for an
-        axis, or for all: a token is a step.
-    """
-
-    split: tuple[int, int, int] | None = None
-    theta: float = 10000.0
-    interleaved: bool = True
-    scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    scaling: str = "linear"
-    extent: tuple[float | None, float | None, float | None] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("split", "scale", "extent"):  # lists too; a rope is a key of what is computed from it
-            given = getattr(self, name)
-            object.__setattr__(self, name, tuple(given) if isinstance(given, list | np.ndarray) else given)
-        if self.split is not None and not (
-            len(self.split) == 3 and all(isinstance(n, int | np.integer) and n >= 0 and n % 2 == 0 for n in self.split)
-        ):
-            raise ValueError(f"split: {self.split}; it must be three even sizes (t, h, w) ≥ 0")
-        if not 0 < self.theta < math.inf:
-            raise ValueError(f"theta: {self.theta}; it must be positive and finite")
-        if self.scaling not in ("linear", "ntk"):
-            raise ValueError(f'scaling: {self.scaling!r}; it must be "linear" or "ntk"')
-        least = 0 if self.scaling == "ntk" else -math.inf
-        if len(self.scale) != 3 or not all(least < factor < math.inf for factor in self.scale):
-            positive = " above 0" * (self.scaling == "ntk")
-            raise ValueError(f"scale: {self.scale}; it must be three finite factors (t, h, w){positive}")
-        if self.extent is not None and (
-            len(self.extent) != 3 or not all(side is None or 0 < side < math.inf for side in self.extent)
-        ):
-            raise ValueError(f"extent: {self.extent}; it must be three finite lengths (t, h, w) above 0, or None")
-
-    def split_for(self, head_dim: int) -> tuple[int, int, int]:
-        """Channels of the axes (t, h, w) in a head of `head_dim`. Raises ValueError if they do not add up to it."""
-        side = 2 * (head_dim // 6)
-        split = (head_dim - 2 * side, side, side) if self.split is None else self.split
-        if sum(split) != head_dim:
-            raise ValueError(f"rope.split: {split} has {sum(split)} channels, but the head dim is {head_dim}")
-        return split
-
-    def angles(
-        self, head_dim: int, segment_ids: Tensor, coords: Tensor, grids: Tensor, segment_scale: Tensor | None = None
-    ) -> Tensor:
-        """Radians [N, D/2] fp32 that every channel pair turns by.
-
-        segment_ids [N], coords [N, 3], grids [S, 3]: of a `PackedLayout`. segment_scale: as `qk_norm_rope` takes it.
-        """
-        frequencies = self._frequencies(head_dim, grids, segment_scale).float()
-        return _steps(coords, self.split_for(head_dim)) * frequencies[segment_ids.clamp(min=0)]
-
-    def _frequencies(self, head_dim: int, grids: Tensor, segment_scale: Tensor | None) -> Tensor:
-        """Radians [S, D/2] fp64 for a step of the coordinate, in every segment."""
-        parts = []
-        for axis, size in enumerate(self.split_for(head_dim)):
-            pairs = torch.arange(size // 2, dtype=torch.float64, device=grids.device)
-            factor = grids.new_full(grids.shape[:1], self.scale[axis], dtype=torch.float64)
-            if segment_scale is not None:
-                factor = factor * segment_scale[:, axis]
-            share = pairs * 2 / max(size - 2, 1) if self.scaling == "ntk" else torch.ones_like(pairs)
-            frequency = factor[:, None] ** share * self.theta ** (-2 * pairs / max(size, 1))
-            if self.extent is not None and self.extent[axis] is not None:
-                frequency = frequency * (self.extent[axis] / grids[:, axis, None].clamp(min=1).double())
-            parts.append(frequency)
-        return torch.cat(parts, dim=1)
+NORMS = ("rms", "rms_across_heads", "layer")
 
 
 def qk_norm_rope(
-    q: Tensor,
-    k: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     layout: PackedLayout,
-    rope: Rope3D | None,
+    rope: Rope3D | RopeTable | None,
     *,
+    norm: str = "rms",
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    positions: Tensor | None = None,
     segment_scale: Tensor | None = None,
     eps: float = 1e-6,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Normalise and rotate the queries and keys of every head.
 
     q: [N, H, D], k: [N, Hk, D], D even, of any strides: slices of a fused QKV projection as they are. H is a multiple
-        of Hk (grouped queries).
+        of Hk (grouped queries). One of them may be None: in cross-attention they have layouts of their own.
     q_weight, k_weight: [D] of RMSNorm over the head; None: no norm. rope: None: no rotation.
+    norm: "rms"; "rms_across_heads": one RMSNorm over all heads of a token, with weights [H·D] and [Hk·D]; "layer":
+        LayerNorm of every head, with q_bias and k_bias [D] beside the weights.
+    positions: [N, 3] fp32, the coordinates (t, h, w) in place of the layout's: fractions, frames by their rate, …
     segment_scale: [S, 3] fp32, factors (t, h, w) of every segment beside those of `rope.scale`, for videos of all sizes
         in one pack; above 0 for NTK-aware scaling (not checked: that would wait for the device).
-    Returns (q', k'), of the same shapes, in the dtype of q; computed in fp32; zeros for padding.
-    Differentiable in q, k and both weights.
+    Returns (q', k'), of the same shapes, in the dtype of q; computed in fp32; zeros for padding; None for None.
+    Differentiable in q, k, both weights and biases, and the tables of a `RopeTable`.
     """
-    _check(q, k, q_weight, k_weight, layout, rope, eps)
+    table, rope = (rope, None) if isinstance(rope, RopeTable) else (None, rope)
+    _check(q, k, q_weight, k_weight, q_bias, k_bias, layout, rope, norm, eps)
+    if positions is not None:
+        _check_positions(positions, layout, rope)
     if segment_scale is not None:
         _check_segment_scale(segment_scale, layout, rope)
-    rotation = (_rotation if torch.compiler.is_compiling() else _kept_rotation)(rope, q.shape[2])
-    grids = layout.grids if any(rotation.extent) else None
+    keys_alone = q is None
+    if keys_alone:  # are queries alone by another name
+        q, k, q_weight, k_weight, q_bias, k_bias = k, None, k_weight, None, k_bias, None
+    if table is not None:
+        _check_table(q, k, table.cos, table.sin)
+    rotation = (encoded if torch.compiler.is_compiling() else encoded_once)(rope, q.shape[2])
+    coords = layout.coords if positions is None else positions
     if choose("qk_norm_rope", backend, q.device, offered(q), q.dtype) == "torch":
-        places = (layout.segment_ids, layout.coords, layout.grids, segment_scale)
-        turns = None if rope is None else _turns(*places, *rotation)
-        shared = (layout.segment_ids, turns, rotation.interleaved, eps)
-        return _NormRope.apply(q, q_weight, *shared), _NormRope.apply(k, k_weight, *shared)
-    places = layout.segment_ids.contiguous(), layout.coords.contiguous(), contiguous(grids), contiguous(segment_scale)
-    return _qk_norm_rope(q, k, q_weight, k_weight, *places, *rotation, eps)
-
-
-class _NormRope(torch.autograd.Function):
-    """The torch backend for x [N, H, D]. turns [2, N, D/2]: cosines and sines; None: no rotation.
-
-    Padding is taken out of what is written, and of the weight's sums: a mask on what is read kept Inductor from
-    vectorising, which took 3 to 6× as long on a CPU. Its own derivative of this backward pass is up to 1.8× slower.
-    Only arguments are saved: what is made of them would be a constant to the derivative of the backward pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        segment_ids: Tensor,
-        turns: Tensor | None,
-        interleaved: bool,
-        eps: float,
-    ) -> Tensor:
-        y = widened(x)
-        if weight is not None:
-            y = y * _rstd(y, eps) * widened(weight)
-        ctx.save_for_backward(x, weight, segment_ids, turns)
-        ctx.interleaved, ctx.eps = interleaved, eps
-        return _turned(y, turns, interleaved, (segment_ids >= 0)[:, None, None]).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, segment_ids, turns = ctx.saved_tensors
-        used = segment_ids >= 0
-        g, d_weight = _turned(widened(grad), turns, ctx.interleaved, back=True), None
-        if weight is not None:
-            wide = widened(x)
-            rstd = _rstd(wide, ctx.eps)
-            normed = wide * rstd
-            # In fp64: Inductor adds token after token, and in fp32 would lose a digit over 8,000 of them.
-            own = torch.where(used[:, None], (g * normed).sum(dim=1), 0)
-            d_weight = own.sum(dim=0, dtype=torch.float64).to(weight.dtype)
-            g = g * widened(weight)
-            g = rstd * (g - normed * (g * normed).mean(dim=-1, keepdim=True))
-        return torch.where(used[:, None, None], g, 0).to(x.dtype), d_weight, *[None] * 4
-
-
-def _rstd(x: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
-
-
-def _turned(
-    x: Tensor, turns: Tensor | None, interleaved: bool, used: Tensor | None = None, *, back: bool = False
-) -> Tensor:
-    """x [N, H, D] rotated, or rotated back; zeros where not `used`."""
-    if turns is None:
-        return x if used is None else torch.where(used, x, 0)
-    cos, sin = turns[:, :, None]
-    sin = -sin if back else sin
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
-    turned = (a * cos - b * sin, a * sin + b * cos)
-    if used is not None:
-        turned = tuple(torch.where(used, half, 0) for half in turned)
-    return torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
-
-
-class _Rotation(NamedTuple):
-    """A `Rope3D` as custom ops take it; empty lists: no rotation. extent: 0 for an axis without one."""
-
-    split: list[int]
-    theta: float
-    scale: list[float]
-    extent: list[float]
-    ntk: bool
-    interleaved: bool
-
-
-def _rotation(rope: Rope3D | None, head_dim: int) -> _Rotation:
-    if rope is None:
-        return _Rotation([], 1.0, [], [], False, False)
-    scale, extent = ([float(x or 0) for x in values] for values in (rope.scale, rope.extent or (0, 0, 0)))
-    split = list(rope.split_for(head_dim))
-    return _Rotation(split, float(rope.theta), scale, extent, rope.scaling == "ntk", rope.interleaved)
-
-
-_kept_rotation = lru_cache(_rotation)
-
-
-@lru_cache
-def _kernel_rotation(
-    split: tuple[int, ...],
-    theta: float,
-    scale: tuple[float, ...],
-    extent: tuple[float, ...],
-    ntk: bool,
-    interleaved: bool,
-    scaled: bool,
-) -> Any:
-    """The kernels' own form: some logarithms, 7 µs."""
-    options = list(split), theta, list(scale), list(extent), ntk, interleaved
-    return kernels("qk_norm_rope").Rotation.of(*options, scaled=scaled)
-
-
-def _steps(coords: Tensor, split: Sequence[int]) -> Tensor:
-    """[N, D/2]: the coordinate that every channel pair turns by."""
-    return torch.cat([coords[:, axis, None].expand(-1, size // 2) for axis, size in enumerate(split)], dim=1)
-
-
-@lru_cache
-def _common_frequencies(rope: Rope3D, head_dim: int) -> Tensor:
-    """Radians [1, D/2] fp32 on the CPU that every segment has for a step. Kept: they take some thirty small ops, which
-    were a quarter of the forward pass over 2,000 tokens."""
-    return rope._frequencies(head_dim, torch.ones(1, 3, dtype=torch.float32, device="cpu"), None).float()
-
-
-@op("sora_fast::rope_turns")
-def _turns(
-    segment_ids: Tensor,
-    coords: Tensor,
-    grids: Tensor,
-    segment_scale: Tensor | None,
-    split: list[int],
-    theta: float,
-    scale: list[float],
-    extent: list[float],
-    ntk: bool,
-    interleaved: bool,
-) -> Tensor:
-    """Cosine and sine, [2, N, D/2] fp32. An op of its own, or else Inductor computes them again for every head of the
-    queries and the keys, and once more in the backward pass."""
-    sides = tuple(side or None for side in extent)
-    rope = Rope3D(tuple(split), theta, interleaved, tuple(scale), "ntk" if ntk else "linear", sides)
-    if segment_scale is None and not any(extent) and coords.device.type == "cpu":
-        angles = _steps(coords, split) * _common_frequencies(rope, sum(split))
+        turn = _turn(table, (layout.segment_ids, coords, layout.grids, segment_scale, *rotation))
+        shared = (layout.segment_ids, *turn, norm, eps)
+        q_out = NormRope.apply(q, q_weight, q_bias, *shared)
+        k_out = None if k is None else NormRope.apply(k, k_weight, k_bias, *shared)
     else:
-        angles = rope.angles(sum(split), segment_ids, coords, grids, segment_scale)
-    turns = angles.new_empty(2, *angles.shape)
-    torch.cos(angles, out=turns[0])
-    torch.sin(angles, out=turns[1])
-    return turns
+        grids = layout.grids if rotation.has_extent else None
+        places = layout.segment_ids.contiguous(), coords.contiguous(), contiguous(grids), contiguous(segment_scale)
+        tables = (None, None)
+        if table is not None:
+            tables, rotation = (table.cos, table.sin), rotation._replace(interleaved=table.interleaved)
+        biases = contiguous(q_bias), contiguous(k_bias)
+        q_out, k_out = _qk_norm_rope(q, k, q_weight, k_weight, *biases, *tables, *places, *rotation, norm, eps)
+    return (None, q_out) if keys_alone else (q_out, None if k is None else k_out)
 
 
-@_turns.register_fake
-def _(segment_ids: Tensor, coords: Tensor, grids: Tensor, scale: Tensor | None, split: list[int], *_: Any) -> Tensor:
-    return coords.new_empty(2, coords.shape[0], sum(split) // 2, dtype=torch.float32)
+def _turn(table: RopeTable | None, angles: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Cosines and sines [N, 1 or H, D/2] of the torch backend, and whether pairs are interleaved. angles: for
+    `turns`."""
+    if table is not None:
+        cos, sin = (x if x.ndim == 3 else x[:, None] for x in (table.cos, table.sin))
+        return cos, sin, table.interleaved
+    *_, axes, _, interleaved = angles
+    cos, sin = turns(*angles)[:, :, None] if axes else (None, None)
+    return cos, sin, interleaved
+
+
+@lru_cache
+def _kernel_rotation(axes: tuple[float, ...], ntk: bool, interleaved: bool, scaled: bool) -> Any:
+    """The kernels' own form: some logarithms, 7 µs."""
+    of = kernels("_rotation").Rotation.of
+    return of(split_of(axes), axes[3:6], axes[6:9], axes[9:], ntk, interleaved, scaled=scaled)
+
+
+def _turning(
+    cos: Tensor | None,
+    sin: Tensor | None,
+    places: tuple[Tensor, Tensor | None, Tensor | None],
+    rotation: tuple[Any, ...],
+) -> Any:
+    """What turns the heads, as the kernels take it. places: coords, grids, segment_scale. rotation: the fields of an
+    `Encoded` rope."""
+    own = kernels("_rotation")
+    axes, ntk, interleaved = rotation
+    if cos is not None:
+        return own.Turning.by_tables(own.Places.of(*places), cos, sin, interleaved=interleaved)
+    turning = _kernel_rotation(tuple(axes), ntk, interleaved, places[2] is not None)
+    return own.Turning(turning, own.Places.of(*places))
 
 
 @op("sora_fast::qk_norm_rope")
 def _qk_norm_rope(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     segment_ids: Tensor,
     coords: Tensor,
     grids: Tensor | None,
     segment_scale: Tensor | None,
-    split: list[int],
-    theta: float,
-    scale: list[float],
-    extent: list[float],
+    axes: list[float],
     ntk: bool,
     interleaved: bool,
+    norm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     own = kernels("qk_norm_rope")
-    places = own.Places.of(coords, grids, segment_scale)
-    options = tuple(split), theta, tuple(scale), tuple(extent), ntk, interleaved
-    rotation = _kernel_rotation(*options, segment_scale is not None)
-    return own.forward(own.Heads(q, k, q_weight, k_weight), segment_ids, places, rotation, eps)
+    turning = _turning(cos, sin, (coords, grids, segment_scale), (axes, ntk, interleaved))
+    q_out, k_out = own.forward(own.Heads(q, k, q_weight, k_weight, q_bias, k_bias), segment_ids, turning, norm, eps)
+    return q_out, _no_keys(q) if k_out is None else k_out
 
 
 @op("sora_fast::qk_norm_rope_backward")
 def _qk_norm_rope_backward(
     dq: Tensor,
-    dk: Tensor,
+    dk: Tensor | None,
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     segment_ids: Tensor,
     coords: Tensor,
     grids: Tensor | None,
     segment_scale: Tensor | None,
-    split: list[int],
-    theta: float,
-    scale: list[float],
-    extent: list[float],
+    axes: list[float],
     ntk: bool,
     interleaved: bool,
+    norm: str,
     eps: float,
-    weights: bool,  # whether anybody asks for the weights' gradients
-) -> tuple[Tensor, Tensor, Tensor]:
+    vectors: bool,  # whether anybody asks for the gradients of weights and biases
+    tables: bool,  # and of cosines and sines
+) -> list[Tensor]:
+    """Gradients of q and of k if it is there, the vectors' in one, and if asked for the tables' in one."""
     own = kernels("qk_norm_rope")
-    heads = own.Heads(q, k, q_weight, k_weight)
-    places = own.Places.of(coords, grids, segment_scale)
-    options = tuple(split), theta, tuple(scale), tuple(extent), ntk, interleaved
-    rotation = _kernel_rotation(*options, segment_scale is not None)
-    return own.backward((dq, dk), heads, segment_ids, places, rotation, eps, weights=weights)
+    heads = own.Heads(q, k, q_weight, k_weight, q_bias, k_bias)
+    turning = _turning(cos, sin, (coords, grids, segment_scale), (axes, ntk, interleaved))
+    d_tables = _d_tables(cos) if tables else None
+    grads = own.backward((dq, dk), heads, segment_ids, turning, norm, eps, sums=vectors, d_tables=d_tables)
+    return [grad for grad in (*grads, d_tables) if grad is not None]
+
+
+def _no_keys(q: Tensor) -> Tensor:
+    """[N, 0, D]: a custom op returns no None."""
+    return q.new_empty((q.shape[0], 0, q.shape[2]))
+
+
+def _d_tables(cos: Tensor) -> Tensor:
+    """[2, N, H or 1, D/2] fp32, room for the gradients of cosines and sines."""
+    heads = cos.shape[1] if cos.ndim == 3 else 1
+    return cos.new_empty((2, cos.shape[0], heads, cos.shape[-1]), dtype=torch.float32)
 
 
 @_qk_norm_rope.register_fake
-def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+def _(q: Tensor, k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), _no_keys(q) if k is None else k.new_empty(k.shape)
 
 
 @_qk_norm_rope_backward.register_fake
-def _(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), q.new_empty((2 * rest[-1], q.shape[2]), dtype=torch.float32)
+def _(dq: Tensor, dk: Tensor | None, *args: Any) -> list[Tensor]:
+    (q, k, *vectors, cos), (norm, _, wanted, tables) = args[:7], args[-4:]
+    *_, q_bias, k_bias = vectors
+    count = (1 if k is None else 2) * (1 if q_bias is None and k_bias is None else 2) * wanted
+    together = norm == "rms_across_heads" and any(vector is not None for vector in vectors)
+    sums = q.new_empty((count, *(q.shape[1:] if together else q.shape[2:])), dtype=torch.float32)
+    grads = [x.new_empty(x.shape) for x in (q, k) if x is not None]
+    return [*grads, sums, _d_tables(cos)] if tables else [*grads, sums]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.rotation = inputs[8:]
+    ctx.save_for_backward(*inputs[:12])
+    ctx.options = inputs[12:]
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad[2:4]
-    dq, dk, sums = _qk_norm_rope_backward(dq, dk, *ctx.saved_tensors, *ctx.rotation, any(needed))
-    weights = ctx.saved_tensors[2:4]
-    d_weights = (sums[place].to(weights[place].dtype) if needed[place] else None for place in range(2))
-    return dq, dk, *d_weights, *[None] * 11
+    saved, needed = ctx.saved_tensors, ctx.needs_input_grad  # once: to unpack twelve tensors takes 5 µs
+    _, k, *vectors, cos, sin = saved[:8]
+    wanted = any(needed[2:6]), any(needed[6:8])
+    grads = _qk_norm_rope_backward(dq, None if k is None else dk, *saved, *ctx.options, *wanted)
+    sides = 1 if k is None else 2
+    sums, *d_tables = grads[sides:]
+    d_vectors = (
+        _of_vector(sums[place * sides // 2], vector) if needed[2 + place] else None
+        for place, vector in enumerate(vectors)
+    )
+    d_turn = (None, None)
+    if d_tables:
+        d_turn = (x.view(like.shape).to(like.dtype) for x, like in zip(d_tables[0], (cos, sin), strict=True))
+    return grads[0], None if k is None else grads[1], *d_vectors, *d_turn, *[None] * 9
+
+
+def _of_vector(total: Tensor, vector: Tensor) -> Tensor:
+    """The gradient of a weight or bias from its sum: [D], or [H, D], of which keys may have fewer heads."""
+    total = total if total.ndim == 1 else total.flatten()[: len(vector)]
+    return total if total.dtype == vector.dtype else total.to(vector.dtype)  # even for nothing, it takes 1 µs
 
 
 _qk_norm_rope.register_autograd(_backward, setup_context=_save)
@@ -368,41 +238,89 @@ _qk_norm_rope.register_autograd(_backward, setup_context=_save)
 @once
 def _check(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
     layout: PackedLayout,
     rope: Rope3D | None,
+    norm: str,
     eps: float,
 ) -> None:
     check_layout(layout)
     if rope is not None and not isinstance(rope, Rope3D):
-        raise TypeError(f"rope: {type(rope).__name__}; it must be a Rope3D or None")
-    check_shape("q", q, [layout.capacity, "H", "D"])
-    if q.shape[2] % 2 or q.shape[2] == 0:
-        raise ValueError(f"q: head dim {q.shape[2]}; it must be even")
-    check_shape("k", k, [layout.capacity, "Hk", q.shape[2]])
-    if q.shape[1] != k.shape[1] and (0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]):
-        raise ValueError(f"k: {k.shape[1]} heads; they must divide the {q.shape[1]} of q")
-    check_dtype("q", q, FLOAT_DTYPES)
-    check_dtype("k", k, [q.dtype])
-    check_device("q", q, "the layout", layout.device)
-    check_device("k", k, "q", q.device)
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None:
-            check_shape(name, weight, q.shape[2:])
-            check_dtype(name, weight, FLOAT_DTYPES)
-            check_device(name, weight, "q", q.device)
+        raise TypeError(f"rope: {type(rope).__name__}; it must be a Rope3D, a RopeTable or None")
+    if norm not in NORMS:
+        raise ValueError(f'norm: {norm!r}; it must be "rms", "rms_across_heads" or "layer"')
+    _check_heads(q, k, layout)
+    for name, heads, weight, bias in (("q", q, q_weight, q_bias), ("k", k, k_weight, k_bias)):
+        if heads is None and (weight is not None or bias is not None):
+            raise ValueError(f"{name}_weight, {name}_bias: given without {name}; they must be None")
+        if (bias is not None) != (norm == "layer" and weight is not None):
+            needed = 'with a weight and norm="layer" there must be one (zeros for none), and else it must be None'
+            raise ValueError(f"{name}_bias: {'None' if bias is None else 'given'}; {needed}")
+        for part, vector in (("weight", weight), ("bias", bias)):
+            if vector is not None:
+                channels = heads.shape[1] * heads.shape[2] if norm == "rms_across_heads" else heads.shape[2]
+                check_shape(f"{name}_{part}", vector, [channels])
+                check_dtype(f"{name}_{part}", vector, FLOAT_DTYPES)
+                check_device(f"{name}_{part}", vector, name, heads.device)
     if rope is not None:
-        rope.split_for(q.shape[2])
+        rope.split_for((k if q is None else q).shape[2])
     check_eps(eps)
+
+
+def _check_heads(q: Tensor | None, k: Tensor | None, layout: PackedLayout) -> None:
+    if q is None and k is None:
+        raise ValueError("q, k: both None; at least one must be given")
+    first, heads = ("k", k) if q is None else ("q", q)
+    check_shape(first, heads, [layout.capacity, "H", "D"])
+    if heads.shape[2] % 2 or heads.shape[2] == 0:
+        raise ValueError(f"{first}: head dim {heads.shape[2]}; it must be even")
+    check_dtype(first, heads, FLOAT_DTYPES)
+    check_device(first, heads, "the layout", layout.device)
+    if q is not None and k is not None:
+        check_shape("k", k, [layout.capacity, "Hk", q.shape[2]])
+        if q.shape[1] != k.shape[1] and (0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]):
+            raise ValueError(f"k: {k.shape[1]} heads; they must divide the {q.shape[1]} of q")
+        check_dtype("k", k, [q.dtype])
+        check_device("k", k, "q", q.device)
+
+
+@once
+def _check_table(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> None:
+    for name, table in (("rope.cos", cos), ("rope.sin", sin)):
+        by_head = isinstance(table, Tensor) and table.ndim == 3
+        check_shape(name, table, [q.shape[0], *([q.shape[1]] if by_head else []), q.shape[2] // 2])
+        check_dtype(name, table, [torch.float32, torch.promote_types(q.dtype, torch.float32)])
+        check_device(name, table, "q and k", q.device)
+        if by_head and k is not None and k.shape[1] != q.shape[1]:
+            raise ValueError(f"{name}: {q.shape[1]} heads; k has {k.shape[1]}, and must have as many")
+    if cos.shape != sin.shape:
+        raise ValueError(f"rope.sin: shape {tuple(sin.shape)}; it must be that of rope.cos, {tuple(cos.shape)}")
+
+
+def _check_positions(positions: Tensor, layout: PackedLayout, rope: Rope3D | None) -> None:
+    if rope is None:
+        raise ValueError(
+            "positions: given without a rope of coordinates; they must be None, since nothing turns by them"
+        )
+    check_shape("positions", positions, [layout.capacity, 3])
+    _check_undifferentiated("positions", positions, layout)
 
 
 def _check_segment_scale(scale: Tensor, layout: PackedLayout, rope: Rope3D | None) -> None:
     if rope is None:
-        raise ValueError("segment_scale: given without a rope; it must be None, since nothing turns")
+        raise ValueError(
+            "segment_scale: given without a rope of coordinates; it must be None, since nothing turns by it"
+        )
     check_shape("segment_scale", scale, [layout.max_segments, 3])
-    check_dtype("segment_scale", scale, [torch.float32])
-    check_device("segment_scale", scale, "the layout", layout.device)
-    if scale.requires_grad:
-        raise ValueError("segment_scale: requires a gradient; it must be detached, since it gets none")
+    _check_undifferentiated("segment_scale", scale, layout)
+
+
+def _check_undifferentiated(name: str, tensor: Tensor, layout: PackedLayout) -> None:
+    check_dtype(name, tensor, [torch.float32])
+    check_device(name, tensor, "the layout", layout.device)
+    if tensor.requires_grad:
+        raise ValueError(f"{name}: requires a gradient; it must be detached, since it gets none")

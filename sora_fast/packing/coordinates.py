@@ -11,12 +11,15 @@ from torch import Tensor
 # The largest token grid (T, H, W).
 MAX_GRID = (1022, 510, 510)
 GUARD = 1 << 9 | 1 << 19 | 1 << 30
+# A place that lies in every box whose bounds are no larger than MAX_GRID: all of its bits are set, the guards' too. No
+# `low` can take them away; to be subtracted from a `high`, each field must borrow, which sets the guard bit there.
+EVERYWHERE = (1 << 31) - 1
 # The lowest bits of t and of h.
 T_SHIFT, H_SHIFT = 20, 10
 
 
-def packed(t: Tensor, h: Tensor, w: Tensor) -> Tensor:
-    """Places, counted from 1, in one int32 each."""
+def packed(t: Any, h: Any, w: Any) -> Any:
+    """Places, counted from 1, in one int32 each; tensors or integers."""
     return t << T_SHIFT | h << H_SHIFT | w
 
 

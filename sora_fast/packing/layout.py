@@ -29,6 +29,9 @@ class PackedLayout(TensorBundle):
         unused tiles repeat the last offset.
     is_raster: the tokens of every segment lie in raster order, so that under a causal mask those that a tile may
         attend lie side by side. Static: it follows from the order asked for, never from a batch.
+    is_joint: some tokens have no place in the grid, those of a text beside its video (see `JointLayout`). Their raster
+        index is −1; under any mask they see all of their segment, and all of it sees them. They have tiles of their
+        own. Static.
     """
 
     cu_seqlens: Tensor
@@ -39,6 +42,7 @@ class PackedLayout(TensorBundle):
     tile_offsets: Tensor
     tile_size: int = 128
     is_raster: bool = False
+    is_joint: bool = False
 
     @property
     def capacity(self) -> int:
@@ -130,6 +134,17 @@ class PackedLayout(TensorBundle):
         """[N] int32: tile of every token; padding tokens get the number of used tiles or more."""
         tokens = torch.arange(self.capacity, dtype=torch.int32, device=self.device)
         return torch.searchsorted(self.tile_offsets, tokens, right=True, out_int32=True) - 1
+
+
+def frame_tokens(grid: Grid, first: int, end: int) -> np.ndarray:
+    """Raster indices of the frames first … end − 1 of a grid (T, H, W): what `keep` takes for a part of a longer video.
+
+    The tokens have their places in the whole video, whose length may be any that it will not exceed. So new frames can
+    attend cached ones under a mask (`packed_attention` with kv_layout).
+    """
+    if not 0 <= first <= end <= grid[0]:
+        raise ValueError(f"first, end: {first}, {end}; it must be 0 ≤ first ≤ end ≤ {grid[0]}, the frames of the grid")
+    return np.arange(first * grid[1] * grid[2], end * grid[1] * grid[2])
 
 
 def token_grid(shape: Sequence[int], patch_size: Grid) -> Grid:

@@ -8,6 +8,8 @@ import math
 from functools import lru_cache
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from sora_fast.masks import SpacetimeMask
 
@@ -102,3 +104,14 @@ def _merge(sizes: np.ndarray, tile_size: int) -> np.ndarray:
         else:
             tiles.append(size)
     return np.array(tiles, dtype=np.int64)
+
+
+def cut_tiles(cu_seqlens: Tensor, *, capacity: int, tile_size: int) -> Tensor:
+    """[T+1] int32: every segment cut each `tile_size` tokens, on the device; as much room as a layout has for tiles."""
+    lengths = cu_seqlens.diff()
+    tiles = (lengths + tile_size - 1) // tile_size
+    first_tile = torch.cat([torch.zeros_like(tiles[:1]), tiles.cumsum(0, dtype=torch.int32)])
+    numbers = torch.arange(2 * capacity // tile_size + len(lengths) + 1, dtype=torch.int32, device=tiles.device)
+    segments = torch.searchsorted(first_tile, numbers, right=True, out_int32=True) - 1
+    offsets = cu_seqlens[segments] + (numbers - first_tile[segments]) * tile_size
+    return torch.minimum(offsets, cu_seqlens[-1])

@@ -18,6 +18,7 @@ from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import (
     FactorisedPosition,
     Rope3D,
+    RopeTable,
     _library,
     adaln,
     gated_residual,
@@ -214,6 +215,43 @@ def _norm_rope(sizes: Sizes) -> Family:
         for label, rope in (("half-split", Rope3D(interleaved=False)), ("scaled", scaled)):
             if head_dim in sizes.central:
                 yield f"D{head_dim},{label}", partial(build, head_dim=head_dim, rope=rope), label
+        for norm, by_head, alone in (("rms_across_heads", True, False), ("layer", False, False), ("rms", True, True)):
+            if head_dim in sizes.central:
+                form = partial(_norm_rope_form, head_dim=head_dim, norm=norm, by_head=by_head, alone=alone)
+                yield f"D{head_dim},{norm},table{',keys alone' * alone}", form, norm
+
+
+def _norm_rope_form(
+    pack: _Pack, device: torch.device, *, head_dim: int, norm: str, by_head: bool, alone: bool
+) -> Trial:
+    """Turned by a table that wants a gradient; alone: the keys without queries."""
+    layout = pack.layout(device)
+    heads = [pack.tokens(layout, HEADS, head_dim) for _ in range(1 if alone else 2)]
+    channels = head_dim * (HEADS if norm == "rms_across_heads" else 1)
+    vectors = [pack.random(device, channels) for _ in range(len(heads) * (2 if norm == "layer" else 1))]
+    shape = (layout.capacity, *([HEADS] if by_head else []), head_dim // 2)
+    table = [pack.random(device, *shape, dtype=torch.float32) for _ in range(2)]
+    for x in table:
+        x[_idle(layout)] = math.nan
+    return Trial(Call(_Turned(norm, alone), "", (layout, *heads, *table, *vectors)), _idle(layout))
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """`qk_norm_rope` by a table, with all tensors in one line: queries unless the keys are alone, keys, cosines, sines,
+    weights, biases."""
+
+    norm: str
+    alone: bool
+
+    def __call__(self, layout: PackedLayout, *tensors: Any, backend: str) -> Any:
+        if self.alone:
+            k, cos, sin, weight = tensors
+            return qk_norm_rope(None, k, None, weight, layout, RopeTable(cos, sin), norm=self.norm, backend=backend)[1]
+        q, k, cos, sin, *vectors = tensors
+        biases = dict(zip(("q_bias", "k_bias"), vectors[2:], strict=False))
+        rope = RopeTable(cos, sin, interleaved=False)
+        return qk_norm_rope(q, k, *vectors[:2], layout, rope, norm=self.norm, **biases, backend=backend)
 
 
 # Causal masks have a way of their own in raster order; a tiled one serves the windows.
@@ -283,10 +321,12 @@ def slopes(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None = None) -> f
     return max(1.0, longest * max(q.abs().max().item(), k.abs().max().item()) * q.shape[2] ** -0.5)
 
 
-def schedule(layout: PackedLayout, mask: SpacetimeMask, *, backend: str | None = None) -> tuple[Tensor, ...]:
+def schedule(
+    layout: PackedLayout, mask: SpacetimeMask, *, kv_layout: PackedLayout | None = None, backend: str | None = None
+) -> tuple[Tensor, ...]:
     """What is found for a batch, all of it integers; there is no gradient."""
     with nullcontext() if backend is None else use_backend(backend):
-        built = TileSchedule.build(layout, mask)
+        built = TileSchedule.build(layout, mask, kv_layout=kv_layout)
     sides = [(side.begin, side.end, side.order) for side in (built.by_query, built.by_key)]
     return (built.query_low, built.query_high, built.key_place, *sides[0], *sides[1])
 

@@ -43,15 +43,17 @@ class Bounds(NamedTuple):
 
     key: where the group's tokens lie as keys. low, high: first and last place that they may attend as queries. Groups
     without a token have bounds that meet nothing.
+    seen [G] bool: groups with a key that lies nowhere, whom all of its segment sees; None: there is none.
     """
 
     key: Extremes
     low: Extremes
     high: Extremes
+    seen: Tensor | None = None
 
     @staticmethod
     def of(queries: Groups, keys: Groups, mask: SpacetimeMask) -> "Bounds":
-        """For queries and keys of one layout or, under the full mask, of two."""
+        """For queries and keys of one layout or of two, whose places then are of one grid a segment."""
         layout = queries.layout
         axes = [slice(a, a + 1) for a, bound in enumerate((mask.t, mask.h, mask.w)) if bound != UNBOUNDED]
         first, last = mask.bounds(layout)
@@ -59,9 +61,11 @@ class Bounds(NamedTuple):
         key = [keys.layout.segment_ids[:, None], *(keys.layout.coords[:, axis] for axis in axes)]
         low, high = ([segment, *(bound[:, axis] for axis in axes)] for bound in (first, last))
         if mask.causal_tokens:
-            raster = layout.raster_index[:, None]
-            key, low, high = [*key, raster], [*low, torch.zeros_like(raster)], [*high, raster]
-        return Bounds(_extremes(key, keys), _extremes(low, queries), _extremes(high, queries))
+            raster = layout.raster_index[:, None] & _FAR  # −1, of what lies nowhere, is behind all
+            key = [*key, keys.layout.raster_index[:, None]]
+            low, high = [*low, torch.zeros_like(raster)], [*high, raster]
+        of_keys = _key_extremes(key, keys) if keys.layout.is_joint else (_extremes(key, keys), None)
+        return Bounds(of_keys[0], _extremes(low, queries), _extremes(high, queries), of_keys[1])
 
     def decide(self, queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
         """Boolean matrices, query group by key group: which pairs meet (perhaps), and which of those entirely."""
@@ -72,9 +76,21 @@ class Bounds(NamedTuple):
             high_min, high_max = (bound[queries, None, axis] for bound in self.high)
             touches = (key_max >= low_min) & (key_min <= high_max)
             holds = (key_min >= low_max) & (key_max <= high_min)
+            if axis > 0 and self.seen is not None:
+                touches = touches | self.seen[None, keys]
             meets = touches if meets is None else meets & touches
             full = holds if full is None else full & holds
         return meets, full & meets
+
+
+def _key_extremes(axes: list[Tensor], keys: Groups) -> tuple[Extremes, Tensor]:
+    """`Bounds.key` and `Bounds.seen` of a joint layout: what lies nowhere has a segment and no other number."""
+    unplaced = keys.layout.raster_index < 0
+    placed = keys._replace(ids=torch.where(unplaced, keys.count, keys.ids))
+    parts = [_extremes(axes[:1], keys), *(_extremes([axis], placed) for axis in axes[1:])]
+    seen = torch.zeros(keys.count + 1, dtype=torch.bool, device=keys.ids.device)
+    seen = seen.index_fill(0, torch.where(unplaced, keys.ids, keys.count), True)
+    return tuple(torch.cat(bounds, dim=1) for bounds in zip(*parts, strict=True)), seen[:-1]
 
 
 def _extremes(axes: list[Tensor], groups: Groups) -> Extremes:

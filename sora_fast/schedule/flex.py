@@ -45,11 +45,12 @@ def _listed(pairs: Tensor) -> tuple[Tensor, Tensor]:
 def _mask_mod(schedule: "TileSchedule") -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     segments, key_segments = schedule.layout.segment_ids, schedule.kv_layout.segment_ids
     low, high, place = schedule.query_low, schedule.query_high, schedule.key_place
-    raster = schedule.layout.raster_index if schedule.mask.causal_tokens else None
+    raster, key_raster = schedule.query_raster, schedule.kv_layout.raster_index
+    causal = schedule.mask.causal_tokens
 
     def allows(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         boxed = inside(place[key], low[query], high[query])
         allowed = (segments[query] == key_segments[key]) & (segments[query] >= 0) & boxed
-        return allowed if raster is None else allowed & (raster[key] <= raster[query])
+        return allowed & (key_raster[key] <= raster[query]) if causal else allowed
 
     return allows

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sora_fast.masks import SpacetimeMask
-from sora_fast.packing._bundle import TensorBundle
-from sora_fast.packing.coordinates import MAX_GRID, packed
+from sora_fast.packing._bundle import TensorBundle, may_read
+from sora_fast.packing.coordinates import EVERYWHERE, MAX_GRID, packed
 from sora_fast.packing.layout import PackedLayout
 from sora_fast.schedule.tiles import TileLists, TokenRanges, has_ranges, list_room, tile_lists, token_ranges
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Places in a list, and the tiles after it, are numbered in int32.
 _MOST_PAIRS = 1 << 30
+# The largest int32: of −1, its bits are what is left without the sign.
+_ALL = (1 << 31) - 1
 
 # Fills in all tensors of a schedule but those of its layouts, which it is made from.
 Filler = Callable[["TileSchedule"], None]
@@ -39,7 +41,7 @@ class TileSchedule(TensorBundle):
 
     by_query: the keys that each query tile meets, as tiles or as ranges of tokens; by_key: the transpose.
     query_low, query_high [N] int32: the packed coordinates of the first and last key of each query's box.
-    key_place [Nk] int32: the packed coordinate of each key, 0 for padding.
+    key_place [Nk] int32: the packed coordinate of each key, 0 for padding, EVERYWHERE for one without a place.
     overflow [] int64: pairs of tiles by which each of the two lists was too short (see `check`).
     cross: whether the keys have a layout of their own.
     `packing.coordinates.inside` says whether a key lies in a query's box.
@@ -66,17 +68,19 @@ class TileSchedule(TensorBundle):
     ) -> "TileSchedule":
         """Decide every pair of tiles by interval arithmetic on their bounding boxes; never waits for the device.
 
-        kv_layout: cross-attention, segment s of `layout` sees all of segment s of `kv_layout`; needs the full mask.
+        kv_layout: of the keys, where those are others: segment s of `layout` sees segment s of `kv_layout`. Under any
+            mask but the full one both count their places on one grid a segment, of which each holds some tokens: new
+            frames beside cached ones, for example (see `packing.frame_tokens`).
         max_pairs: room for so many pairs of tiles in each of the two lists. The default is enough for any mask over
             4,096 tiles, a pack of about 250k tokens. Tiles that find no room left visit all tiles from the first to
             the last that they meet, testing every pair of tokens from the first gap on: the same result but for the
             order of its sums, later.
             `overflow` says so, and `check` how much room there should be.
 
-        Where the tokens that a tile meets lie side by side, under a full mask, and in raster order under a causal one,
-        no list is needed: O(T) for T tiles. Else it takes time O(Σ T_s²) over the segments on a CPU and by the kernels,
-        O(T²) in plain PyTorch elsewhere, 8·min(T², max_pairs) bytes, and in plain PyTorch some 150 MB more while it is
-        built, whatever T, and some 300 bytes a token.
+        Where the tokens that a tile meets lie side by side, under a full mask, and of self-attention in raster order
+        under a causal one, no list is needed: O(T) for T tiles. Else it takes time O(Σ T_s²) over the segments on a CPU
+        and by the kernels, O(T²) in plain PyTorch elsewhere, 8·min(T², max_pairs) bytes, and in plain PyTorch some
+        150 MB more while it is built, whatever T, and some 300 bytes a token. (T²: query tiles times key tiles.)
         """
         mask = mask or SpacetimeMask.full()
         keys = kv_layout or layout
@@ -88,6 +92,12 @@ class TileSchedule(TensorBundle):
         schedule = _unfilled(layout, keys, mask, **sizes)
         fill(schedule)
         return schedule
+
+    @property
+    def query_raster(self) -> Tensor:
+        """[N] int32: up to which raster index a query sees, if the mask goes by it; without a place: all."""
+        raster = self.layout.raster_index
+        return raster & _ALL if self.layout.is_joint and self.mask.causal_tokens else raster
 
     @property
     def max_pairs(self) -> int:
@@ -156,14 +166,27 @@ def _check(layout: PackedLayout, mask: SpacetimeMask, kv_layout: PackedLayout | 
         raise ValueError(f"max_pairs: {max_pairs}; it must be from 0 to {_MOST_PAIRS}")
     if kv_layout is None:
         return
-    if not mask.is_full:
-        raise ValueError(f"mask: {mask} with kv_layout; cross-attention takes the full mask only")
     if kv_layout.max_segments != layout.max_segments:
         raise ValueError(
             f"kv_layout: {kv_layout.max_segments} segments, but the layout has {layout.max_segments}; they must agree"
         )
     if kv_layout.device != layout.device:
         raise ValueError(f"kv_layout: on {kv_layout.device}, but the layout is on {layout.device}")
+    if not mask.is_full and may_read(layout.grids):
+        _check_grids(layout, kv_layout)
+
+
+def _check_grids(layout: PackedLayout, kv_layout: PackedLayout) -> None:
+    """Frames in a pack of their own, counted from 0, would meet the wrong keys."""
+    both = (layout.cu_seqlens.diff() > 0) & (kv_layout.cu_seqlens.diff() > 0)
+    wrong = both & (layout.grids != kv_layout.grids).any(dim=1)
+    if wrong.any():
+        segment = int(wrong.nonzero()[0])
+        own, other = (tuple(side.grids[segment].tolist()) for side in (layout, kv_layout))
+        raise ValueError(
+            f"kv_layout: segment {segment} has the grid {other}, but {own} in the layout; under a mask both are parts "
+            "of one grid: give `from_grids` the whole one, and which tokens there are as keep="
+        )
 
 
 def _filler(device: torch.device) -> Filler | None:
@@ -173,12 +196,12 @@ def _filler(device: torch.device) -> Filler | None:
 def _plain(
     layout: PackedLayout, keys: PackedLayout, mask: SpacetimeMask, *, max_pairs: int, cross: bool
 ) -> TileSchedule:
-    if has_ranges(layout, mask):
+    if has_ranges(layout, mask, cross=cross):
         by_query = token_ranges(layout, keys, mask, by_key=False)
         by_key = token_ranges(keys, layout, mask, by_key=True)
         overflow = layout.cu_seqlens.new_zeros((), dtype=torch.int64)
     else:
-        by_query, by_key, pairs = tile_lists(layout, mask, max_pairs)
+        by_query, by_key, pairs = tile_lists(layout, keys, mask, max_pairs)
         overflow = (pairs - max_pairs).clamp(min=0)
     boxes = *_packed_bounds(layout, mask), _packed_places(keys)
     return TileSchedule(mask, layout, keys, by_query, by_key, *boxes, overflow, cross=cross)
@@ -190,27 +213,29 @@ def _unfilled(
     """Memory for what `_plain` gives. Places of a list that stay unused are 0 from the start."""
     new = layout.cu_seqlens.new_empty
     sides = []
-    for count in (layout.max_tiles, keys.max_tiles):
+    for count, others in ((layout.max_tiles, keys.max_tiles), (keys.max_tiles, layout.max_tiles)):
         numbers = [new(count) for _ in range(4)]
-        if has_ranges(layout, mask):
+        if has_ranges(layout, mask, cross=cross):
             sides.append(TokenRanges(*numbers))
         else:
-            room = list_room(count, max_pairs)
-            sides.append(TileLists(*numbers, layout.cu_seqlens.new_zeros(room + count)))
+            room = list_room(count, others, max_pairs)
+            sides.append(TileLists(*numbers, layout.cu_seqlens.new_zeros(room + others)))
     places = (new(size.capacity) for size in (layout, layout, keys))
     overflow = new((), dtype=torch.int64)
     return TileSchedule(mask, layout, keys, *sides, *places, overflow, cross=cross)
 
 
 def _packed_places(layout: PackedLayout) -> Tensor:
-    places = (layout.coords + 1).unbind(dim=1)
-    return torch.where(layout.segment_ids >= 0, packed(*places), 0)
+    places = packed(*(layout.coords + 1).unbind(dim=1))
+    if layout.is_joint:
+        places = torch.where(layout.raster_index < 0, EVERYWHERE, places)
+    return torch.where(layout.segment_ids >= 0, places, 0)
 
 
 def _packed_bounds(layout: PackedLayout, mask: SpacetimeMask) -> tuple[Tensor, Tensor]:
     # Coordinates count from 1, so that 0 and limit + 1 stand for "before all" and "after all", and padding keys (0)
-    # lie in no box.
+    # lie in no box. No last one is "after all": EVERYWHERE would not lie before it.
     first, last = mask.bounds(layout)
     low = [(first[:, axis] + 1).clamp(1, MAX_GRID[axis] + 1) for axis in range(3)]
-    high = [(last[:, axis] + 1).clamp(0, MAX_GRID[axis] + 1) for axis in range(3)]
+    high = [(last[:, axis] + 1).clamp(0, MAX_GRID[axis]) for axis in range(3)]
     return packed(*low), packed(*high)

@@ -49,9 +49,12 @@ class TileLists(TensorBundle):
     tiles: Tensor
 
 
-def has_ranges(layout: PackedLayout, mask: SpacetimeMask) -> bool:
-    """True if the tokens that a tile meets lie side by side: all of a segment, or in raster order all of the past."""
-    return mask.is_full or (mask.sees_past and layout.is_raster)
+def has_ranges(layout: PackedLayout, mask: SpacetimeMask, *, cross: bool) -> bool:
+    """True if the tokens that a tile meets lie side by side: all of a segment, or in raster order all of the past.
+
+    cross: the keys have a layout of their own. There the past has lists, in any order.
+    """
+    return mask.is_full or (mask.sees_past and layout.is_raster and not cross)
 
 
 def token_ranges(layout: PackedLayout, others: PackedLayout, mask: SpacetimeMask, *, by_key: bool) -> TokenRanges:
@@ -87,63 +90,71 @@ def _bound(moments: Tensor, moment: Tensor, *, right: bool = False) -> Tensor:
     return torch.searchsorted(moments, moment, right=right, out_int32=True)
 
 
-def tile_lists(layout: PackedLayout, mask: SpacetimeMask, max_pairs: int) -> tuple[TileLists, TileLists, Tensor]:
+def tile_lists(
+    layout: PackedLayout, keys: PackedLayout, mask: SpacetimeMask, max_pairs: int
+) -> tuple[TileLists, TileLists, Tensor]:
     """The key tiles of every query tile, the query tiles of every key tile, and the number of pairs that meet."""
-    tiles = Groups.tiles(layout)
-    bounds = Bounds.of(tiles, tiles, mask)
-    (by_query, pairs), (by_key, _) = (_lists(layout, bounds, max_pairs, by_key=by_key) for by_key in (False, True))
+    bounds = Bounds.of(Groups.tiles(layout), Groups.tiles(keys), mask)
+    by_query, pairs = _lists(layout, keys, bounds, max_pairs, by_key=False)
+    by_key, _ = _lists(keys, layout, bounds, max_pairs, by_key=True)
     return by_query, by_key, pairs
 
 
-def _lists(layout: PackedLayout, bounds: Bounds, max_pairs: int, *, by_key: bool) -> tuple[TileLists, Tensor]:
-    """Decided some tiles at a time, and compacted without waiting for the device."""
-    count = layout.max_tiles
-    room = list_room(count, max_pairs)
+def _lists(
+    own: PackedLayout, other: PackedLayout, bounds: Bounds, max_pairs: int, *, by_key: bool
+) -> tuple[TileLists, Tensor]:
+    """Decided some tiles at a time, and compacted without waiting for the device. by_key: `own` are the keys."""
+    count, columns_count = own.max_tiles, other.max_tiles
+    room = list_room(count, columns_count, max_pairs)
     # The place past the room takes what is not wanted in a list; in the end all tiles lie there, one after the other.
-    tiles = torch.zeros(room + count, dtype=torch.int32, device=layout.device)
+    tiles = torch.zeros(room + columns_count, dtype=torch.int32, device=own.device)
     taken = tiles.new_zeros((), dtype=torch.int64)
     # Written in place: kept in pieces between the large tensors of every step, they would fragment a CPU's memory.
     places = [tiles.new_empty(count) for _ in range(3)]
-    for rows, columns in _stretches(layout):
+    for rows, columns in _stretches(own, other):
         meets, full = bounds.decide(columns, rows) if by_key else bounds.decide(rows, columns)
         meets, full = (meets.T, full.T) if by_key else (meets, full)
         numbers = torch.arange(columns.start, columns.stop, dtype=torch.int32, device=tiles.device)
-        for place, part in zip(places, _append(tiles, meets, full, numbers, taken, room), strict=True):
+        parts = _append(tiles, meets, full, numbers, taken, room)
+        if room < count * columns_count:
+            parts = _fitted(parts, meets, full, numbers, room, columns_count)
+        for place, part in zip(places, parts, strict=True):
             place[rows] = part
         taken = taken + meets.sum()
-    tiles[room:] = torch.arange(count, dtype=torch.int32, device=tiles.device)
+    tiles[room:] = torch.arange(columns_count, dtype=torch.int32, device=tiles.device)
     begin, _, end = places
     return TileLists(*places, _longest_first(end - begin), tiles), taken
 
 
-def list_room(count: int, max_pairs: int) -> int:
-    """Places in the list of `count` tiles before those that hold all tiles, one after the other."""
-    return min(count * count, max_pairs)
+def list_room(rows: int, columns: int, max_pairs: int) -> int:
+    """Places in the lists of `rows` tiles before those that hold all `columns` tiles, one after the other."""
+    return min(rows * columns, max_pairs)
 
 
-def _stretches(layout: PackedLayout) -> Iterator[tuple[slice, slice]]:
-    """All tiles in their order, some at a time, each time with tiles among which are all that they may meet.
-
-    Those are the tiles of the same segments, where the offsets may be read, and all tiles elsewhere.
+def _stretches(own: PackedLayout, other: PackedLayout) -> Iterator[tuple[slice, slice]]:
+    """All tiles of `own` in their order, some at a time, each time with those of `other` that they may meet, if not
+    more: those of the same segments, where the offsets may be read, and all tiles elsewhere.
     """
-    count = layout.max_tiles
-    bounds, used = [0, count], count
-    if may_read(layout.cu_seqlens):
-        firsts = torch.searchsorted(layout.tile_offsets, layout.cu_seqlens).tolist()
-        bounds, used = _joined(firsts), firsts[-1]
-    for first, last in pairwise(bounds):
-        step = max(1, _CHUNK_PAIRS // (last - first))
+    bounds, used = [(0, 0), (own.max_tiles, other.max_tiles)], own.max_tiles
+    if may_read(own.cu_seqlens):
+        firsts = [torch.searchsorted(side.tile_offsets, side.cu_seqlens).tolist() for side in (own, other)]
+        bounds, used = _joined([*zip(*firsts, strict=True)]), firsts[0][-1]
+    for (first, column), (last, end) in pairwise(bounds):
+        # Of rows that have no column, whichever is asked says that they meet nothing.
+        columns = slice(column, end) if column < end else slice(0, 1)
+        step = max(1, _CHUNK_PAIRS // (columns.stop - columns.start))
         for start in range(first, last, step):
-            yield slice(start, min(start + step, last)), slice(first, last)
-    if used < count:
-        yield slice(used, count), slice(used, used + 1)
+            yield slice(start, min(start + step, last)), columns
+    if used < own.max_tiles:
+        yield slice(used, own.max_tiles), slice(0, 1)
 
 
-def _joined(firsts: list[int]) -> list[int]:
-    """Ascending bounds of which some are left out, so that neighbours share a stretch of at most `_TOGETHER`."""
+def _joined(firsts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Bounds, of rows and of columns, of which some are left out: neighbours share a stretch of at most `_TOGETHER`."""
     bounds = firsts[:1]
     for place, following in zip(firsts[1:], [*firsts[2:], None], strict=True):
-        if place > bounds[-1] and (following is None or following - bounds[-1] > _TOGETHER):
+        far = following is None or max(f - b for f, b in zip(following, bounds[-1], strict=True)) > _TOGETHER
+        if place[0] > bounds[-1][0] and far:
             bounds.append(place)
     return bounds
 
@@ -153,8 +164,8 @@ def _append(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write the tiles that each row of the matrices meets behind the `taken` places, full ones first.
 
-    columns: which tile each column stands for. Returns begin, full_end, end of the rows. A row that does not fit gets a
-    range of the tiles that lie past `room`.
+    columns: which tile each column stands for. Returns begin, full_end, end of the rows; one that ends past the room is
+    not written.
     """
     counts, full_counts = (matrix.sum(dim=1, dtype=torch.int32) for matrix in (meets, full))
     end = taken + counts.cumsum(0)
@@ -164,13 +175,16 @@ def _append(
     rank = torch.where(full, full_rank, full_counts[:, None] + rank - full_rank) - 1
     place = torch.where(meets & (end <= room)[:, None], begin[:, None] + rank, room)
     tiles.scatter_(0, place.flatten(), columns.expand_as(meets).flatten())
-    count = len(tiles) - room
-    if room >= count * count:
-        return begin, full_end, end
-    return tuple(
-        torch.where(end <= room, place, room + bound)
-        for place, bound in zip((begin, full_end, end), _spans(meets, full, columns, count), strict=True)
-    )
+    return begin, full_end, end
+
+
+def _fitted(
+    places: tuple[Tensor, Tensor, Tensor], meets: Tensor, full: Tensor, columns: Tensor, room: int, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_append` gave; but rows that do not fit get a range of the `count` tiles that lie past the room."""
+    fits = places[-1] <= room
+    spans = _spans(meets, full, columns, count)
+    return tuple(torch.where(fits, place, room + bound) for place, bound in zip(places, spans, strict=True))
 
 
 def _spans(meets: Tensor, full: Tensor, columns: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

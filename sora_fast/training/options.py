@@ -30,6 +30,7 @@ class TrainOptions:
     heads: int | None = None
     patch: tuple[int, int, int] | None = None
     text_encoder: str | None = None
+    codec: str | None = None
     capacity: int | None = None
     optimizer: str = "muon"
     lr: float | None = None
@@ -41,7 +42,7 @@ class TrainOptions:
     precision: str = "auto"
     accumulate: int = 1
     recompute: str | None = None
-    compile: str = "blocks"
+    compile: str = "auto"
     no_compile: bool = False
     graph: bool = False
     workers: int | None = None
@@ -78,11 +79,45 @@ class DistillOptions:
         return self.out or self.run.with_name(f"{self.run.name}-distilled")
 
 
+@dataclass(frozen=True)
+class VAEOptions:
+    """Likewise, of `sora-fast train-vae`. strides: pixels (T, H, W) a latent; crop: the longest side of a part."""
+
+    out: Path
+    data: str | None = None
+    resume: bool = False
+    device: str | None = None
+    minutes: float | None = None
+    steps: int | None = None
+    max_frames: int = 17
+    max_side: int = 256
+    crop: int = 64
+    fps: float | None = None
+    clips: str = "anywhere"
+    grey: bool = False
+    workers: int | None = None
+    strides: tuple[int, int, int] = (4, 4, 4)
+    channels: int = 4
+    kl: float = 1e-5
+    absolute: float = 0.0
+    capacity: int | None = None
+    lr: float | None = None
+    ema_decay: float = 0.995
+    save_every: int = 500
+    seed: int = 0
+    precision: str = "float32"
+    json: bool = False
+    tensorboard: bool = False
+    given: frozenset[str] = frozenset()
+
+
+VAE_CHANGEABLE = ("lr", "minutes", "steps", "save_every", "workers", "data", "json", "tensorboard")
+
 # What can be said of a run that goes on, and of a distillation.
 DISTILL_CHANGEABLE = ("minutes", "no_compile", "data", "text_encoder", "json", "tensorboard")
 _TRAINING = ("lr", "minutes", "steps", "save_every", "recompute", "compile", "no_compile", "graph")
 _TELLING = ("sample_every", "json", "tensorboard")
-CHANGEABLE = (*_TRAINING, "workers", "data", "text_encoder", *_TELLING)
+CHANGEABLE = (*_TRAINING, "workers", "data", "text_encoder", "codec", *_TELLING)
 
 
 def spelled(names: Iterable[str]) -> str:

@@ -11,15 +11,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import nn
 
 from sora_fast.diffusion.paths import DDPM, SPACINGS, RectifiedFlow
 from sora_fast.models import SoraDiT, SoraDiTConfig
-from sora_fast.models.codecs import IdentityCodec
+from sora_fast.models.codecs import Codec
 from sora_fast.models.text import ByteTextEncoder, TransformersTextEncoder
 from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents
+from sora_fast.training.codec import CodecConfig
 from sora_fast.training.compiling import SCOPES
 from sora_fast.training.config import read_config, write_config
 from sora_fast.training.data.batches import BatchConfig, Prompts
@@ -174,6 +176,7 @@ class RunConfig:
     fps: frames per second that samples are written at. data_fps: those of the videos trained on; None: only stills, or
         not known.
     distilled: of a run whose model is a flow map; None: it is none.
+    codec: what makes latents of videos; runs of before there was a choice had none but the pixels.
     """
 
     model: SoraDiTConfig
@@ -184,12 +187,45 @@ class RunConfig:
     fps: float = 8.0
     data_fps: float | None = None
     distilled: Distilled | None = None
+    codec: CodecConfig = field(default_factory=CodecConfig)
+
+    # What a run keeps: its checkpoints fit nothing else.
+    FIXED: ClassVar = ("model", "text", "path", "data", "distilled", "codec")
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """That the ops compute in, the main one first."""
         half = self.train.precision == "bfloat16"
         return (torch.bfloat16, torch.float32) if half else (torch.float32,)
+
+    def located(self) -> "RunConfig":
+        """With folders that are found from anywhere. ValueError if they do not hold what they did."""
+        text = None if self.text is None else self.text.located()
+        return replace(self, text=text, data=located(self.data), codec=self.codec.located())
+
+    def anywhere(self) -> "RunConfig":
+        """Without what its folders may differ in."""
+        data, text = self.data, self.text
+        if data is not None:
+            data = replace(data, folder="")
+        if text is not None and text.folder is not None:
+            text = replace(text, folder="", fingerprint=None)
+        return replace(self, data=data, text=text, codec=self.codec.anywhere())
+
+    def check_folders(self, before: "RunConfig") -> None:
+        """ValueError if they do not hold what those of a run were made with."""
+        if before.text is not None and before.text.fingerprint is not None:
+            replace(self.text, fingerprint=before.text.fingerprint).located()
+        replace(self.codec, fingerprint=before.codec.fingerprint).located()
+
+    @property
+    def video_channels(self) -> int:
+        """Of what is trained on, and made."""
+        return self.build_codec().spec.pixel_channels if self.data is None else self.data.channels
+
+    def build_codec(self) -> Codec:
+        """ValueError if it is not what it was when the run was begun, or not of this model."""
+        return self.codec.build(self.model.in_channels, self.model.patch_size)
 
     def __post_init__(self) -> None:
         ddpm = isinstance(self.path, DDPM)
@@ -206,6 +242,10 @@ class RunConfig:
             raise ValueError("distilled: a flow map needs a rectified flow, and the path is DDPM's")
 
 
+# A RunConfig, or that of a run of another kind (see vae.py), which has all that is asked of it here.
+AnyConfig = TypeVar("AnyConfig")
+
+
 class Networks(nn.Module):
     """The model and its text encoder as one module, with the codec and the noise path that belong to them.
 
@@ -216,7 +256,7 @@ class Networks(nn.Module):
         super().__init__()
         self.config = config
         self.path = config.path
-        self.codec = IdentityCodec.for_patches(config.model.in_channels, config.model.patch_size)
+        self.codec = config.build_codec()
         with _plain_defaults():
             self.text = None if config.text is None else config.text.build()
             self.model = SoraDiT(config.model)
@@ -268,27 +308,31 @@ def check_new(folder: Path) -> None:
         raise ValueError(f"{folder} already holds a run; resume it, or choose another folder")
 
 
-def create_run(folder: Path, config: RunConfig) -> None:
+def create_run(folder: Path, config: AnyConfig) -> None:
     """Make a run's folder. ValueError if there is a run in it already."""
     check_new(folder)
-    config = _located(config)
+    config = config.located()
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder / CONFIG, config)
 
 
-def update_run(folder: Path, config: RunConfig) -> None:
+def update_run(folder: Path, config: AnyConfig) -> None:
     """Let a changed configuration take the place of a run's; see `check_resumable`."""
-    write_config(folder / CONFIG, _located(config))
+    write_config(folder / CONFIG, config.located())
 
 
-def _located(config: RunConfig) -> RunConfig:
-    """With folders that are found from anywhere."""
-    if config.data is not None:
-        config = replace(config, data=replace(config.data, folder=str(Path(config.data.folder).resolve())))
-    return config if config.text is None else replace(config, text=config.text.located())
+def located(data: DataConfig | None) -> DataConfig | None:
+    """With a folder that is found from anywhere."""
+    return data and replace(data, folder=str(Path(data.folder).resolve()))
 
 
-def moved(config: RunConfig, *, data: Path | str | None = None, text_encoder: Path | str | None = None) -> RunConfig:
+def moved(
+    config: RunConfig,
+    *,
+    data: Path | str | None = None,
+    text_encoder: Path | str | None = None,
+    codec: Path | str | None = None,
+) -> RunConfig:
     """The configuration of a run whose folders are elsewhere now. ValueError if it never had such a folder.
 
     What they hold is compared where it is read: data in `Batches.load_state_dict`, the encoder in `TextConfig.build`.
@@ -303,39 +347,31 @@ def moved(config: RunConfig, *, data: Path | str | None = None, text_encoder: Pa
         if config.text.fingerprint is None:
             log.warning("whether %s is the text encoder that the run was begun with was not recorded", text_encoder)
         config = replace(config, text=replace(config.text, folder=str(text_encoder)))
+    if codec is not None:
+        if config.codec.folder is None:
+            raise ValueError(f"codec: {codec}; the run is one of pixels, and has no codec from a folder")
+        config = replace(config, codec=replace(config.codec, folder=str(codec)))
     return config
 
 
-def check_resumable(folder: Path, config: RunConfig) -> None:
+def check_resumable(folder: Path, config: AnyConfig) -> None:
     """ValueError if the run in a folder cannot go on with `config`: only how it is trained may change, and not all.
 
     Its folders may be elsewhere now, if they hold the same (see `moved`).
     """
-    before = read_run(folder)
-    now, then = _anywhere(config), _anywhere(before)
-    fixed = ("model", "text", "path", "data", "distilled")
-    changed = [name for name in fixed if getattr(now, name) != getattr(then, name)]
+    before = read_run(folder, type(config))
+    now, then = config.anywhere(), before.anywhere()
+    changed = [name for name in config.FIXED if getattr(now, name) != getattr(then, name)]
     changed += [
         name for name in ("batch", "optimizer", "seed") if getattr(config.train, name) != getattr(before.train, name)
     ]
     if changed:
         raise ValueError(f"{', '.join(changed)}: changed since {folder} was begun; its checkpoints do not fit")
-    if before.text is not None and before.text.fingerprint is not None:
-        replace(config.text, fingerprint=before.text.fingerprint).located()
+    config.check_folders(before)
 
 
-def _anywhere(config: RunConfig) -> RunConfig:
-    """Without what its folders may differ in."""
-    data, text = config.data, config.text
-    if data is not None:
-        data = replace(data, folder="")
-    if text is not None and text.folder is not None:
-        text = replace(text, folder="", fingerprint=None)
-    return replace(config, data=data, text=text)
-
-
-def read_run(folder: Path) -> RunConfig:
-    """The configuration of a run. ValueError if the folder holds none."""
+def read_run(folder: Path, kind: type[AnyConfig] = RunConfig) -> AnyConfig:
+    """The configuration of a run. ValueError if the folder holds none, or one of another kind."""
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no run: there is no {CONFIG} in it")
-    return read_config(folder / CONFIG, RunConfig)
+    return read_config(folder / CONFIG, kind)

@@ -68,7 +68,7 @@ class Trainer:
         prove_at_start(self.device, config.dtypes, leads=leads, wait=lambda: self.world.total(0))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            self.networks = Networks(config).to(self.device)
+            self.networks = self._built(config).to(self.device)
         self.parameters = self.networks.trained()
         c = self.config
         self.optimizers = optim.build_optimizers(
@@ -104,7 +104,7 @@ class Trainer:
         self._saved: tuple[int, Path] | None = None
         self._resume_state = self.batches.state_dict()
         self._watchers = Watchers(watchers if self.leads else ())
-        self._flops = FlopCount(self.networks.model)
+        self._flops = self._counted()
         self._meter = Meter(self.device, config.dtypes[0], workers=self.world.size)
         self._log = RunLog(self.folder / LOG, self._meter, self._watchers)
         if resume:
@@ -203,6 +203,7 @@ class Trainer:
             "model": {name: p.detach() for name, p in self.parameters.items()},
             "ema": self.average.tensors,
             "optimizer": optim.optimizer_tensors(self.optimizers, self.parameters),
+            **self._further(),
         }
         state = {"seconds": self.seconds, "batches": self._resume_state}
         path = checkpoint.save(self.folder / CHECKPOINTS, self.step, tensors, state, keep=self.config.keep)
@@ -221,6 +222,22 @@ class Trainer:
         self.step, self.seconds = saved.step, saved.state["seconds"]
         self._resume_state = saved.state["batches"]
         self.batches.load_state_dict(self._resume_state)
+        self._take_in(saved)
+
+    # What a trainer of another network has in place of these.
+
+    def _built(self, config: RunConfig) -> Networks:
+        return Networks(config)
+
+    def _counted(self) -> FlopCount:
+        return FlopCount(self.networks.model)
+
+    def _further(self) -> dict[str, dict[str, Tensor]]:
+        """Groups of tensors that a checkpoint holds beside the usual ones."""
+        return {}
+
+    def _take_in(self, saved: checkpoint.Checkpoint) -> None:
+        """What `_further` gave."""
 
     @property
     def skipped_steps(self) -> int:

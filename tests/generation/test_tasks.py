@@ -3,6 +3,7 @@ import torch
 
 from sora_fast.generation.tasks import Request, extend, image_to_video, join, pack_requests, text_to_video
 from sora_fast.models.codecs import IdentityCodec
+from tests.models.codecs.means import Means
 
 CODEC = IdentityCodec(1)
 
@@ -61,6 +62,30 @@ def test_given_frames_must_fill_patches() -> None:
             pack_requests([request], codec=CODEC, patch_size=(2, 4, 4))
     # A last patch that the video itself does not fill is no such case.
     pack_requests([extend(_clip(1), "", 4, backward=True)], codec=CODEC, patch_size=(2, 4, 4))
+
+
+def test_what_is_given_lies_where_a_strided_codec_has_it() -> None:
+    """A tail encoded alone, or a frame too early or late, is off in all of its latent frames."""
+    codec, video = Means(), torch.rand(1, 22, 8, 12) * 2 - 1
+    whole = codec.encode(video)
+    requests = [
+        join(video[:, :5], video[:, 13:], "", 8),
+        extend(video[:, 1:], "", 1, backward=True),
+        extend(video[:, :21], "", 1),
+    ]
+    packed = pack_requests(requests, codec=codec, patch_size=(1, 2, 2))
+    for segment, given in enumerate(([0, 1, 4, 5, 6], [1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5])):
+        latents = packed.data.to_list()[segment]
+        assert latents.shape == whole.shape and torch.equal(latents[:, given], whole[:, given])
+        times = packed.layout.coords[packed.layout.segment_ids == segment, 0]
+        clean = packed.clean[packed.layout.segment_ids == segment]
+        assert torch.equal(clean, torch.isin(times, torch.tensor(given, dtype=times.dtype)))
+
+
+def test_given_frames_must_fill_latent_frames() -> None:
+    for request in (extend(_clip(7), "", 5), extend(_clip(5), "", 7, backward=True)):
+        with pytest.raises(ValueError, match="ends inside a latent frame, behind 7 frames; 5 or 9 would not"):
+            pack_requests([request], codec=Means(), patch_size=(1, 4, 4))
 
 
 def test_errors() -> None:

@@ -49,10 +49,7 @@ class Case:
 
     def allowed(self) -> Tensor:
         """[N, Nk] bool."""
-        if self.kv_layout is None:
-            return self.mask.materialize(self.layout)
-        queries, keys = self.layout.segment_ids, self.keys.segment_ids
-        return (queries[:, None] == keys[None, :]) & (queries >= 0)[:, None]
+        return self.mask.materialize(self.layout, self.kv_layout)
 
     def inputs(self) -> list[Tensor]:
         """q, k, v."""

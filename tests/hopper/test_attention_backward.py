@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sora_fast.masks import SpacetimeMask
-from sora_fast.packing import PackedLayout
+from sora_fast.packing import JointLayout, PackedLayout, frame_tokens
 from sora_fast.proof.cases import slopes
 from tests.helpers import assert_within_rule, examples
 from tests.hopper.cases import NAN, STRIDES, Case, random_rows
@@ -109,6 +109,20 @@ def test_strides_match_the_oracle(strides: str) -> None:
 def test_smaller_tiles_match_the_oracle(mask: SpacetimeMask, tile_size: int) -> None:
     layout = PackedLayout.from_grids([(3, 5, 6), (2, 2, 9)], capacity=130, tile_size=tile_size, order="tiled")
     check(Case(layout, mask, group=3))
+
+
+def test_new_frames_attend_old_ones() -> None:
+    grids, parts = [(4, 6, 8), (3, 4, 4), (2, 3, 3)], [[(3, 4), (0, 0), (1, 2)], [(0, 4), (0, 3), (0, 0)]]
+    keep = [[frame_tokens(grid, *frames) for grid, frames in zip(grids, part, strict=True)] for part in parts]
+    layout, keys = (PackedLayout.from_grids(grids, keep=kept, capacity=260, order="tiled") for kept in keep)
+    check(Case(layout, WINDOW, keys, group=2))
+
+
+def test_a_joint_layout_matches_the_oracle() -> None:
+    text = PackedLayout.from_grids([(n, 1, 1) for n in (77, 0, 5, 37, 1)], capacity=130, max_segments=6)
+    joint = JointLayout.build(text, several_tiles())
+    for max_pairs in (None, 2):
+        check(Case(joint.layout, WINDOW, group=2, max_pairs=max_pairs))
 
 
 @pytest.mark.parametrize("capacity", [0, 5])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sora_fast.masks import SpacetimeMask
-from sora_fast.packing import PackedLayout
+from sora_fast.packing import JointLayout, PackedLayout, frame_tokens
 from sora_fast.schedule import TileLists, TokenRanges
 from tests.helpers import examples
 from tests.hopper.cases import NAN, STRIDES, Case, same_bits
@@ -120,6 +120,22 @@ def test_cross_attention_matches_the_oracle() -> None:
     case = Case(several_tiles(), kv_layout=text, heads=2, group=2)
     assert isinstance(case.schedule().by_query, TokenRanges)
     case.check(library())
+
+
+def test_new_frames_attend_old_ones() -> None:
+    """Both sides have tiles of their own, and places on one grid."""
+    grids, parts = [(6, 6, 8), (3, 4, 4), (2, 3, 3)], [[(4, 6), (0, 0), (1, 2)], [(0, 6), (0, 3), (0, 0)]]
+    keep = [[frame_tokens(grid, *frames) for grid, frames in zip(grids, part, strict=True)] for part in parts]
+    layout, keys = (PackedLayout.from_grids(grids, keep=kept, capacity=380, order="tiled") for kept in keep)
+    Case(layout, WINDOW, keys, heads=2, group=2).check(library())
+
+
+def test_a_joint_layout_matches_the_oracle() -> None:
+    """With and without room for its lists: what has no place then is tested like the rest."""
+    text = PackedLayout.from_grids([(n, 1, 1) for n in (77, 0, 5, 37, 1)], capacity=130, max_segments=6)
+    joint = JointLayout.build(text, several_tiles(order="tiled"))
+    for max_pairs in (None, 2):
+        Case(joint.layout, WINDOW, heads=2, group=2, max_pairs=max_pairs).check(library())
 
 
 @pytest.mark.parametrize("capacity", [0, 5])

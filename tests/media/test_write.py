@@ -10,7 +10,16 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from sora_fast.media import UnwritableMedia, check_output, keep_unwritten, read_media, to_pixels, write, write_media
+from sora_fast.media import (
+    UnwritableMedia,
+    check_output,
+    keep_unwritten,
+    read_media,
+    to_pixels,
+    write,
+    write_frames,
+    write_media,
+)
 from tests.media.clips import noise, smooth_video
 
 HALF_LEVEL = 0.51 / 127.5
@@ -281,3 +290,25 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="video must be"):
             write_media(tmp_path / "a.gif", torch.zeros(shape))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one has gone to the encoder before the next piece is asked for; and the file is that of the whole."""
+    video, encoded = smooth_video(3, 12), []
+    prepared = write._Mp4._prepared
+    monkeypatch.setattr(write._Mp4, "_prepared", lambda self, frame: encoded.append(1) or prepared(self, frame))
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for start, stop in ((0, 1), (1, 5), (5, 12)):
+            assert len(encoded) == start
+            yield video[:, start:stop]
+
+    for suffix in ("mp4", "gif"):
+        encoded.clear()
+        given = pieces() if suffix == "mp4" else iter(video.split(5, dim=1))
+        path = write_frames(tmp_path / f"pieces.{suffix}", given, frames=12, fps=12, scale=2)
+        whole = write_media(tmp_path / f"whole.{suffix}", video, fps=12, scale=2)
+        assert torch.equal(read_media(path), read_media(whole))
+    with pytest.raises(UnwritableMedia, match="1 NaN"):
+        write_frames(tmp_path / "a.mp4", [torch.tensor([float("nan")]).view(1, 1, 1, 1)], frames=1)
+    assert not (tmp_path / "a.mp4").exists()

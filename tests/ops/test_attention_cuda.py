@@ -10,7 +10,7 @@ from torch import Tensor
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import _attention_cuda as compiled
 from sora_fast.ops import packed_attention
-from sora_fast.packing import PackedLayout
+from sora_fast.packing import JointLayout, PackedLayout
 from sora_fast.schedule import TileSchedule
 from tests.helpers import assert_within_rule
 from tests.hopper.emulated import library
@@ -124,6 +124,17 @@ def test_refusals_say_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "k has strides (128, 1, 2)" in compiled.refusal(q, flipped, q)
     monkeypatch.setattr(compiled, "_major", lambda device: 10)
     assert "Hopper" in compiled.refusal(q, q, q)
+
+
+def test_masks_that_need_two_raster_places_are_refused() -> None:
+    layout = PackedLayout.from_grids([(2, 3, 3)])
+    joint = JointLayout.build(PackedLayout.from_grids([(5, 1, 1)]), layout).layout
+    schedules = [TileSchedule.build(joint, TOKENS), TileSchedule.build(layout, TOKENS, kv_layout=layout)]
+    reasons = [compiled.refusal_of_mask(schedule) for schedule in schedules]
+    assert "with a joint layout" in reasons[0] and "with kv_layout" in reasons[1]
+    for mask in (FRAMES, MASKS[-1], MASKS[0]):
+        assert compiled.refusal_of_mask(TileSchedule.build(joint, mask)) is None
+        assert compiled.refusal_of_mask(TileSchedule.build(layout, mask, kv_layout=layout)) is None
 
 
 def test_asked_for_where_it_cannot_run_says_why() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import _attention_device as on_device
 from sora_fast.ops import packed_attention
-from sora_fast.packing import PackedLayout
+from sora_fast.packing import JointLayout, PackedLayout, frame_tokens
 from sora_fast.schedule import TileSchedule
 from tests.helpers import examples
 from tests.modulated import no_recompilation
@@ -47,7 +47,23 @@ def test_masks_match_the_oracle(mask: SpacetimeMask, order: str, on_cpu: None) -
 
 def test_cross_attention_matches_the_oracle(on_cpu: None) -> None:
     text = PackedLayout.from_grids([(n, 1, 1) for n in (3, 0, 5, 37, 1)], capacity=50, max_segments=6, tile_size=32)
-    Case(ragged(), kv_layout=text, heads=2, group=2).check("torch", CPU, poison=False)
+    Case(ragged(), SpacetimeMask.full(), kv_layout=text, heads=2, group=2).check("torch", CPU, poison=False)
+
+
+@pytest.mark.parametrize("mask", [WINDOW, SpacetimeMask.token_causal()])
+def test_parts_of_one_grid_match_the_oracle(mask: SpacetimeMask, on_cpu: None) -> None:
+    grids, frames = [(5, 5, 6), (3, 2, 2)], [[(2, 5), (0, 3)], [(0, 5), (0, 2)]]
+    keep = [[frame_tokens(grid, *part) for grid, part in zip(grids, side, strict=True)] for side in frames]
+    layout, keys = (PackedLayout.from_grids(grids, keep=kept, capacity=170) for kept in keep)
+    Case(layout, mask, keys, heads=2, group=2).check("torch", CPU, poison=False)
+
+
+@pytest.mark.parametrize("mask", [WINDOW, SpacetimeMask.token_causal(), SpacetimeMask.full()])
+def test_joint_layouts_match_the_oracle(mask: SpacetimeMask, on_cpu: None) -> None:
+    """Its blocks hold texts and videos of several segments."""
+    text = PackedLayout.from_grids([(n, 1, 1) for n in (3, 0, 5, 37, 1)], capacity=50, max_segments=6)
+    joint = JointLayout.build(text, ragged(order="tiled"), text_first=False)
+    Case(joint.layout, mask, heads=2, group=2).check("torch", CPU, poison=False)
 
 
 def test_several_of_its_blocks_match_the_oracle(on_cpu: None) -> None:

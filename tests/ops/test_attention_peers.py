@@ -14,7 +14,7 @@ import sora_fast
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import _attention_peers as peers
 from sora_fast.ops import packed_attention
-from sora_fast.packing import PackedLayout
+from sora_fast.packing import JointLayout, PackedLayout
 from sora_fast.schedule import TileSchedule
 from tests.modulated import no_recompilation
 
@@ -160,6 +160,10 @@ def test_offered_for_what_they_can_express() -> None:
     assert peers.offered(q, q, full, **{**usual, "lse": True}) == ()
     assert peers.offered(q.float(), q.float(), full, **usual) == ()
     assert peers.offered(q, q, TileSchedule.build(LAYOUT, SpacetimeMask.frame_causal()), **usual) == ()
+    assert peers.offered(q, q, TileSchedule.build(LAYOUT, MASKS[1]), **{**usual, "cross": True}) == ()
+    joint = JointLayout.build(PackedLayout.from_grids([], max_segments=LAYOUT.max_segments), LAYOUT).layout
+    assert peers.offered(q, q, TileSchedule.build(joint), **usual) == ("flash_attn", "xformers")
+    assert peers.offered(q, q, TileSchedule.build(joint, MASKS[1]), **usual) == ()
 
 
 @pytest.mark.parametrize("backend", ["flash_attn", "xformers"])

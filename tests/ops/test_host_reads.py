@@ -15,6 +15,7 @@ from sora_fast.masks import SpacetimeMask
 from sora_fast.models import SoraDiT, SoraDiTConfig
 from sora_fast.ops import (
     Rope3D,
+    RopeTable,
     adaln,
     gated_residual,
     gated_residual_adaln,
@@ -27,7 +28,7 @@ from sora_fast.ops import (
     unpatchify,
 )
 from sora_fast.ops.patch_embed import FactorisedPosition
-from sora_fast.packing import Conditioning, PackedLayout, RaggedLatents, RowIndex
+from sora_fast.packing import Conditioning, JointLayout, PackedKVCache, PackedLayout, RaggedLatents, RowIndex
 from sora_fast.schedule import TileSchedule
 
 PATCH = (1, 2, 2)
@@ -80,6 +81,14 @@ CALLS: dict[str, Callable[[], Any]] = {
     "qk_norm_rope, plain": lambda: qk_norm_rope(
         x(64, 4, 16), x(64, 4, 16), None, None, LAYOUT, Rope3D(), backend="torch"
     ),
+    "qk_norm_rope, keys alone": lambda: qk_norm_rope(
+        *(None, x(64, 4, 16), None, x(16), LAYOUT, Rope3D(theta=(1e4, 1e3, 1e2))),
+        **{"norm": "layer", "k_bias": x(16), "positions": x(64, 3).detach(), "backend": "torch"},
+    )[1],
+    "qk_norm_rope, table": lambda: qk_norm_rope(
+        *(x(64, 4, 16), x(64, 4, 16), x(64), x(64), LAYOUT, RopeTable.of_angles(x(64, 4, 8))),
+        **{"norm": "rms_across_heads", "backend": "torch"},
+    ),
     "mlp_activation": lambda: mlp_activation(x(64, 32), x(32), "swiglu", backend="torch"),
     "patch_embed": lambda: patch_embed(
         VIDEOS.with_flat(x(*VIDEOS.flat.shape)), x(32, 8), x(32), LAYOUT, PATCH, backend="torch"
@@ -113,6 +122,23 @@ def test_schedules(mask: str) -> None:
     assert schedule.to_block_mask().kv_indices.is_meta
     assert schedule.refresh_(LAYOUT) is schedule
     assert TileSchedule.build(LAYOUT, kv_layout=TEXT).by_key.begin.is_meta
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_joint_sequences(mask: str) -> None:
+    joint = JointLayout.build(TEXT, LAYOUT)
+    merged = joint.merge(x(10, 2, 16), x(64, 2, 16))
+    outs = joint.split(packed_attention(merged, merged, merged, joint.layout, MASKS[mask], backend="torch"))
+    assert [len(out) for out in outs] == [10, 64]
+    sum(out.sum() for out in outs).backward()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_caches(mask: str) -> None:
+    cache = PackedKVCache.empty(2, 2, 16, capacity=100, new_capacity=64, max_segments=3, device="meta")
+    cache.append_(LAYOUT, window=3, ended=torch.empty(3, dtype=torch.bool, device="meta"))
+    new = x(64, 2, 16).detach().bfloat16()
+    packed_attention(new, *cache.write_(1, new, new), LAYOUT, MASKS[mask], kv_layout=cache.layout, backend="torch")
 
 
 @pytest.mark.parametrize("mask", MASKS)

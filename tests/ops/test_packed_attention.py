@@ -18,12 +18,12 @@ from sora_fast.kernels._launch import recording
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import _attention_torch as plain
 from sora_fast.ops.packed_attention import packed_attention
-from sora_fast.packing import PackedLayout
+from sora_fast.packing import PackedLayout, frame_tokens
 from sora_fast.proof.cases import slopes
 from sora_fast.proof.rule import poisoned_scratch
 from sora_fast.schedule import TileSchedule
 from tests.helpers import assert_within_rule, examples
-from tests.layouts import MASKS, packs
+from tests.layouts import MASKS, packs, part_pairs
 from tests.modulated import no_recompilation
 from tests.tracing import LargestTensor, check_unasked
 
@@ -33,6 +33,7 @@ module = importlib.import_module("sora_fast.ops.packed_attention")
 BACKENDS = ("torch", "triton")
 # The interpreter computes products of bf16 wrongly; a GPU does not.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+FULL = SpacetimeMask.full()
 WINDOW = SpacetimeMask.window(1, 1, 2)
 NO_KEY_FOR_SOME = SpacetimeMask(t=(1, 2), h=(-3, -1))
 
@@ -61,9 +62,7 @@ class Case:
 
     def allowed(self) -> Tensor:
         """[N, Nk] bool."""
-        if self.kv_layout is None:
-            return self.mask.materialize(self.layout)
-        return (self.layout.segment_ids[:, None] == self.keys.segment_ids) & (self.layout.segment_ids >= 0)[:, None]
+        return self.mask.materialize(self.layout, self.kv_layout)
 
     def inputs(self) -> tuple[list[Tensor], Tensor, Tensor]:
         """q, k, v; the gradient of the output; that of the logsumexp [N, H]."""
@@ -84,7 +83,7 @@ class Case:
         qkv, grad_out, grad_lse = self.inputs()
         q, k, v = (x.to(device).requires_grad_() for x in qkv)
         kv_layout = self.kv_layout and self.kv_layout.to(device)
-        mask = mask or (None if kv_layout else self.mask)
+        mask = mask or self.mask
         options = {"kv_layout": kv_layout, "deterministic": not self.one_pass, "backend": backend}
         out, lse = packed_attention(q, k, v, self.layout.to(device), mask, return_lse=True, **options)
         used = 2 if self.with_lse else 1
@@ -188,7 +187,58 @@ def cross_cases(draw: st.DrawFn) -> Case:
         )
         for side in zip(*sides, strict=True)
     ] or [PackedLayout.from_grids([])] * 2
-    return Case(layouts[0], kv_layout=layouts[1], **draw(FORMS))
+    return Case(layouts[0], FULL, kv_layout=layouts[1], **draw(FORMS))
+
+
+@st.composite
+def part_cases(draw: st.DrawFn) -> Case:
+    """Queries and keys that are other parts of one grid, under any mask."""
+    layout, keys = draw(part_pairs())
+    return Case(layout, draw(MASKS), keys, **draw(FORMS))
+
+
+@examples(40)
+@given(case=part_cases())
+def test_parts_of_one_grid_match_the_oracle_torch(case: Case, device: torch.device) -> None:
+    case.check("torch", device)
+
+
+@examples(8)
+@given(case=part_cases())
+def test_parts_of_one_grid_match_the_oracle_triton(case: Case, device: torch.device) -> None:
+    case.check("triton", device)
+
+
+def frames(layout_frames: list[tuple[int, int]], **options: Any) -> PackedLayout:
+    """Some frames of each of four videos, of which one may be all or none."""
+    grids = [(5, 3, 4), (3, 2, 2), (2, 3, 3), (9, 1, 1)]
+    keep = [frame_tokens(grid, *part) for grid, part in zip(grids, layout_frames, strict=True)]
+    return PackedLayout.from_grids(grids, keep=keep, max_segments=5, **options)
+
+
+NEW = frames([(3, 5), (0, 0), (0, 2), (8, 9)], capacity=45, tile_size=16)
+OLD = frames([(0, 5), (0, 3), (0, 0), (2, 9)], capacity=80, tile_size=32, order="tiled")
+
+
+@pytest.mark.parametrize(
+    ("backend", "mask"),
+    [
+        *(("torch", mask) for mask in (SpacetimeMask.frame_causal(), SpacetimeMask.token_causal(), WINDOW)),
+        ("triton", SpacetimeMask.token_causal()),
+        ("triton", SpacetimeMask.window(2, 1, 1, clamp=True)),
+    ],
+)
+def test_new_frames_attend_old_ones(mask: SpacetimeMask, backend: str, device: torch.device) -> None:
+    """A segment with old frames alone, one with new ones alone; tiles of other sizes; grouped heads; both forms."""
+    Case(NEW, mask, OLD, group=2, one_pass=mask.causal_tokens).check(backend, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_of_one_grid_without_room_for_their_lists(backend: str, device: torch.device) -> None:
+    mask = SpacetimeMask(h=(-1, 1), causal_tokens=True)
+    schedule = TileSchedule.build(NEW.to(device), mask, kv_layout=OLD.to(device), max_pairs=2)
+    with pytest.warns(RuntimeWarning, match="max_pairs is 2") if device.type == "cpu" else nullcontext():
+        Case(NEW, mask, OLD).check(backend, device, schedule)
 
 
 @examples(40)
@@ -288,7 +338,7 @@ def test_one_pass_with_scores_far_from_zero(sign: float, device: torch.device) -
 def test_cross_attention_matches_the_oracle(backend: str, device: torch.device) -> None:
     # Text of another number of tokens, an empty one, one for a video without tokens; tiles of another size.
     text = PackedLayout.from_grids([(n, 1, 1) for n in (3, 0, 5, 37, 1)], capacity=50, max_segments=6, tile_size=32)
-    Case(ragged(), kv_layout=text, heads=2, group=2, one_pass=True).check(backend, device)
+    Case(ragged(), FULL, kv_layout=text, heads=2, group=2, one_pass=True).check(backend, device)
 
 
 @pytest.mark.parametrize(("backend", "neighbours"), [("torch", 3), ("triton", 2)])
@@ -297,13 +347,13 @@ def test_every_pattern_of_empty_segments(with_lse: bool, backend: str, neighbour
     """Neighbours of equal lengths, of which any may lack its queries, its keys or both, in one pack."""
     segments = [side for pattern in product(product((0, 2), (0, 3)), repeat=neighbours) for side in pattern]
     queries, keys = (PackedLayout.from_grids([(1, 1, n) for n in side]) for side in zip(*segments, strict=True))
-    Case(queries, kv_layout=keys, with_lse=with_lse).check(backend, device)
+    Case(queries, FULL, kv_layout=keys, with_lse=with_lse).check(backend, device)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_text_at_all(backend: str, device: torch.device) -> None:
     text = PackedLayout.from_grids([], max_segments=6)
-    Case(ragged(), kv_layout=text).check(backend, device)
+    Case(ragged(), FULL, kv_layout=text).check(backend, device)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -582,7 +632,12 @@ X = torch.zeros(8, 2, 16)
         ((X, X, X.to("meta"), LAYOUT), {}, ValueError, "v: on meta, but q is on cpu"),
         ((X[:, :0], X[:, :0], X[:, :0], LAYOUT), {}, ValueError, r"q: shape \(8, 0, 16\); .* at least one head"),
         ((X, X, X, LAYOUT), {"kv_layout": TEXT}, ValueError, r"k: shape \(8, 2, 16\); it must be \[5, Hk, 16\]"),
-        ((X, X[:5], X[:5], LAYOUT, WINDOW), {"kv_layout": TEXT}, ValueError, "mask: .* with kv_layout"),
+        (
+            (X, X[:5], X[:5], LAYOUT, WINDOW),
+            {"kv_layout": TEXT},
+            ValueError,
+            r"kv_layout: segment 0 has the grid \(5, 1, 1\), but \(1, 2, 3\) in the layout; under a mask",
+        ),
         ((X, X, X, LAYOUT, "full"), {}, TypeError, "mask: str; it must be a SpacetimeMask, a TileSchedule or None"),
         (
             (X, X, X, LAYOUT, TileSchedule.build(TEXT)),
@@ -598,7 +653,7 @@ X = torch.zeros(8, 2, 16)
             (X, X, X, LAYOUT, TileSchedule.build(LAYOUT, WINDOW)),
             {"kv_layout": LAYOUT},
             ValueError,
-            "mask: a schedule of .* cross-attention takes the full mask only",
+            "mask: a schedule of self-attention with kv_layout",
         ),
         ((X, X, X, LAYOUT, CROSS_ALIKE), {}, ValueError, "mask: a schedule of cross-attention without kv_layout"),
         (

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sora_fast.ops.qk_norm_rope import Rope3D, _qk_norm_rope, _qk_norm_rope_backward, _rotation, qk_norm_rope
+from sora_fast.ops._rope import encoded
+from sora_fast.ops.qk_norm_rope import Rope3D, _qk_norm_rope, _qk_norm_rope_backward, qk_norm_rope
 from sora_fast.packing import PackedLayout
 from sora_fast.proof.rule import poisoned_scratch
 from tests.helpers import assert_within_rule, examples, far_apart
@@ -304,12 +305,12 @@ def test_opcheck(norm: bool, device: torch.device) -> None:
     q, k = qkv[:, :, 0], qkv.detach().permute(1, 0, 2, 3)[..., 1, :].transpose(0, 1)
     weights = [torch.randn(8, device=device, requires_grad=True) if norm else None for _ in range(2)]
     places = (layout.segment_ids, layout.coords, layout.grids, torch.ones(3, 3, device=device))
-    rest = (*places, *_rotation(ROPES[-1], 8), 1e-6)
+    rest = (*[None] * 4, *places, *encoded(ROPES[-1], 8), "rms", 1e-6)
     if not norm:
-        rest = (*places[:2], None, None, *_rotation(None, 8), 1e-6)
+        rest = (*[None] * 4, *places[:2], None, None, *encoded(None, 8), "rms", 1e-6)
     torch.library.opcheck(_qk_norm_rope.registered, (q, k, *weights, *rest))
     q, weights = q.detach(), [None if weight is None else weight.detach() for weight in weights]
-    torch.library.opcheck(_qk_norm_rope_backward.registered, (q.clone(), k, q, k, *weights, *rest, norm))
+    torch.library.opcheck(_qk_norm_rope_backward.registered, (q.clone(), k, q, k, *weights, *rest, norm, False))
 
 
 @pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])
@@ -361,7 +362,7 @@ Q, W, S = torch.zeros(19, 2, 64), torch.zeros(64), torch.ones(3, 3)
         ((Q, Q[:, :0], W, W, LAYOUT, None), {}, ValueError, "k: 0 heads; they must divide the 2 of q"),
         ((Q, Q.half(), W, W, LAYOUT, None), {}, TypeError, "k: float16; it must be float32"),
         ((Q, Q, W, W, None, None), {}, TypeError, "layout: NoneType; it must be a PackedLayout"),
-        ((Q, Q, W, W, LAYOUT, (2, 2, 2)), {}, TypeError, "rope: tuple; it must be a Rope3D or None"),
+        ((Q, Q, W, W, LAYOUT, (2, 2, 2)), {}, TypeError, "rope: tuple; it must be a Rope3D, a RopeTable or"),
         ((Q, Q, W[1:], W, LAYOUT, None), {}, ValueError, r"q_weight: shape \(63,\); it must be \[64\]"),
         ((Q, Q, W, W.int(), LAYOUT, None), {}, TypeError, "k_weight: int32"),
         ((Q, Q, W, W, LAYOUT, Rope3D((2, 2, 2))), {}, ValueError, "rope.split: .* 6 channels, but the head dim is 64"),

@@ -11,12 +11,13 @@ from sora_fast import use_backend
 from sora_fast.kernels import schedule as kernels
 from sora_fast.masks import SpacetimeMask
 from sora_fast.ops import _schedule as module
-from sora_fast.packing import PackedLayout
+from sora_fast.packing import JointLayout, PackedLayout
 from sora_fast.proof.rule import poisoned_scratch
 from sora_fast.schedule import TileSchedule
 from tests.helpers import examples
-from tests.layouts import MASKS, packs
+from tests.layouts import MASKS, packs, part_pairs
 from tests.modulated import no_recompilation
+from tests.packing.test_joint import joints
 from tests.schedule.test_tile_schedule import assert_same, cleared
 
 WINDOW = SpacetimeMask.window(1, 1, 1, clamp=True, stride=(1, 2, 2))
@@ -57,6 +58,25 @@ def test_a_list_without_room(device: torch.device) -> None:
     assert_same(filled, plain)
 
 
+@examples(12)
+@given(sides=part_pairs(), mask=MASKS, max_pairs=st.sampled_from([0, 3, 10, 1 << 24]))
+def test_parts_of_one_grid(
+    sides: tuple[PackedLayout, PackedLayout], mask: SpacetimeMask, max_pairs: int, device: torch.device
+) -> None:
+    layout, keys = sides
+    with use_backend("triton"), poisoned_scratch():
+        filled = TileSchedule.build(layout.to(device), mask, kv_layout=keys.to(device), max_pairs=max_pairs)
+    assert_same(filled.to("cpu"), TileSchedule.build(layout, mask, kv_layout=keys, max_pairs=max_pairs))
+
+
+@examples(12)
+@given(sides=joints(), mask=MASKS, max_pairs=st.sampled_from([0, 3, 10, 1 << 24]))
+def test_joint_layouts(
+    sides: tuple[JointLayout, PackedLayout, PackedLayout], mask: SpacetimeMask, max_pairs: int, device: torch.device
+) -> None:
+    assert_same(*both(sides[0].layout, mask, device, max_pairs=max_pairs))
+
+
 def test_cross_attention(device: torch.device) -> None:
     layout = PackedLayout.from_grids(GRIDS, capacity=70, max_segments=6, tile_size=16)
     text = PackedLayout.from_grids([(n, 1, 1) for n in (3, 7, 0, 37)], capacity=50, max_segments=6, tile_size=32)
@@ -91,6 +111,7 @@ def test_few_launches() -> None:
     for batch, options, count in (
         (layout, {}, 2),
         (layout, {"kv_layout": raster}, 3),
+        (layout, {"kv_layout": raster, "mask": WINDOW}, 4),
         (raster, {"mask": SpacetimeMask.frame_causal()}, 2),
         (layout, {"mask": WINDOW}, 3),
     ):
@@ -103,7 +124,7 @@ def test_opcheck(device: torch.device) -> None:
     layout = PackedLayout.from_grids([(1, 3, 4), (1, 1, 2)], order="tiled", capacity=16, tile_size=16, device=device)
     s = TileSchedule.build(layout, WINDOW)
     written = [[s.query_low, s.query_high, s.key_place, s.overflow], *map(module._tensors, (s.by_query, s.by_key))]
-    options = (module._axes(WINDOW), False, False, [16, 16], s.max_pairs)
+    options = (module._axes(WINDOW), False, False, [False, False], [16, 16], s.max_pairs)
     torch.library.opcheck(module._fill_op, (module._tensors(layout), [], *written, *options))
 
 

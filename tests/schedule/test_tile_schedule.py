@@ -16,7 +16,7 @@ from sora_fast.packing._bundle import TensorBundle
 from sora_fast.packing.coordinates import inside
 from sora_fast.schedule import TileLists, TileSchedule, TokenRanges, flex, tiles
 from tests.helpers import examples
-from tests.layouts import MASKS, Pack, packs
+from tests.layouts import MASKS, Pack, packs, part_pairs
 from tests.tracing import LargestTensor
 
 
@@ -340,6 +340,21 @@ def test_cross_attention_lists(queries: Pack, keys: Pack) -> None:
     check_lists(schedule.by_key, *reversed(layouts), dense.T, by_key=True)
 
 
+@examples(300)
+@given(part_pairs(), MASKS, st.data())
+def test_lists_of_two_parts_of_one_grid(
+    sides: tuple[PackedLayout, PackedLayout], mask: SpacetimeMask, data: st.DataObject
+) -> None:
+    dense = mask.materialize(*sides)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(tiles, "_CHUNK_PAIRS", data.draw(st.sampled_from([1, 20, 1 << 22])))
+        monkeypatch.setattr(tiles, "_TOGETHER", data.draw(st.sampled_from([1, 4, 64])))
+        room = data.draw(st.sampled_from([0, 3, 10, 1 << 24]))
+        schedule = TileSchedule.build(sides[0], mask, kv_layout=sides[1], max_pairs=room)
+    check_lists(schedule.by_query, *sides, dense)
+    check_lists(schedule.by_key, *reversed(sides), dense.T, by_key=True)
+
+
 def test_window_on_a_video_visits_eleven_percent() -> None:
     mask = SpacetimeMask.window(9, 12, 12)
     layout = PackedLayout.from_grids([(30, 48, 80)], order="tiled", for_mask=mask)
@@ -356,8 +371,11 @@ def test_strided_window_that_fits_the_boxes_has_full_tiles_only() -> None:
 
 def test_bad_input_is_named() -> None:
     layout = PackedLayout.from_grids([(1, 2, 2)] * 2)
-    with pytest.raises(ValueError, match=r"mask: .* kv_layout"):
-        TileSchedule.build(layout, SpacetimeMask.spatial(), kv_layout=layout)
+    with pytest.raises(
+        ValueError, match=r"kv_layout: segment 1 has the grid \(3, 2, 2\), but \(1, 2, 2\) in the layout"
+    ):
+        other = PackedLayout.from_grids([(1, 2, 2), (3, 2, 2)])
+        TileSchedule.build(layout, SpacetimeMask.spatial(), kv_layout=other)
     with pytest.raises(ValueError, match="kv_layout: 1 segments"):
         TileSchedule.build(layout, kv_layout=PackedLayout.from_grids([(4, 1, 1)]))
     with pytest.raises(ValueError, match="max_pairs: -1; it must be from 0"):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from sora_fast.models.codecs import Codec
+from sora_fast.models.codecs import Codec, UnfitFrames
 from sora_fast.packing import PackedLayout, RaggedLatents, token_grid
 from sora_fast.packing.order import Grid
 from sora_fast.training.data.batch import Batch, BatchConfig
@@ -91,12 +91,12 @@ class Maker:
             at(index)
             try:
                 sample = self._sample(position, index)
-            except UnusableSample as error:
+                video = self.codec.encode(sample.video)
+            except (UnusableSample, UnfitFrames) as error:
                 lost[name] = str(error)
                 continue
             if sample.note:
                 notes[name] = sample.note
-            video = self.codec.encode(sample.video)
             grid = token_grid(video.shape, self.patch_size)
             keep = None if count is None else self._keep(position, math.prod(grid), count)
             yield _Encoded(video, self._caption(sample, position), grid, keep)
