@@ -3,6 +3,7 @@
 # ruff: noqa: RUF005 (Triton adds tuples and does not unpack them)
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -47,23 +48,25 @@ class Form(NamedTuple):
     erf: bool = False
     last: bool = False
 
-    def meta(self, width: int) -> dict[str, Any]:
-        """Constants of a kernel for so many columns of output."""
-        return {"WIDTH": width, "GATED": self.gated, "ERF": self.erf, "GATE": width * self.last}
+
+@lru_cache
+def _planned(form: Form, width: int) -> tuple[int, int, dict[str, Any]]:
+    """Rows and columns of a block, of so many columns of output, and the constants of both kernels."""
+    config = MlpActivationConfig()
+    columns, rows = config.columns_for(width), config.rows_for(form.gated)
+    numbers = {"WIDTH": width, "GATED": form.gated, "ERF": form.erf, "GATE": width * form.last}
+    return rows, columns, {**numbers, "ROWS": rows, "BLOCK_C": columns, "num_warps": config.num_warps}
 
 
 def mlp_activation_forward(x: Tensor, bias: Tensor | None, form: Form) -> Tensor:
     """x [N, H] of any strides, bias [H] → GELU of x + bias, [N, H], or SwiGLU of its halves, [N, H / 2]."""
-    config = MlpActivationConfig()
     tokens, width = x.shape[0], x.shape[1] // (1 + form.gated)
     out = x.new_empty(tokens, width)
-    columns, rows = config.columns_for(width), config.rows_for(form.gated)
+    rows, columns, meta = _planned(form, width)
     launch(
         *(mlp_activation_forward_kernel, (cdiv(tokens, rows), cdiv(width, columns))),
         *(x, bias, out, tokens, x.stride(), 0 if bias is None else bias.stride(0)),
-        **form.meta(width),
-        **{"ROWS": rows, "BLOCK_C": columns},
-        num_warps=config.num_warps,
+        **meta,
     )
     return out
 
@@ -72,18 +75,17 @@ def mlp_activation_backward(
     d_out: Tensor, x: Tensor, bias: Tensor | None, form: Form, *, bias_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x [N, H], contiguous, and of the bias [H] fp32, or [0] where nobody asks for it."""
-    config = MlpActivationConfig()
     tokens, width = d_out.shape
     d_x = x.new_empty(x.shape)
-    chunks = cdiv(tokens, config.chunk)
+    chunk = MlpActivationConfig.chunk
+    chunks = cdiv(tokens, chunk)
     partials = torch.empty(chunks, x.shape[1], dtype=torch.float32, device=x.device) if bias_gradient else None
-    columns, rows = config.columns_for(width), config.rows_for(form.gated)
+    _, columns, meta = _planned(form, width)
     launch(
         *(mlp_activation_backward_kernel, (chunks, cdiv(width, columns)), d_out, x, bias, d_x, partials, tokens),
         *(d_out.stride(), x.stride(), 0 if bias is None else bias.stride(0)),
-        **form.meta(width),
-        **{"ROWS": rows, "BLOCK_C": columns, "CHUNK": config.chunk},
-        num_warps=config.num_warps,
+        CHUNK=chunk,
+        **meta,
     )
     return d_x, x.new_empty(0, dtype=torch.float32) if partials is None else fold(partials)
 

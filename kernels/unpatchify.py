@@ -44,13 +44,13 @@ def gather(flat: Tensor, patches: Patches, num_pixels: int, order: str) -> Tenso
 
 
 def _launch(kernel: Any, tokens: Tensor, flat: Tensor, patches: Patches, order: str) -> None:
-    grid, meta = _planned(patches.form(flat), patches.num_tokens, tokens.shape[1])
+    grid, meta = _planned(patches.form(flat), patches.num_tokens, tokens.shape[1], order)
     places = (flat, flat.stride(0), flat.numel(), *patches.args)
-    launch(kernel, grid, tokens, *tokens.stride(), *places, ORDER=order, **meta)
+    launch(kernel, grid, tokens, *tokens.stride(), *places, **meta)
 
 
 @lru_cache
-def _planned(form: PatchForm, num_tokens: int, num_pixels: int) -> tuple[tuple[int, ...], dict[str, Any]]:
+def _planned(form: PatchForm, num_tokens: int, num_pixels: int, order: str) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Grid and constants."""
     config = UnpatchifyConfig()
     channels = num_pixels // math.prod(form.patch_size)
@@ -61,7 +61,7 @@ def _planned(form: PatchForm, num_tokens: int, num_pixels: int) -> tuple[tuple[i
     blocks = {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_Q": block_q}
     # One axis: only the first one of a grid is longer than 65,535.
     programs = cdiv(channels, block_c) * cdiv(runs, block_q) * cdiv(num_tokens, block_n)
-    return (programs,), {**form.meta, "CHANNELS": channels, **blocks, "num_warps": config.num_warps}
+    return (programs,), {**form.meta, "CHANNELS": channels, "ORDER": order, **blocks, "num_warps": config.num_warps}
 
 
 @triton.jit

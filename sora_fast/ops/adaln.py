@@ -86,12 +86,12 @@ def plain_adaln(
     else:  # they are no token's own: only zeros keep what padding holds from their gradients
         x, dtype = without_padding(x, index), x.dtype
         factor = None if factor is None else without_padding(factor, index)
-    y = _modulated(plain_norm(widened(x), norm, weight, bias, eps), shift, factor, index)
+    y = modulated(plain_norm(widened(x), norm, weight, bias, eps), shift, factor, index)
     return without_padding(y, index).to(dtype)
 
 
-def _modulated(y: Tensor, shift: Tensor | None, factor: Tensor | None, index: Index) -> Tensor:
-    """y · factor + shift[index]; factor: [N, C]. Each is left out if it is None."""
+def modulated(y: Tensor, shift: Tensor | None, factor: Tensor | None, index: Index) -> Tensor:
+    """y · factor + shift[index], where y and the factor are [N, C]. Each is left out if it is None."""
     if shift is None:
         return y if factor is None else y * factor
     shift = gather_rows(shift, index)

@@ -6,10 +6,22 @@ import torch
 from torch import Tensor
 
 from sora_fast.ops._checks import once
-from sora_fast.ops._modulation import Index, by_rows, check_modulated, fake_tables, parts, table_gradients, table_kind
-from sora_fast.ops._norm import check_norm, fake_stats
+from sora_fast.ops._modulation import (
+    Index,
+    by_rows,
+    check_modulated,
+    fake_tables,
+    gather_rows,
+    guarded,
+    parts,
+    table_gradients,
+    table_kind,
+    widened,
+    without_padding,
+)
+from sora_fast.ops._norm import check_norm, fake_stats, plain_norm
 from sora_fast.ops._op import kernels, op
-from sora_fast.ops.adaln import backend_for, plain_adaln
+from sora_fast.ops.adaln import backend_for, modulated
 
 Modulation = tuple[Tensor | None, Tensor | None]
 
@@ -36,9 +48,21 @@ def adaln_pair(
     tables = *_two("first", first), *_two("second", second)
     _check(x, *tables, index, norm, eps)
     if backend_for(x, backend) == "torch":
-        y, y_second = (plain_adaln(x, *pair, index, norm, None, None, eps) for pair in (first, second))
-        return y, y_second
+        return _plain(x, first, second, index, norm, eps)
     return _adaln_pair(x, *tables, *parts(index), norm, eps)[:2]
+
+
+def _plain(
+    x: Tensor, first: Modulation, second: Modulation, index: Index, norm: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The torch backend."""
+    normed = plain_norm(widened(guarded(x, index)), norm, None, None, eps)
+
+    def output(shift: Tensor | None, scale: Tensor | None) -> Tensor:
+        factor = None if scale is None else gather_rows(1 + widened(scale), index)
+        return without_padding(modulated(normed, shift, factor, index), index).to(x.dtype)
+
+    return output(*first), output(*second)
 
 
 def _two(name: str, modulation: Modulation) -> Modulation:

@@ -37,8 +37,8 @@ def unpatchify(
     """
     _check(tokens, layout, patch_size, order)
     channels = channels_of("tokens columns", tokens.shape[1], patch_size)
-    options = {"unsuited": _patches_compiled.unsuited(order)}
-    chosen = choose("unpatchify", backend, tokens.device, offered_patches(tokens), tokens.dtype, **options)
+    unsuited = _patches_compiled.unsuited(order)
+    chosen = choose("unpatchify", backend, tokens.device, offered_patches(tokens), tokens.dtype, unsuited=unsuited)
     offsets, shapes, capacity = videos_of(channels, layout, patch_size, shapes, capacity, backend=chosen)
     if chosen != "triton":
         put = (_patches_torch if chosen == "torch" else _patches_compiled).put
