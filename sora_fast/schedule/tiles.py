@@ -94,7 +94,8 @@ def tile_lists(
     layout: PackedLayout, keys: PackedLayout, mask: SpacetimeMask, max_pairs: int
 ) -> tuple[TileLists, TileLists, Tensor]:
     """The key tiles of every query tile, the query tiles of every key tile, and the number of pairs that meet."""
-    bounds = Bounds.of(Groups.tiles(layout), Groups.tiles(keys), mask)
+    queries = Groups.tiles(layout)
+    bounds = Bounds.of(queries, queries if keys is layout else Groups.tiles(keys), mask)
     by_query, pairs = _lists(layout, keys, bounds, max_pairs, by_key=False)
     by_key, _ = _lists(keys, layout, bounds, max_pairs, by_key=True)
     return by_query, by_key, pairs
@@ -104,10 +105,10 @@ def _lists(
     own: PackedLayout, other: PackedLayout, bounds: Bounds, max_pairs: int, *, by_key: bool
 ) -> tuple[TileLists, Tensor]:
     """Decided some tiles at a time, and compacted without waiting for the device. by_key: `own` are the keys."""
-    count, columns_count = own.max_tiles, other.max_tiles
-    room = list_room(count, columns_count, max_pairs)
+    count, num_columns = own.max_tiles, other.max_tiles
+    room = list_room(count, num_columns, max_pairs)
     # The place past the room takes what is not wanted in a list; in the end all tiles lie there, one after the other.
-    tiles = torch.zeros(room + columns_count, dtype=torch.int32, device=own.device)
+    tiles = torch.zeros(room + num_columns, dtype=torch.int32, device=own.device)
     taken = tiles.new_zeros((), dtype=torch.int64)
     # Written in place: kept in pieces between the large tensors of every step, they would fragment a CPU's memory.
     places = [tiles.new_empty(count) for _ in range(3)]
@@ -116,12 +117,12 @@ def _lists(
         meets, full = (meets.T, full.T) if by_key else (meets, full)
         numbers = torch.arange(columns.start, columns.stop, dtype=torch.int32, device=tiles.device)
         parts = _append(tiles, meets, full, numbers, taken, room)
-        if room < count * columns_count:
-            parts = _fitted(parts, meets, full, numbers, room, columns_count)
+        if room < count * num_columns:
+            parts = _fitted(parts, meets, full, numbers, room, num_columns)
         for place, part in zip(places, parts, strict=True):
             place[rows] = part
         taken = taken + meets.sum()
-    tiles[room:] = torch.arange(columns_count, dtype=torch.int32, device=tiles.device)
+    tiles[room:] = torch.arange(num_columns, dtype=torch.int32, device=tiles.device)
     begin, _, end = places
     return TileLists(*places, _longest_first(end - begin), tiles), taken
 
@@ -137,8 +138,9 @@ def _stretches(own: PackedLayout, other: PackedLayout) -> Iterator[tuple[slice, 
     """
     bounds, used = [(0, 0), (own.max_tiles, other.max_tiles)], own.max_tiles
     if may_read(own.cu_seqlens):
-        firsts = [torch.searchsorted(side.tile_offsets, side.cu_seqlens).tolist() for side in (own, other)]
-        bounds, used = _joined([*zip(*firsts, strict=True)]), firsts[0][-1]
+        firsts = torch.searchsorted(own.tile_offsets, own.cu_seqlens).tolist()
+        others = firsts if other is own else torch.searchsorted(other.tile_offsets, other.cu_seqlens).tolist()
+        bounds, used = _joined([*zip(firsts, others, strict=True)]), firsts[-1]
     for (first, column), (last, end) in pairwise(bounds):
         # Of rows that have no column, whichever is asked says that they meet nothing.
         columns = slice(column, end) if column < end else slice(0, 1)

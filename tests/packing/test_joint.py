@@ -47,14 +47,18 @@ def dense(text: Tensor, video: Tensor, sides: tuple[PackedLayout, PackedLayout],
     return outs
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+STRIDED = SpacetimeMask.window(1, 2, 2, stride=(1, 2, 2), clamp=True)
+
+
 @pytest.mark.parametrize(
-    ("mask", "text_first"),
+    ("mask", "text_first", "backend"),
     [
-        (SpacetimeMask.full(), True),
-        (SpacetimeMask.frame_causal(), False),
-        (SpacetimeMask.token_causal(), True),
-        (SpacetimeMask.window(1, 2, 2, stride=(1, 2, 2), clamp=True), False),
+        (SpacetimeMask.full(), True, "torch"),
+        (SpacetimeMask.frame_causal(), False, "torch"),
+        (SpacetimeMask.token_causal(), True, "torch"),
+        (STRIDED, False, "torch"),
+        (SpacetimeMask.token_causal(), False, "triton"),
+        (STRIDED, True, "triton"),
     ],
 )
 def test_attention_is_dense_joint_attention(
