@@ -69,7 +69,7 @@ def test_parts_of_one_grid(
     assert_same(filled.to("cpu"), TileSchedule.build(layout, mask, kv_layout=keys, max_pairs=max_pairs))
 
 
-@examples(4)  # interpreted, each takes two seconds
+@examples(4)  # interpreted, each takes a second
 @given(sides=joints(), mask=MASKS, max_pairs=st.sampled_from([0, 3, 10, 1 << 24]))
 def test_joint_layouts(
     sides: tuple[JointLayout, PackedLayout, PackedLayout], mask: SpacetimeMask, max_pairs: int, device: torch.device
