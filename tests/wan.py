@@ -6,14 +6,13 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-# Image to video has tokens of an image beside the text's 512.
-IMAGE = {"image_dim": 12, "added_kv_proj_dim": 24}
 
-
-def wan(**options: Any) -> WanTransformer3DModel:
+def wan(*, heads: int = 2, image_dim: int | None = None, **options: Any) -> WanTransformer3DModel:
+    """image_dim: with image to video's tokens of an image, beside the text's 512."""
     torch.manual_seed(0)
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 2}
-    model = WanTransformer3DModel(**sizes, text_dim=16, freq_dim=16, ffn_dim=32, **options)
+    sizes = {"num_attention_heads": heads, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4}
+    image = {} if image_dim is None else {"image_dim": image_dim, "added_kv_proj_dim": heads * 12}
+    model = WanTransformer3DModel(**sizes, **image, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2, **options)
     for name, parameter in model.named_parameters():
         if "norm" in name:  # ones and zeros would hide which weight is whose
             torch.nn.init.normal_(parameter, 1.0 if name.endswith("weight") else 0.0, 0.2)

@@ -167,8 +167,7 @@ def test_lora_checkpointing_and_compile_together() -> None:
     with applied(model) as report:
         assert not report.kept, report
         eager = {name: x.clone() for name, x in step(model, inputs).items()}
-        for block in model.blocks:
-            block.compile(fullgraph=True, backend="aot_eager")
+        model.blocks[0].compile(fullgraph=True, backend="aot_eager")  # one: the other would take as long again
         compiled = step(model, inputs)
     for results in (eager, compiled):
         torch.testing.assert_close(results, wanted, atol=1e-5, rtol=1e-4)

@@ -11,11 +11,11 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 
 from sora_fast.integrations.diffusers import applied
-from tests.wan import IMAGE, arguments, step, wan
+from tests.wan import arguments, step, wan
 
 _MODELS = {
     "2.1": ({}, {}),
-    "2.1 image to video": (IMAGE, {}),
+    "2.1 image to video": ({"image_dim": 12}, {}),
     "2.2 5B, a timestep a token": ({}, {"per_token": True}),
     "without a norm before cross-attention": ({"cross_attn_norm": False}, {}),
 }
@@ -47,11 +47,12 @@ def test_fp32_is_within_1e5_of_fp64(name: str) -> None:
         assert error <= 1e-5, f"{part}: {error:.2e}"
 
 
-@pytest.mark.parametrize("name", list(_MODELS)[:3])
+@pytest.mark.parametrize("name", _MODELS)
 def test_bf16_is_as_near_to_fp64_as_the_original(name: str) -> None:
-    """Of the output, and of all gradients together: of one small tensor the ratio of two roundings is luck."""
+    """Of the output, and of all gradients together: of a small tensor the ratio of two roundings is luck. So it is of
+    a narrow model: 1.056 was seen at a width of 24."""
     options, kind = _MODELS[name]
-    model = wan(**options).bfloat16()
+    model = wan(heads=8, **options).bfloat16()
     inputs = arguments(model, **kind)
     wanted, theirs = exact(model, inputs), step(model, inputs)
     theirs = {part: x.clone() for part, x in theirs.items()}
@@ -70,7 +71,7 @@ def _distance(results: dict[str, Tensor], wanted: dict[str, Tensor], parts: list
 
 
 def test_fused_projections() -> None:
-    model = wan(**IMAGE)
+    model = wan(image_dim=12)
     for block in model.blocks:
         block.attn1.fuse_projections()
         block.attn2.fuse_projections()
