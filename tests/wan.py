@@ -19,6 +19,15 @@ def wan(*, heads: int = 2, image_dim: int | None = None, **options: Any) -> WanT
     return model
 
 
+def in_bf16(model: WanTransformer3DModel, *, kept: bool) -> WanTransformer3DModel:
+    """kept: as `from_pretrained` has it, with the modulation table, the norms and the time embedding in fp32."""
+    model.bfloat16()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if kept and {"rope", *model._keep_in_fp32_modules}.intersection(name.split(".")):
+            tensor.data = tensor.data.float()
+    return model
+
+
 def arguments(model: WanTransformer3DModel, *, per_token: bool = False) -> dict[str, Any]:
     """Two videos of 3 × 4 × 6 latents, 18 tokens each; per_token: timesteps of every token."""
     generator = torch.Generator().manual_seed(1)

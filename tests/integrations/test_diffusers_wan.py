@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 
 from sora_fast.integrations.diffusers import applied
-from tests.wan import arguments, step, wan
+from tests.wan import arguments, in_bf16, step, wan
 
 _MODELS = {
     "2.1": ({}, {}),
@@ -47,12 +47,12 @@ def test_fp32_is_within_1e5_of_fp64(name: str) -> None:
         assert error <= 1e-5, f"{part}: {error:.2e}"
 
 
-@pytest.mark.parametrize("name", _MODELS)
-def test_bf16_is_as_near_to_fp64_as_the_original(name: str) -> None:
+@pytest.mark.parametrize(("name", "kept"), [*((name, True) for name in _MODELS), ("2.1", False)])
+def test_bf16_is_as_near_to_fp64_as_the_original(name: str, kept: bool) -> None:
     """Of the output, and of all gradients together: of a small tensor the ratio of two roundings is luck. So it is of
     a narrow model: 1.056 was seen at a width of 24."""
     options, kind = _MODELS[name]
-    model = wan(heads=8, **options).bfloat16()
+    model = in_bf16(wan(heads=8, **options), kept=kept)
     inputs = arguments(model, **kind)
     wanted, theirs = exact(model, inputs), step(model, inputs)
     theirs = {part: x.clone() for part, x in theirs.items()}
