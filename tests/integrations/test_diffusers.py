@@ -100,6 +100,13 @@ def test_a_module_that_fails_its_check_is_left_alone(monkeypatch: pytest.MonkeyP
         assert "the check failed: the " in report.kept[0].reason
 
 
+def test_self_and_cross_attention_are_checked_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = wan._self_attention
+    monkeypatch.setattr(wan, "_self_attention", lambda *args: right(*args) * 1.001)
+    with applied(tiny()) as report:
+        assert [module.name for module in report.kept] == ["blocks.0.attn1", "blocks.1.attn1"]
+
+
 def test_a_module_that_cannot_be_checked_is_left_alone() -> None:
     model = tiny().to("meta")
     with applied(model) as report:

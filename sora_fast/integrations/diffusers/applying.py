@@ -59,7 +59,8 @@ def apply(model: nn.Module, *, check: bool = True) -> Report:
 def revert(model: nn.Module) -> None:
     """Take off what `apply` put on the model, or on the one that it was deep-copied from.
 
-    Raises ValueError, and changes nothing, if something has been put over a replacement since.
+    What was compiled meanwhile may keep our ops: compile anew. Raises ValueError, and changes nothing, if something has
+    been put over a replacement since.
     """
     bound = [(name, module) for name, module in model.named_modules() if is_bound(module)]
     for name, module in bound:
@@ -125,7 +126,12 @@ def _verdict(module: nn.Module, target: Target, accepted: dict[nn.Module, Target
 
 
 def _kind(module: nn.Module, target: Target, accepted: dict[nn.Module, Target]) -> Any:
-    """Equal for modules of which one is checked for all: of the same parts, shapes and dtypes."""
+    """Equal for modules of which one is checked for all: of the same parts, settings, shapes and dtypes."""
     parts = tuple(name for name, part in module.named_modules() if part in accepted)
     tensors = tuple((name, x.shape, x.dtype, x.device) for name, x in module.state_dict().items())
-    return target.path, repr(module), parts, tensors
+    return target.path, repr(module), parts, tuple(map(_settings, module.modules())), tensors
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """The plain values that it holds, such as whether attention is across."""
+    return tuple((name, x) for name, x in vars(module).items() if isinstance(x, bool | int | float | str | None))
