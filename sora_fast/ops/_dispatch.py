@@ -57,6 +57,11 @@ def explain() -> str:
     return "\n".join(lines) or "no op has been called"
 
 
+def counts() -> dict[tuple[str, str], int]:
+    """How often each backend has been chosen for each op so far, by (op, backend)."""
+    return {key: record.count for key, record in _calls.items()}
+
+
 def choose(
     op: str,
     backend: str | None,
