@@ -101,6 +101,36 @@ def test_scores_far_from_zero(lanes: int) -> None:
     assert out.isnan().any(dim=(1, 2)).nonzero().tolist() == [[7]]
 
 
+@pytest.mark.parametrize("hidden", [slice(0, 256), slice(0, 300), slice(256, 400)])
+def test_scores_of_minus_infinity_have_no_weight(hidden: slice, lanes: int) -> None:
+    """Also where all keys that are held at a time have none, and keys with finite scores follow."""
+    layout = PackedLayout.from_grids([(1, 400, 1)])
+    q, k, v = (torch.randn(400, 1, 16) for _ in range(3))
+    q[:, :, 0], k[hidden, :, 0] = 1, -float("inf")
+    out, lse = packed_attention(q, k, v, layout, return_lse=True, backend="cpu")
+    scores = (q[:, 0].double() @ k[:, 0].double().mT) / 4
+    torch.testing.assert_close(out[:, 0].double(), scores.softmax(-1) @ v[:, 0].double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse[:, 0].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_every_tensor_may_lie_in_its_own_way(swapped: bool, lanes: int) -> None:
+    """Rows of a fused projection, heads outermost, tokens that are all one: each tensor in another way."""
+    layout = ragged()
+    fused = torch.randn(layout.capacity, 3, 2, 24)[:, 1]
+    by_heads = torch.randn(2, layout.capacity, 24).transpose(0, 1)
+    repeated = torch.randn(1, 2, 24).expand(layout.capacity, 2, 24)
+    tensors = [fused, by_heads, repeated, torch.randn(24, layout.capacity, 2).permute(1, 2, 0)]
+    q, k, v, grad_out = tensors[::-1] if swapped else tensors
+    results = []
+    for move in (lambda x: x, torch.Tensor.double):
+        leaves = [move(x).detach().requires_grad_() for x in (q, k, v)]
+        out = packed_attention(*leaves, layout, backend="cpu" if not results else "torch")
+        grads = torch.autograd.grad(out, leaves, move(grad_out))
+        results.append([x.float() for x in (out.detach(), *grads)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
 def test_it_is_chosen_where_it_can_be_and_the_reason_is_told_where_not() -> None:
     layout = ragged()
     qkv = [torch.randn(layout.capacity, 1, 24) for _ in range(3)]
