@@ -77,6 +77,23 @@ def test_a_result_depends_on_no_neighbour_and_no_thread(mask: SpacetimeMask) -> 
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_frames_of_one_segment_add_to_its_keys_in_one_order() -> None:
+    """A single head, so that threads meet at the same keys if a segment's frames are not one's alone."""
+    layout = PackedLayout.from_grids([(12, 5, 8)])
+    torch.manual_seed(0)
+    qkv = [torch.randn(480, 1, 64, requires_grad=True) for _ in range(3)]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 4, 4, 4):
+            torch.set_num_threads(count)
+            out = packed_attention(*qkv, layout, SpacetimeMask.frame_causal(), backend="cpu")
+            results.append(torch.autograd.grad(out.square().sum(), qkv))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("scale", [0.3, 0.0, -0.3])
 def test_scale(scale: float, lanes: int) -> None:
     layout = ragged()
