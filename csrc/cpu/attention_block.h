@@ -123,11 +123,12 @@ SORA_INLINE float softmax_row(float* scores, int64_t count, float scale, float& 
     float found = most;
     for (int i = 0; i < W; i++) found = largest[i] > found ? largest[i] : found;
     for (int64_t j = count; j < width; j++) scores[j] = kNone;  // 0 · ∞ is no number
-    decay = std::exp(most - found);
+    const float base = found == kNone ? 0.f : found;  // −∞ − (−∞) is no number, and later keys may have finite scores
+    decay = std::exp(most - base);
     most = found;
     Floats total{};
     for (int64_t j = 0; j < width; j += W) {
-        const Floats weight = simd::exponential<W>(simd::at<W>(scores + j) - found);
+        const Floats weight = simd::exponential<W>(simd::at<W>(scores + j) - base);
         simd::at<W>(scores + j) = weight;
         total += weight;
     }

@@ -77,6 +77,23 @@ def test_a_result_depends_on_no_neighbour_and_no_thread(mask: SpacetimeMask) -> 
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_frames_of_one_segment_add_to_its_keys_in_one_order() -> None:
+    """A single head, so that threads meet at the same keys if a segment's frames are not one's alone."""
+    layout = PackedLayout.from_grids([(12, 5, 8)])
+    torch.manual_seed(0)
+    qkv = [torch.randn(480, 1, 64, requires_grad=True) for _ in range(3)]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 4, 4, 4):
+            torch.set_num_threads(count)
+            out = packed_attention(*qkv, layout, SpacetimeMask.frame_causal(), backend="cpu")
+            results.append(torch.autograd.grad(out.square().sum(), qkv))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("scale", [0.3, 0.0, -0.3])
 def test_scale(scale: float, lanes: int) -> None:
     layout = ragged()
@@ -99,6 +116,36 @@ def test_scores_far_from_zero(lanes: int) -> None:
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(lse.double(), sums, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert out.isnan().any(dim=(1, 2)).nonzero().tolist() == [[7]]
+
+
+@pytest.mark.parametrize("hidden", [slice(0, 256), slice(0, 300), slice(256, 400)])
+def test_scores_of_minus_infinity_have_no_weight(hidden: slice, lanes: int) -> None:
+    """Also where all keys that are held at a time have none, and keys with finite scores follow."""
+    layout = PackedLayout.from_grids([(1, 400, 1)])
+    q, k, v = (torch.randn(400, 1, 16) for _ in range(3))
+    q[:, :, 0], k[hidden, :, 0] = 1, -float("inf")
+    out, lse = packed_attention(q, k, v, layout, return_lse=True, backend="cpu")
+    scores = (q[:, 0].double() @ k[:, 0].double().mT) / 4
+    torch.testing.assert_close(out[:, 0].double(), scores.softmax(-1) @ v[:, 0].double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse[:, 0].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_every_tensor_may_lie_in_its_own_way(swapped: bool, lanes: int) -> None:
+    """Rows of a fused projection, heads outermost, tokens that are all one: each tensor in another way."""
+    layout = ragged()
+    fused = torch.randn(layout.capacity, 3, 2, 24)[:, 1]
+    by_heads = torch.randn(2, layout.capacity, 24).transpose(0, 1)
+    repeated = torch.randn(1, 2, 24).expand(layout.capacity, 2, 24)
+    tensors = [fused, by_heads, repeated, torch.randn(24, layout.capacity, 2).permute(1, 2, 0)]
+    q, k, v, grad_out = tensors[::-1] if swapped else tensors
+    results = []
+    for move in (lambda x: x, torch.Tensor.double):
+        leaves = [move(x).detach().requires_grad_() for x in (q, k, v)]
+        out = packed_attention(*leaves, layout, backend="cpu" if not results else "torch")
+        grads = torch.autograd.grad(out, leaves, move(grad_out))
+        results.append([x.float() for x in (out.detach(), *grads)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_chosen_where_it_can_be_and_the_reason_is_told_where_not() -> None:
