@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sora_fast.packing._bundle import TensorBundle, may_read
 from sora_fast.packing._filling import filled
+from sora_fast.packing.coordinates import MAX_GRID
 from sora_fast.packing.layout import PackedLayout
 from sora_fast.packing.order import cut_tiles
 
@@ -66,14 +67,16 @@ class PackedKVCache(TensorBundle):
             is dropped, and a mask that looks further back does not see it. None: all of them.
         ended [S] bool: segments of which nothing is kept, because another video begins.
 
-        Raises ValueError if `new` does not suit the sizes, or is a joint layout; on a CPU also if there is no room, for
-        which elsewhere the device itself stops.
+        Raises ValueError if `new` does not suit the sizes, or is a joint layout, or the window is negative; on a CPU
+        also if there is no room, for which elsewhere the device itself stops.
         """
         _check(self, new)
+        if window is not None and window < 0:
+            raise ValueError(f"window: {window}; it must be a number of frames ≥ 0, or None")
         old, size, segments = self.layout, self.layout.capacity, self.layout.segment_ids.clamp(min=0)
         kept = old.segment_ids >= 0
         if window is not None:
-            kept &= old.coords[:, 0] >= (_first_frames(new) - window)[segments]
+            kept &= old.coords[:, 0] >= (_first_frames(new) - min(window, MAX_GRID[0]))[segments]
         if ended is not None:
             kept &= ~ended[segments]
         before = torch.cat([segments.new_zeros(1), kept.cumsum(0, dtype=torch.int32)])

@@ -134,6 +134,8 @@ def test_bad_input_is_named() -> None:
         cache.append_(new)
     with pytest.raises(ValueError, match="new: capacity 60; the cache was made for 50"):
         cache.append_(part(0, 1, capacity=60))
+    with pytest.raises(ValueError, match="window: -1; it must be a number of frames ≥ 0, or None"):
+        cache.append_(new, window=-1)
     text = PackedLayout.from_grids([], capacity=5, max_segments=6)
     with pytest.raises(ValueError, match="new: a joint layout"):
         cache.append_(JointLayout.build(text, new).layout)
