@@ -81,7 +81,7 @@ def test_what_is_imported_is_declared_and_what_must_be_installed_is_imported() -
         return {names.get(package, package) for package in packages}
 
     needed = modules(project["dependencies"])
-    chosen = ("text", "vae", "video", "demo", "log", "flash-attn", "xformers")
+    chosen = ("text", "diffusers", "video", "demo", "log", "flash-attn", "xformers")
     extras = modules([item for extra in chosen for item in project["optional-dependencies"][extra]])
     imported = set()
     for folder in ("sora_fast", "kernels"):

@@ -26,7 +26,8 @@ class CropConfig:
 def crops_of(source: Source, config: CropConfig, seed: int) -> "Crops":
     """A source of one part of each sample: of the same length and size every time, but not in the same place.
 
-    A side that is shorter than the stride is filled up by copies of the last row or column.
+    What is shorter is filled up by copies of the last frame, row or column, as the codec will fill it up: a video of two
+    to four frames is one of five.
     """
     return (SizedCrops if hasattr(source, "__len__") else Crops)(source, config, seed)
 
@@ -67,7 +68,7 @@ class Crops:
 
     def _size(self, index: int, shape: Any) -> tuple[int, int, int]:
         c, random = self.config, np.random.default_rng((self.seed, index))
-        steps = (min(shape[1], c.max_frames) - 1) // 4
+        steps = min(-(-(shape[1] - 1) // 4), (c.max_frames - 1) // 4)
         height, width = (self._side(random, side) for side in shape[2:])
         return 1 + 4 * int(random.integers(steps + 1)), height, width
 

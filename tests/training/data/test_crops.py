@@ -43,9 +43,18 @@ def test_parts_are_of_every_length_size_and_place() -> None:
 
 def test_what_is_smaller_than_a_latent_is_filled_up() -> None:
     crops = crops_of(Places((3, 5, 1)), CropConfig(stride=8), seed=0)
-    assert crops.shape(0) == (1, 1, 8, 8)
+    assert crops.shape(0)[2:] == (8, 8)
     video = crops[0].video
     assert torch.equal(video[..., :, 0], video[..., :, 7]) and torch.equal(video[..., 4, :], video[..., 7, :])
+
+
+def test_a_short_video_is_filled_up_to_the_next_latent() -> None:
+    """Else an autoencoder of such videos would see single frames only."""
+    crops = crops_of(Places(*[(2, 16, 16)] * 20), CropConfig(max_frames=8), seed=0)
+    longer = [crops[index].video for index in range(20) if crops.shape(index)[1] > 1]
+    assert longer and all(video.shape[1] == 5 for video in longer)
+    assert all(torch.equal(video[:, 1:], video[:, 1:2].expand(-1, 4, -1, -1)) for video in longer)
+    assert all((video[:, 0] < video[:, 1]).all() for video in longer)
 
 
 def test_an_endless_stream_stays_one() -> None:
