@@ -26,8 +26,8 @@ class CropConfig:
 def crops_of(source: Source, config: CropConfig, seed: int) -> "Crops":
     """A source of one part of each sample: of the same length and size every time, but not in the same place.
 
-    What is shorter is filled up by copies of the last frame, row or column, as the codec will fill it up: a video of two
-    to four frames is one of five.
+    What is shorter is filled up by copies of the last frame, row or column, as the codec will fill it up: a video of
+    two to four frames is one of five.
     """
     return (SizedCrops if hasattr(source, "__len__") else Crops)(source, config, seed)
 
